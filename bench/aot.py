@@ -1,0 +1,204 @@
+"""What the compiler makes of each Triton kernel, for GPUs that need not be there: registers, spills, instructions of the loop.
+
+    python bench/aot.py matmul conv                   a line per kernel module, case and target
+    python bench/aot.py matmul --targets sm_90 --json
+
+    compile_cases("matmul")                           the same from Python: a list of `Facts`
+    compile_cases("matmul", targets=("sm_90",), only="bf16")   cases whose name contains `only`
+
+A kernel module (`empf.kernels.<module>`) takes part by defining `aot_cases()`, which returns a list of tuples
+
+    (name, kernel, types, constexprs, options)
+
+    name         str, unique in the module, e.g. "bf16 128x128x64"; tests select by it
+    kernel       the `@triton.jit` function
+    types        {argument: Triton type}: "*bf16", "*i8", "*u8", "*i32", "*fp32", "i32", "i64", "fp32", ...; None for a pointer
+                 argument that the launcher passes as None
+    constexprs   {argument: value}; every argument of the kernel is in exactly one of the two
+    options      {"num_warps": 8, "num_stages": 3}, or a function of the target's backend, "cuda" | "hip", that returns this.
+                 Two more keys, both optional: "targets": a tuple that replaces all four, and "odd": names of arguments that are
+                 not multiples of 16 (by default every pointer and integer is taken as a multiple of 16, as the launcher would
+                 find it for friendly shapes)
+
+It should list what the launcher can choose, from the launcher's own table. Compilation runs in a process of its own, because
+`TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that cannot be compiled.
+The disassembler and assembler are those inside the Triton wheel for Linux.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA|v_s?mfma\w*")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one case became on one target. `loop` is the innermost loop with the most tensor-core instructions."""
+
+    module: str
+    case: str
+    target: str
+    registers: int  # per thread; vector registers on AMD
+    shared: int  # bytes per program
+    stack: int  # bytes of local memory (scratch) per thread
+    spills: int  # local-memory loads and stores (LDL, STL); spilled registers on AMD
+    tensor_core: int  # tensor-core instructions in the kernel
+    instructions: int  # in the kernel
+    loop_instructions: int  # per warp and step of `loop`, 0 where there is no such loop
+    loop: dict[str, int]  # instructions of the loop by name: {"HGMMA": 4, "LOP3": 32, ...}
+
+
+def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: str = "") -> list[Facts]:
+    """Compile the cases of `empf.kernels.<module>` in a fresh process and return the facts, in order.
+
+    `only` keeps the cases whose name contains it. A case that does not compile raises RuntimeError with the compiler's message.
+    """
+    if unknown := [t for t in targets if t not in TARGETS]:
+        raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {', '.join(unknown)}")
+    command = [sys.executable, __file__, *modules, "--json", "--only", only, "--targets", *targets]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        cases = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{module}: " for module in modules))]
+        raise RuntimeError(f"does not compile: {cases[-1] if cases else command}\n{done.stderr[-4000:]}")
+    return [Facts(**line) for line in json.loads(done.stdout)]
+
+
+def _compile(kernel, types, constexprs, options, target):
+    """The compiled kernel, with pointers and integers taken as multiples of 16 where `options` does not say otherwise."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if missing := set(kernel.arg_names) ^ (set(types) | set(constexprs)):
+        raise ValueError(f"arguments of {kernel.__name__} missing or unknown: {', '.join(sorted(missing))}")
+    constexprs = constexprs | {name: None for name, kind in types.items() if kind is None}
+    signature = {name: "constexpr" if name in constexprs else types[name] for name in kernel.arg_names}
+    even = [
+        (i,)
+        for i, (name, kind) in enumerate(signature.items())
+        if (kind[0] == "*" or kind in ("i32", "i64")) and name not in options.get("odd", ())
+    ]
+    cuda = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
+    source = ASTSource(kernel, signature, constexprs, {i: [["tt.divisibility", 16]] for i in even})
+    chosen = {name: value for name, value in options.items() if name not in ("targets", "odd")}
+    return triton.compile(source, target=gpu, options=chosen)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(compiled) -> dict:
+    """Facts from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = _tool("cuobjdump", "-sass", file.name)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", code)]
+    lines = [(at, re.sub(r"^@!?U?P\w+\s+", "", text.strip())) for at, text in lines]
+    jumps = [(re.match(r"BRA\S*\s.*?(0x[0-9a-f]+)", text), at) for at, text in lines]
+    loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) <= at]
+    found = _count([(at, text.split()[0].split(".")[0]) for at, text in lines], loops)
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spills = found["all"]["LDL"] + found["all"]["STL"]
+    return _facts(found, registers=registers, shared=compiled.metadata.shared, stack=stack, spills=spills)
+
+
+def _amd(compiled) -> dict:
+    """Facts from the assembly text and its metadata."""
+    text = compiled.asm["amdgcn"]
+    lines, labels, loops = [], {}, []
+    for at, line in enumerate(text.splitlines()):
+        if label := re.match(r"(\S+):", line):
+            labels[label[1]] = at
+        elif instruction := re.match(r"\s+([a-z]\w+_\w+)\s*(.*)", line):
+            lines.append((at, instruction[1]))
+            destination = instruction[2].split()[0] if instruction[2] else ""
+            if instruction[1].startswith(("s_cbranch", "s_branch")) and destination in labels:
+                loops.append((labels[destination], at))
+    meta = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
+    return _facts(
+        _count(lines, loops),
+        registers=meta["vgpr_count"],
+        shared=meta["group_segment_fixed_size"] or compiled.metadata.shared,
+        stack=meta["private_segment_fixed_size"],
+        spills=meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+    )
+
+
+def _count(lines, loops) -> dict:
+    """Instructions by name: of the kernel, and of the innermost loop that has the most tensor-core instructions."""
+
+    def counted(low, high):
+        return collections.Counter(name for at, name in lines if low <= at <= high)
+
+    best = max(loops, key=lambda loop: (_tensor_core(counted(*loop)), loop[0] - loop[1]), default=None)
+    loop = counted(*best) if best else {}
+    return {"all": counted(0, float("inf")), "loop": loop if _tensor_core(loop) else {}}
+
+
+def _tensor_core(counts) -> int:
+    return sum(n for name, n in counts.items() if TENSOR_CORE.fullmatch(name))
+
+
+def _facts(found, **rest) -> dict:
+    counts = {"tensor_core": _tensor_core(found["all"]), "instructions": sum(found["all"].values())}
+    return counts | {"loop_instructions": sum(found["loop"].values()), "loop": dict(found["loop"])} | rest
+
+
+def _run(modules, targets, only) -> list[Facts]:
+    result = []
+    for module in modules:
+        for name, kernel, types, constexprs, options in importlib.import_module(f"empf.kernels.{module}").aot_cases():
+            if only not in name:
+                continue
+            for target in targets:
+                cuda = target.startswith("sm_")
+                chosen = options("cuda" if cuda else "hip") if callable(options) else options
+                if target not in chosen.get("targets", TARGETS):
+                    continue
+                print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
+                compiled = _compile(kernel, types, constexprs, chosen, target)
+                found = _nvidia(compiled) if cuda else _amd(compiled)
+                result.append(Facts(module=module, case=name, target=target, **found))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be there.")
+    parser.add_argument("modules", nargs="+", help="modules of empf.kernels, for instance matmul")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled")
+    result = _run(arguments.modules, arguments.targets, arguments.only)
+    if arguments.json:
+        print(json.dumps([asdict(facts) for facts in result]))
+        return
+    columns = [column.name for column in fields(Facts) if column.name != "loop"]
+    rows = [columns] + [[str(getattr(facts, column)) for column in columns] for facts in result]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

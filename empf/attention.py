@@ -1,0 +1,27 @@
+"""SECA: efficient channel attention on the post-synaptic current, one weight set for all time steps.
+
+w = sigmoid(Conv1d_k(GAP(I)))      I <- w * I          (SECA-I; SECA-II is fed x + I)
+
+I   (T, N, C, H, W)     k = 5 neighbouring channels, zero padding        arXiv 2410.07547, sec. 4
+"""
+
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+
+class SECA(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from the channel means of the same image and step; k parameters.
+
+    Input and output (T, N, C, H, W) or any (..., C, H, W) with at least one leading dimension.
+    """
+
+    def __init__(self, kernel_size: int = 5):
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"the kernel size of SECA must be odd and positive, got {kernel_size}")
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, current: Tensor) -> Tensor:
+        mean = reduce(current, "... c h w -> ... c", "mean")
+        gate = self.conv(mean.reshape(-1, 1, mean.shape[-1])).sigmoid()  # (T N) 1 C
+        return current * rearrange(gate.view(mean.shape), "... c -> ... c 1 1")

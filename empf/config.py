@@ -1,0 +1,133 @@
+"""One frozen dataclass is the configuration of a training run, its command line and its metadata in the checkpoint."""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+from types import UnionType
+from typing import get_args, get_type_hints
+
+from empf.data import DATASETS
+from empf.models import ARCHS, NEURONS, WEIGHTS
+from empf.neuron import ACTIVATIONS
+from empf.online import LEARNING
+
+# What differs from the defaults of TrainConfig (the authors' recipe, for CIFAR) unless given on the command line.
+RECIPES = {
+    "digits": dict(
+        width=0.25, epochs=30, lr=0.05, warmup_epochs=2.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0, flip=False
+    ),
+}
+
+
+def setting(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every field is a flag of train.py, with dashes: `label_smoothing` is `--label-smoothing`."""
+
+    dataset: str = setting("digits", "data set", tuple(DATASETS))
+    data: str | None = setting(None, "local folder of the data set instead of the Hugging Face Hub")
+    arch: str = setting("resnet18", "network", ARCHS)
+    width: float = setting(1.0, "multiplier of all channel counts")
+    T: int = setting(4, "time steps")
+    weights: str = setting("binary", "synapses", WEIGHTS)
+    neuron: str = setting("empf", "neuron: vanilla EM-PF, with Mem-BN, or the LIF baseline", NEURONS)
+    parallel: float = setting(0.0, "share of parallel neurons, 0..1")
+    seca: int = setting(0, "channel attention", (0, 1, 2))
+    spike_bits: int | None = setting(None, "n-bit spikes, 1..8; without it spikes are floating point")
+    activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
+    learning: str = setting("random", "which steps are back-propagated", LEARNING)
+    steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
+    epochs: int = setting(300, "passes over the training set")
+    batch_size: int = setting(64, "images per batch and process")
+    lr: float = setting(0.01, "peak learning rate of SGD with Nesterov momentum 0.9")
+    weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr; then cosine to 0")
+    crop: bool = setting(True, "random crop after zero padding")
+    flip: bool = setting(True, "random horizontal flip")
+    cutout: int = setting(0, "side of the square cut out, in pixels; 0 is off")
+    mixup: float = setting(0.8, "alpha of mixup; 0 is off")
+    cutmix: float = setting(1.0, "alpha of cutmix; 0 is off; with mixup, one of the two per batch")
+    label_smoothing: float = setting(0.1, "share of the label spread over all classes")
+    ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
+    seed: int = setting(0, "of the initial weights, the data order, the augmentation and the drawn steps")
+    limit: int | None = setting(None, "use only the first so many training and test images")
+    mixed_precision: str = setting("no", "arithmetic of the activations", ("no", "bf16"))
+    threads: int = setting(0, "CPU threads per process; 0: the cores divided by the processes")
+    output_dir: str | None = setting(None, "run folder; default: the first free runs/DATASET-ARCH[-N]")
+    save_minutes: float = setting(10.0, "also save within an epoch after so many minutes")
+    max_steps: int | None = setting(None, "save and stop after so many batches of this call; --resume continues")
+    tracker: str | None = setting(None, "also log to a tracker of Accelerate, e.g. tensorboard")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, types = getattr(self, f.name), field_types(type(self), f.name)
+            if type(value) not in types and not (type(value) is int and float in types):
+                raise ValueError(f"{f.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
+        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, limit=1, max_steps=1, seed=0, threads=0)
+        at_least |= dict(weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0)
+        for name, bound in at_least.items():
+            if (value := getattr(self, name)) is not None and not value >= bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        if not (self.lr > 0 and 0 <= self.label_smoothing < 1 and 0 <= self.ema < 1):
+            raise ValueError(
+                "lr must be positive, label_smoothing and ema in [0, 1), "
+                f"got {self.lr}, {self.label_smoothing} and {self.ema}"
+            )
+        if self.steps_per_batch > self.T:
+            raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainConfig":
+        """Build from a dict; an unknown key is a ValueError that names it."""
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ValueError(f"unknown setting {', '.join(unknown)}")
+        return cls(**values)
+
+
+def field_types(cls, name: str) -> tuple[type, ...]:
+    hint = get_type_hints(cls)[name]
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of train.py. Flags that are not given are absent from the namespace."""
+    p = argparse.ArgumentParser(
+        description="Train a spiking network online.", argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    for f in fields(TrainConfig):
+        kind = next(t for t in field_types(TrainConfig, f.name) if t is not type(None))
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"] + f" (default: {f.default})"
+        if kind is bool:
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            p.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text)
+    p.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
+    return p
+
+
+def from_flags(given: dict) -> TrainConfig:
+    """The configuration of a new run: defaults, then the recipe of the data set, then the given flags."""
+    recipe = RECIPES.get(given.get("dataset", TrainConfig.dataset), {})
+    return TrainConfig.from_dict({**recipe, **given})
+
+
+RESUME_MAY_CHANGE = ("data", "threads", "save_minutes", "max_steps", "tracker")  # they leave the numbers alone
+
+
+def for_resume(stored: dict, given: dict) -> TrainConfig:
+    """The configuration of a resumed run; a given flag may not contradict what the run was started with."""
+    for name, value in given.items():
+        if name not in RESUME_MAY_CHANGE and value != stored.get(name):
+            raise ValueError(
+                f"the run was started with {name} = {stored.get(name)}, not {value}: leave --{name.replace('_', '-')} "
+                "out to continue it, or start a new run without --resume"
+            )
+    return TrainConfig.from_dict({**stored, **{"max_steps": None}, **given})

@@ -1,0 +1,352 @@
+"""Networks: pre-activation spiking ResNet-18, -19, -34 and the VGG-SNN for events.
+
+stem: convolution + BN (full precision), once per batch for a static image
+block: I1 = BN(conv(neuron(x)));  I2 = BN(conv(neuron(I1)));  x <- I2 + shortcut
+shortcut: x, or BN(conv1x1(neuron(x))) where the shape changes: synapses only ever see spikes
+head: global average pooling of the current, linear layer (full precision), logits of every step
+
+image (N, C, H, W) or events (T, N, C, H, W)  ->  logits (T, N, classes)      arXiv 2410.07547, sec. 5
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from empf.attention import SECA
+from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
+from empf.synapse import BinaryConv2d, BinaryLinear
+
+ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
+WEIGHTS = ("binary", "ternary", "full")
+NEURONS = ("empf", "mem_bn", "lif")
+
+RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
+    "resnet18": ([2, 2, 2, 2], [64, 128, 256, 512], None),
+    "resnet19": ([3, 3, 2], [128, 256, 512], 256),
+    "resnet34": ([3, 4, 6, 3], [64, 128, 256, 512], None),
+}
+VGG = [64, 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a network.
+
+    Args:
+        arch: resnet18 | resnet19 | resnet34 | vgg_snn.
+        num_classes, in_channels, image_size: shape of the task; the stem follows from image_size
+            (up to 48: 3x3; up to 96: 3x3 + max-pool; larger: 7x7 stride 2 + max-pool).
+        T: time steps.
+        weights: binary | ternary | full.
+        neuron: empf | mem_bn | lif (baseline).
+        parallel: share of parallel neurons, 0..1; at 0.5 the second neuron of each block is parallel.
+        seca: channel attention, 0 (none), 1 (SECA-I) or 2 (SECA-II).
+        spike_bits: n-bit spikes, None (floating point) or 1..8.
+        activation: relu | sigmoid | tanh | softplus | gelu.
+        width: multiplier of all channel counts.
+    """
+
+    arch: str = "resnet18"
+    num_classes: int = 10
+    in_channels: int = 3
+    image_size: int = 32
+    T: int = 4
+    weights: str = "binary"
+    neuron: str = "empf"
+    parallel: float = 0.0
+    seca: int = 0
+    spike_bits: int | None = None
+    activation: str = "relu"
+    width: float = 1.0
+
+    def __post_init__(self):
+        choices = {
+            "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
+            "spike_bits": (None, *range(1, 9)),
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        for name in ("num_classes", "in_channels", "image_size", "T"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.parallel <= 1:
+            raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
+        if self.width <= 0:
+            raise ValueError(f"width must be positive, got {self.width}")
+        if self.neuron == "lif" and (self.parallel or self.spike_bits is not None or self.activation != "relu"):
+            raise ValueError("the LIF baseline has binary spikes: it takes no parallel, spike_bits or activation")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """Build from a dict; an unknown key is a ValueError that names it."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown model setting {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class StepBatchNorm(nn.Module):
+    """Batch norm of (k, N, C, H, W) over the batch of one time step: statistics per step while training.
+
+    Gain and bias (C,) and the running statistics are shared by the steps. `repeat` (forward): the input stands for that
+    many equal steps, so the running statistics move as if it had been seen that often.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.frozen_norm = False  # True: training uses the running statistics and leaves them alone
+
+    def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
+        stats = (self.running_mean, self.running_var, self.weight, self.bias)
+        if not self.training or self.frozen_norm:
+            return over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
+        momentum = 1 - (1 - self.momentum) ** repeat
+        steps = [F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x]  # N C H W
+        return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
+
+
+def over_steps(layer, x: Tensor) -> Tensor:
+    """Apply a layer without state to all steps as one folded batch: (k, N, ...) -> (k, N, ...)."""
+    y = layer(x.flatten(0, 1))  # (k N) ...
+    return y.unflatten(0, x.shape[:2])
+
+
+class Builder:
+    """Makes the parts of one network from its configuration and deals out the parallel neurons."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.neurons = 0
+
+    def channels(self, base: int) -> int:
+        return max(1, round(base * self.config.width))
+
+    def neuron(self, channels: int) -> nn.Module:
+        c, i = self.config, self.neurons
+        self.neurons += 1
+        if c.neuron == "lif":
+            return LIFNeuron(c.T)
+        parallel = int((i + 1) * c.parallel) > int(i * c.parallel)  # evenly spread; at 0.5 every second one
+        return EMPFNeuron(
+            c.T, channels, mem_bn=c.neuron == "mem_bn" and not parallel, parallel=parallel,
+            spike_bits=c.spike_bits, activation=c.activation,
+        )  # fmt: skip
+
+    def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+        if self.config.weights == "full":
+            return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+        return BinaryConv2d(c_in, c_out, kernel, stride, kernel // 2, kind=self.config.weights)
+
+    def linear(self, c_in: int, c_out: int) -> nn.Module:
+        if self.config.weights == "full":
+            return nn.Linear(c_in, c_out, bias=False)
+        return BinaryLinear(c_in, c_out, kind=self.config.weights)
+
+
+class SpikingConv(nn.Module):
+    """Neuron, convolution, BN and, if configured, channel attention: current (k, N, C, H, W) -> current.
+
+    `pool`: the spikes are average-pooled 2x2 on their way to the convolution.
+    """
+
+    def __init__(self, make: Builder, c_in: int, c_out: int, stride: int = 1, pool: bool = False):
+        super().__init__()
+        self.neuron = make.neuron(c_in)
+        self.pool = nn.AvgPool2d(2) if pool else None
+        self.conv = make.conv(c_in, c_out, 3, stride)
+        self.bn = StepBatchNorm(c_out)
+        self.seca = SECA() if make.config.seca else None
+        # SECA-II: the current before and after the synapse, where both have the same shape
+        self.skip = make.config.seca == 2 and c_in == c_out and stride == 1 and not pool
+
+    def fire(self, x: Tensor) -> Tensor:
+        spikes = self.neuron(x)
+        return spikes if self.pool is None else over_steps(self.pool, spikes)
+
+    def integrate(self, spikes: Tensor, x: Tensor) -> Tensor:
+        current = self.bn(over_steps(self.conv, spikes))
+        if self.seca is None:
+            return current
+        return self.seca(x + current if self.skip else current)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.integrate(self.fire(x), x)
+
+
+class Block(nn.Module):
+    """Pre-activation residual block of two spiking convolutions."""
+
+    def __init__(self, make: Builder, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.conv1 = SpikingConv(make, c_in, c_out, stride)
+        self.conv2 = SpikingConv(make, c_out, c_out)
+        self.shortcut = None
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.ModuleDict({"conv": make.conv(c_in, c_out, 1, stride), "bn": StepBatchNorm(c_out)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.conv1.fire(x)
+        current = self.conv2(self.conv1.integrate(spikes, x))
+        if self.shortcut is not None:
+            x = self.shortcut["bn"](over_steps(self.shortcut["conv"], spikes))
+        return current + x
+
+
+class Stem(nn.Module):
+    """Full-precision convolution, BN and, for larger images, max-pooling: (k, N, C, H, W) -> (k, N, C', H', W')."""
+
+    def __init__(self, in_channels: int, channels: int, image_size: int):
+        super().__init__()
+        large = image_size > 96
+        self.conv = nn.Conv2d(
+            in_channels, channels, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False
+        )
+        self.bn = StepBatchNorm(channels)
+        self.pool = nn.MaxPool2d(3, 2, 1) if image_size > 48 else None
+
+    def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
+        x = self.bn(over_steps(self.conv, x), repeat)
+        return x if self.pool is None else over_steps(self.pool, x)
+
+
+class SpikingNetwork(nn.Module):
+    """Base of the networks: time, input checks and the two orders of computation.
+
+    `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state; `model(x, steps=k, past=p)`: p
+    steps without gradient, which only carry the state, then k steps: their logits (k, N, classes) are returned.
+    x: images (N, C, H, W), the same in every step, or events (T, N, C, H, W) (or just the frames of the steps to run).
+    Each call goes layer by layer; calls with steps=1 go step by step and give the same numbers.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.t = 0
+
+    def reset(self) -> None:
+        self.t = 0
+
+    def encode(self, x: Tensor, repeat: int) -> Tensor:
+        """Input current of the first neurons (k, N, C, H, W); k = 1 for a static image."""
+        return self.stem(x, repeat)
+
+    def body(self, current: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
+        steps = self.config.T - self.t - past if steps is None else steps
+        x = self._check_input(x, steps, past)
+        static = len(x) == 1
+        current = self.encode(x, repeat=past + steps if static else 1)
+        past_current, current = (current, current) if static else (current[:past], current[past:])
+        if past:
+            with torch.no_grad():
+                self.body(past_current.detach().expand(past, *past_current.shape[1:]))
+        logits = self.body(current.expand(steps, *current.shape[1:]))
+        self.t += past + steps
+        return logits
+
+    def _check_input(self, x: Tensor, steps: int, past: int) -> Tensor:
+        """The frames to run as (k, N, C, H, W); k = 1 for a static image."""
+        c, total = self.config, past + steps
+        if steps < 1 or past < 0 or self.t + total > c.T:
+            raise ValueError(
+                f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "
+                "new batch, or ask for fewer steps"
+            )
+        wanted = (c.in_channels, c.image_size, c.image_size)
+        if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != wanted:
+            raise ValueError(
+                f"the input must be images (N, {', '.join(map(str, wanted))}) or events (T, N, ...), "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.dim() == 4:
+            return x.unsqueeze(0)
+        if len(x) not in (total, c.T):
+            raise ValueError(f"{total} steps to run with T = {c.T}, but the input has {len(x)} frames")
+        return x if len(x) == total else x[self.t : self.t + total]
+
+
+class ResNet(SpikingNetwork):
+    """Spiking pre-activation ResNet; see the module's docstring and `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        depths, widths, hidden = RESNETS[config.arch]
+        make = Builder(config)
+        c_in = make.channels(64 if hidden is None else widths[0])
+        self.stem = Stem(config.in_channels, c_in, config.image_size)
+        blocks = []
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            for i in range(depth):
+                blocks.append(Block(make, c_in, make.channels(width), stride=2 if stage > 0 and i == 0 else 1))
+                c_in = make.channels(width)
+        self.blocks = nn.Sequential(*blocks)
+        self.hidden = None
+        if hidden is not None:
+            self.hidden = nn.ModuleDict({"linear": make.linear(c_in, make.channels(hidden))})
+            c_in = make.channels(hidden)
+            self.hidden["neuron"] = make.neuron(c_in)
+        self.head = nn.Linear(c_in, config.num_classes)
+
+    def body(self, current: Tensor) -> Tensor:
+        x = self.blocks(current).mean((-2, -1))  # k N C
+        if self.hidden is not None:
+            x = self.hidden["neuron"](self.hidden["linear"](x))
+        return self.head(x)
+
+
+class VGGSNN(SpikingNetwork):
+    """VGG-SNN for event frames: spiking convolutions with average pooling of the spikes; see `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        make = Builder(config)
+        c_in, size = make.channels(VGG[0]), config.image_size
+        self.stem = Stem(config.in_channels, c_in, image_size=1)  # 3x3, never pooled: the pooling follows the neurons
+        layers, pool = [], False
+        for item in VGG[1:]:
+            if item == "P":
+                pool, size = True, size // 2
+                continue
+            layers.append(SpikingConv(make, c_in, make.channels(item), pool=pool))
+            c_in, pool = make.channels(item), False
+        if size < 1:
+            raise ValueError(f"vgg_snn pools four times and needs images of at least 16x16, got {config.image_size}")
+        self.layers = nn.Sequential(*layers)
+        self.neuron = make.neuron(c_in)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(c_in * size * size, config.num_classes)
+
+    def body(self, current: Tensor) -> Tensor:
+        spikes = over_steps(self.pool, self.neuron(self.layers(current)))
+        return self.head(rearrange(spikes, "t n c h w -> t n (c h w)"))
+
+
+def build(config: ModelConfig) -> SpikingNetwork:
+    """The network of a configuration, freshly initialised."""
+    return VGGSNN(config) if config.arch == "vgg_snn" else ResNet(config)
+
+
+def _builder(arch: str, **defaults):
+    def make(**config) -> SpikingNetwork:
+        return build(ModelConfig.from_dict({**defaults, **config, "arch": arch}))
+
+    make.__name__ = arch
+    make.__doc__ = f"Build {arch}; keywords are the fields of `ModelConfig`. Returns logits (T, N, classes)."
+    return make
+
+
+resnet18, resnet19, resnet34 = _builder("resnet18"), _builder("resnet19"), _builder("resnet34")
+vgg_snn = _builder("vgg_snn", in_channels=2, image_size=48, T=10)

@@ -1,0 +1,209 @@
+"""The run folder: what a training run leaves on disk, written so that a crash at any moment loses nothing.
+
+    config.json         everything needed to rebuild the model: settings, class names, normalisation, commit, versions
+    model.safetensors   the weights to evaluate (their moving average where --ema is on)
+    metrics.jsonl       one line per epoch
+    curves.png          loss and accuracy
+    state/state.pt      everything needed to continue: weights, optimizer, position, random state, history
+
+Each file is written beside its place, flushed to the disk and renamed, so it is whole or the old one. `state.pt` alone
+decides where a resumed run continues; the other files follow from it.
+"""
+
+import json
+import os
+import pickle
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from empf.models import ModelConfig, SpikingNetwork, build
+
+FORMAT = 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the file by `data`, or leave it as it was. Raises OSError with one sentence where the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error.strerror}); the file of the last save is untouched") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple) -> None:
+    """Write config.json."""
+    config = {
+        "format": FORMAT,
+        "model": model.to_dict(),
+        "train": train,
+        "seed": train["seed"],
+        "classes": classes,
+        "normalisation": {"mean": list(mean), "std": list(std)},
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: installed(name) for name in ("empf", "torch", "triton", "accelerate", "datasets", "numpy")},
+    }
+    write_atomic(run / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with "-dirty" behind it where files were changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_config(run: str | Path) -> dict:
+    """config.json of a run folder. Raises FileNotFoundError or ValueError with one sentence."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} is not a run folder, it has no config.json: give the folder that train.py wrote"
+        )
+    try:
+        config = json.loads(path.read_text())
+        found = config["format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} has format {found}, this version reads format {FORMAT}: use the version that wrote it"
+        )
+    return config
+
+
+def save_state(run: Path, state: dict) -> None:
+    """Write state/state.pt, the one file from which a run continues."""
+    buffer = BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomic(run / "state" / "state.pt", buffer.getvalue())
+
+
+def load_state(run: Path) -> dict:
+    """Read state/state.pt; only tensors and plain values are unpickled. Raises with one sentence."""
+    path = Path(run) / "state" / "state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint in {run}, {path} is missing: start the run anew")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): restore it from a copy or start anew") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version (format {FORMAT}): use the version that wrote it")
+    return state
+
+
+def save_results(run: Path, model: SpikingNetwork, history: list[dict], title: str) -> None:
+    """Write model.safetensors, metrics.jsonl and, where matplotlib is installed, curves.png with this title."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
+    if has_matplotlib():
+        plot_curves(run, history, title)
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
+    """Rebuild the trained model of a run folder, in eval mode.
+
+    Raises FileNotFoundError or ValueError with one sentence if the folder is incomplete, damaged or belongs to another
+    architecture than its config.json says.
+    """
+    path = Path(run) / "model.safetensors"
+    model = build(ModelConfig.from_dict(read_config(run)["model"]))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: train for at least one epoch, or give another run folder")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from error
+    load_weights(model, tensors, path)
+    return model.eval().to(device)
+
+
+def load_weights(model: SpikingNetwork, tensors: dict, source: Path) -> None:
+    """Load a state dict that must fit exactly; otherwise a ValueError that names the first difference."""
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        here, there = (tuple(d[name].shape) if name in d else None for d in (wanted, tensors))
+        if here != there:
+            what = "is missing in it" if there is None else "is not part of the model" if here is None else "differs"
+            shapes = f" (model {here}, file {there})" if here and there else ""
+            raise ValueError(
+                f"{source} belongs to another architecture than the configured {model.config.arch}: {name} {what}"
+                f"{shapes}; give the run folder it was written to"
+            )
+    model.load_state_dict(tensors)
+
+
+def free_folder(base: Path) -> Path:
+    """The first of base, base-2, base-3, ... that does not exist yet."""
+    folder, n = base, 1
+    while folder.exists():
+        n += 1
+        folder = base.with_name(f"{base.name}-{n}")
+    return folder
+
+
+def has_matplotlib() -> bool:
+    return installed("matplotlib") is not None
+
+
+def plot_curves(run: Path, history: list[dict], title: str) -> None:
+    """Draw curves.png: training loss, and test accuracy after each time step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [r["epoch"] for r in history]
+    accuracy = [r["accuracy"] for r in history]
+    T = len(accuracy[0])
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    marker = "o" if len(epochs) == 1 else None
+    left.plot(epochs, [r["loss"] for r in history], color="tab:red", marker=marker)
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", ylim=(0, None))
+    shades = matplotlib.colormaps["viridis_r"]
+    for t in range(T):
+        color = shades(0.25 + 0.75 * (t + 1) / T)
+        label = f"t = {t + 1}: {accuracy[-1][t]:.2f} %"
+        right.plot(
+            epochs, [a[t] for a in accuracy], color=color, marker=marker, linewidth=1 + (t + 1 == T), label=label
+        )
+    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    right.legend(title="after time step, last epoch", loc="lower right")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.suptitle(title)
+    buffer = BytesIO()
+    fig.savefig(buffer, dpi=120)
+    plt.close(fig)
+    write_atomic(run / "curves.png", buffer.getvalue())

@@ -1,0 +1,112 @@
+"""Synapses of 1 bit (binary) and 1.5 bit (ternary): convolution and linear layer with a latent full-precision weight.
+
+    binary    Wb = a_c * sign(W)                 a_c = mean|W| over the fan-in of output channel c, sign(0) = +1
+    ternary   Wt = a_c * sign(W) * [|W| > d_c]   d_c = 0.7 * mean|W|, a_c = mean of |W| over the kept entries
+
+Backward: straight-through, zero where |W| > 1; a_c and d_c are constants for the gradient.    arXiv 2410.07547, sec. 4
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("binary", "ternary")
+GRANULARITIES = ("channel", "layer")
+
+
+@torch.no_grad()
+def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel") -> Tensor:
+    """The effective weight of a latent weight (N, ...): Wb or Wt of the module's docstring, same shape and dtype.
+
+    `granularity` "layer" takes the means over the whole tensor instead of over each output channel.
+    Raises ValueError for an unknown kind or granularity.
+    """
+    if kind not in KINDS or granularity not in GRANULARITIES:
+        raise ValueError(
+            f"kind must be one of {KINDS} and granularity one of {GRANULARITIES}, got {kind}, {granularity}"
+        )
+    rows = w.flatten(1) if granularity == "channel" else w.reshape(1, -1)  # one row per scale
+    magnitude = rows.abs()
+    if kind == "binary":
+        scale = magnitude.mean(1, keepdim=True)
+        return torch.where(rows < 0, -scale, scale).view_as(w)
+    kept = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
+    scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return (rows.sign() * kept * scale).view_as(w)
+
+
+class StraightThrough(torch.autograd.Function):
+    """Stands the effective weight in for the latent one; the gradient passes where |W| <= 1."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, effective: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return effective.view_as(effective)
+
+    @staticmethod
+    def backward(ctx, d_effective: Tensor):
+        (w,) = ctx.saved_tensors
+        return d_effective * (w.abs() <= 1), None
+
+
+class QuantizedWeight:
+    """Mixin: `effective_weight()` of `self.weight`, formed once per weight update and kept for the steps of a batch.
+
+    It is formed anew when the weight has been written to (torch's version counter), moved, or after `reset()`, which
+    starts every batch: so a write that the counter does not see (through `.data`) is picked up as well.
+    """
+
+    kind: str
+    granularity: str
+
+    def reset(self) -> None:
+        self._formed: tuple | None = None
+
+    def effective_weight(self) -> Tensor:
+        w = self.weight
+        key = (w._version, w.data_ptr(), w.dtype)
+        if self._formed is None or self._formed[0] != key:
+            self._formed = (key, quantize_weight(w, self.kind, self.granularity))
+        effective = self._formed[1]
+        return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
+
+    def _check_kind(self, kind: str, granularity: str) -> None:
+        quantize_weight(torch.ones(1, 1), kind, granularity)
+        self.kind, self.granularity = kind, granularity
+        self.reset()
+
+    def __getstate__(self):  # copies and pickles form their own effective weight
+        return {**self.__dict__, "_formed": None}
+
+
+class BinaryConv2d(QuantizedWeight, nn.Conv2d):
+    """Convolution (N, C, H, W) -> (N, C_out, H', W') with binary or ternary weights and no bias.
+
+    Args as `nn.Conv2d`; `kind` "binary" | "ternary", `granularity` of the scales "channel" | "layer".
+    """
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, *, kind="binary", granularity="channel"
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self._check_kind(kind, granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.effective_weight(), None, self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}"
+
+
+class BinaryLinear(QuantizedWeight, nn.Linear):
+    """Linear layer (..., C) -> (..., C_out) with binary or ternary weights; `bias` stays full precision."""
+
+    def __init__(self, in_features, out_features, bias=False, *, kind="binary", granularity="channel"):
+        super().__init__(in_features, out_features, bias)
+        self._check_kind(kind, granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.effective_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}"

@@ -1,0 +1,369 @@
+"""Convolution with packed weights and T steps of a spiking neuron behind it, in one launch; inference.
+
+    I[t] = scale * conv2d(x[t], sign) + bias + residual[t]      scale and bias may hold a folded batch normalisation
+    spikes, v = neuron_update(I, v, leak, threshold, gain, shift, bits, step)
+
+    x                (T, N, C, H, W)       fp32 | fp16 | bf16, or uint8 codes (value = code * in_step)
+    words            as in conv.py
+    scale, bias      (O,)
+    residual         (T, N, O, OH, OW)
+    v                (N, O, OH, OW)        None = 0; computed and returned in fp32
+    leak, threshold  (T,) or (T, O)
+    gain, shift      (T, O)                folded Mem-BN
+    spikes           (T, N, O, OH, OW)     dtype of x (fp32 for codes), or uint8 codes        arXiv 2410.07547, sec. 4
+
+A tile holds up to 8 time steps of the same pixels, step after step, so the weights are unpacked once for all of them and the
+currents never leave registers; for other T it is computed T/8, T/4, ... times with v kept in registers in between.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .conv import (
+    binary_conv2d_ref,
+    check_conv,
+    check_like,
+    constants,
+    conv_operands,
+    conv_tile,
+    current_tile,
+    output_position,
+    output_size,
+    pick_tile,
+    result_dtype,
+)
+from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
+from .neuron import _neuron_step, _spike_codes, neuron_update_ref
+from .pack import PackedWeight
+
+MAX_STEPS = 8  # time steps in one tile: more would leave each fewer pixels than an instruction needs
+
+
+def binary_conv2d_neuron_ref(
+    x: Tensor,
+    packed: PackedWeight,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    bits: int | None = None,
+    step: float = 0.25,
+    in_step: float | None = None,
+    codes: bool = False,
+    parallel: bool = False,
+    return_current: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Definition of `binary_conv2d_neuron`: `binary_conv2d_ref`, then `neuron_update_ref`, in fp32 (fp64 for an fp64 x)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out_dtype = result_dtype(x, out_dtype)
+    folded = x.flatten(0, 1)  # (T N) C H W
+    current = binary_conv2d_ref(
+        folded, packed, stride=stride, padding=padding, bias=bias, step=in_step, out_dtype=dtype
+    ).unflatten(0, x.shape[:2])
+    if residual is not None:
+        current = current + residual.to(dtype)
+    spikes, v = neuron_update_ref(
+        current, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes, parallel=parallel
+    )
+    spikes = spikes if codes else spikes.to(out_dtype)
+    return (spikes, v, current.to(out_dtype)) if return_current else (spikes, v)
+
+
+@triton.jit
+def split_steps(x, LOG_STEPS: tl.constexpr):
+    """(ROWS, steps * PIXELS), step after step, into one (ROWS, PIXELS) for each step; costs no instructions."""
+    parts = (x,)
+    for level in tl.static_range(LOG_STEPS):
+        halves = ()
+        for i in tl.static_range(1 << level):
+            pair = tl.reshape(parts[i], (parts[i].shape[0], 2, parts[i].shape[1] // 2))
+            first, second = tl.split(tl.permute(pair, (0, 2, 1)))
+            halves = halves + (first, second)
+        parts = halves
+    return parts
+
+
+@triton.jit
+def _parameter(ptr, t, rows, OUT, PER_CHANNEL: tl.constexpr):
+    """Parameter of step t in fp32: (T, O) as (ROWS, 1), or (T,) as a scalar."""
+    if PER_CHANNEL:
+        p = tl.load(ptr + t * OUT + rows, mask=rows < OUT, other=0)[:, None]
+    else:
+        p = tl.load(ptr + t)
+    return p.to(tl.float32)
+
+
+@triton.jit
+def _binary_conv2d_neuron_kernel(
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    bias_ptr,
+    sums_ptr,
+    residual_ptr,
+    v_ptr,
+    leak_ptr,
+    threshold_ptr,
+    gain_ptr,
+    shift_ptr,
+    spikes_ptr,
+    v_out_ptr,
+    current_ptr,
+    in_step,
+    step,
+    inv_step,
+    OUT,
+    N,
+    P,
+    H,
+    W,
+    OH,
+    OW,
+    OUT_PADDED: tl.constexpr,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TERNARY: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    LOG_STEPS: tl.constexpr,
+    LEAK_C: tl.constexpr,
+    THRESHOLD_C: tl.constexpr,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    PARALLEL: tl.constexpr,
+):
+    X: tl.constexpr = x_ptr.dtype.element_ty
+    STEPS: tl.constexpr = 1 << LOG_STEPS
+    PIXELS: tl.constexpr = COLUMNS // STEPS
+    FOLDED: tl.constexpr = gain_ptr is not None
+    tiles = tl.cdiv(OUT, ROWS)
+    first = tl.program_id(0) % tiles * ROWS
+    rows = first + tl.arange(0, ROWS)
+    start = tl.program_id(0) // tiles * PIXELS
+    j = tl.arange(0, COLUMNS)
+    image, row, column = output_position(tl.minimum(start + j % PIXELS, P - 1), OH, OW)
+    p = start + tl.arange(0, PIXELS)
+    mask = (p < P)[:, None] & (rows < OUT)[None, :]
+    offsets = p.to(tl.int64)[:, None] * OUT + rows[None, :]  # (PIXELS, ROWS): stores run along the channels
+    size = tl.cast(P, tl.int64) * OUT  # of one time step; T of them may exceed 2^31
+    v = tl.zeros((ROWS, PIXELS), tl.float32)
+    if v_ptr is not None:
+        v = tl.trans(tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32))
+    leak, gain, shift = 0.0, 0.0, 0.0
+    for t0 in range(0, T, STEPS):
+        acc = conv_tile(
+            x_ptr, words_ptr, (t0 + j // PIXELS) * tl.cast(N, tl.int64) + image, row, column, first, H, W,
+            OUT_PADDED, C, KH, KW, STRIDE, PADDING, TERNARY, PARTS, ROWS, COLUMNS, BLOCK,
+        )  # fmt: skip
+        currents = split_steps(
+            current_tile(acc, scale_ptr, bias_ptr, sums_ptr, in_step, rows, OUT, X, KH * KW, C, TERNARY), LOG_STEPS
+        )
+        for i in tl.static_range(STEPS):
+            t = t0 + i
+            current = currents[i]
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + t * size + offsets, mask=mask, other=0)
+                current += tl.trans(residual.to(tl.float32))
+            if current_ptr is not None:
+                current_out = tl.trans(current).to(current_ptr.dtype.element_ty)
+                tl.store(current_ptr + t * size + offsets, current_out, mask=mask)
+            threshold = _parameter(threshold_ptr, t, rows, OUT, THRESHOLD_C)
+            if not PARALLEL:
+                leak = _parameter(leak_ptr, t, rows, OUT, LEAK_C)
+            if FOLDED:
+                gain = _parameter(gain_ptr, t, rows, OUT, True)
+                shift = _parameter(shift_ptr, t, rows, OUT, True)
+            _, mh, s = _neuron_step(current, v, leak, threshold, gain, shift, FOLDED, PARALLEL)
+            v = mh - s
+            if BITS:
+                s = _spike_codes(s, inv_step, BITS)
+                if not CODES:
+                    s = s * step
+            tl.store(spikes_ptr + t * size + offsets, tl.trans(s).to(spikes_ptr.dtype.element_ty), mask=mask)
+    if not PARALLEL:
+        tl.store(v_out_ptr + offsets, tl.trans(v), mask=mask)
+
+
+def _launch(
+    x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
+    bits, step, codes, parallel, return_current, out_dtype,
+):  # fmt: skip
+    spikes, v_out, current = _empty_outputs(
+        x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
+        bits, step, codes, parallel, return_current, out_dtype,
+    )  # fmt: skip
+    t, n, o, oh, ow = spikes.shape
+    p = n * oh * ow
+    columns = p * math.gcd(t, MAX_STEPS)
+    tile = pick_tile(x.element_size(), o, columns)
+    if p:
+        x = _fold(x)
+        LAUNCHES["binary_conv2d_neuron"] += 1
+        _binary_conv2d_neuron_kernel[(triton.cdiv(o, tile.rows) * triton.cdiv(columns, tile.columns),)](
+            x, words, scale, bias, sums, None if residual is None else _fold(residual),
+            None if v is None or parallel else v.contiguous(memory_format=torch.channels_last),
+            None if parallel else leak, threshold, gain, shift,
+            spikes, None if parallel else v_out, current if return_current else None,
+            in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow,
+            **constants(x.element_size(), words.shape[1], shape, ternary, stride, padding, tile),
+            **neuron_constants(t, leak, threshold, bits, codes, parallel),
+        )  # fmt: skip
+    return spikes, v_out, current
+
+
+@torch.library.custom_op(f"{OPS}::binary_conv2d_neuron", mutates_args=())
+def _conv2d_neuron_op(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    residual: Tensor | None,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    in_step: float,
+    shape: Sequence[int],
+    ternary: bool,
+    stride: int,
+    padding: int,
+    bits: int,
+    step: float,
+    codes: bool,
+    parallel: bool,
+    return_current: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(spikes, v, current), the last two empty where they are not wanted; `bits` is 0 for no quantiser."""
+    return _launch(
+        x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
+        bits, step, codes, parallel, return_current, out_dtype,
+    )  # fmt: skip
+
+
+def neuron_constants(t: int, leak, threshold, bits: int, codes: bool, parallel: bool) -> dict:
+    """What the kernel is compiled for beyond the constants of the convolution."""
+    return {
+        "T": t, "LOG_STEPS": math.gcd(t, MAX_STEPS).bit_length() - 1, "LEAK_C": leak is not None and leak.ndim == 2,
+        "THRESHOLD_C": threshold.ndim == 2, "BITS": bits, "CODES": codes, "PARALLEL": parallel,
+    }  # fmt: skip
+
+
+@_conv2d_neuron_op.register_fake
+def _empty_outputs(
+    x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
+    bits, step, codes, parallel, return_current, out_dtype,
+):  # fmt: skip
+    t, n = x.shape[:2]
+    size = shape[0], *output_size(x.shape[3:], shape[2:], stride, padding)
+
+    def empty(images, dtype):
+        return torch.empty((images, *size), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    spikes = empty(t * n, torch.uint8 if codes else out_dtype).unflatten(0, (t, n))
+    v_out = x.new_empty(0, dtype=torch.float32) if parallel else empty(n, torch.float32)
+    current = empty(t * n, out_dtype).unflatten(0, (t, n)) if return_current else x.new_empty(0, dtype=out_dtype)
+    return spikes, v_out, current
+
+
+def _fold(x):
+    """(T, N, C, H, W) as (T N, C, H, W), channels_last; a view where it lies so already."""
+    return x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def binary_conv2d_neuron(
+    x: Tensor,
+    packed: PackedWeight,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    bits: int | None = None,
+    step: float = 0.25,
+    in_step: float | None = None,
+    codes: bool = False,
+    parallel: bool = False,
+    return_current: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Packed convolution, folded normalisation, residual and T neuron steps in one launch: (spikes, v[, current]).
+
+    I[t] = scale * conv2d(x[t], sign) + bias + residual[t], in fp32, then `neuron_update(I, v, leak, threshold, ...)`: see
+    there for gain, shift, bits, step, codes and parallel, and `binary_conv2d` for the convolution and the precision of fp32.
+    x (T, N, C, H, W) may hold uint8 codes of value code * in_step. `codes` gives spikes as the uint8 codes that the next layer
+    reads, `return_current` also I, which a pre-activation block needs as its next residual. Spikes and current have the dtype
+    of x (fp32 for codes) unless `out_dtype` names another; v is fp32, and returned as given by a parallel neuron. channels_last
+    x and residual are read as they are, other layouts are converted first; what comes out is channels_last.
+
+    Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
+    """
+    check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=in_step, out_dtype=out_dtype, steps=True)
+    _check_neuron(x, packed, v, leak, threshold, stride, padding, residual, gain, shift, bits, step, codes, parallel)
+    tensors = (x, packed.scale, bias, residual, v, leak, threshold, gain, shift)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
+        raise ValueError("binary_conv2d_neuron is for inference and has no gradient: call it under torch.no_grad()")
+    if not use_triton(x):
+        return binary_conv2d_neuron_ref(
+            x, packed, v, leak, threshold, stride=stride, padding=padding, bias=bias, residual=residual, gain=gain,
+            shift=shift, bits=bits, step=step, in_step=in_step, codes=codes, parallel=parallel,
+            return_current=return_current, out_dtype=out_dtype,
+        )  # fmt: skip
+    words, sums = conv_operands(x, packed)
+    run = _conv2d_neuron_op if torch.compiler.is_compiling() else _launch  # the operator costs microseconds
+    spikes, v_out, current = run(
+        x, words, packed.scale, bias, sums, residual, v, leak, threshold, gain, shift,
+        1.0 if in_step is None else in_step, packed.shape, packed.kind == "ternary", stride, padding, bits or 0, step,
+        codes, parallel, return_current, result_dtype(x, out_dtype),
+    )  # fmt: skip
+    v_out = v if parallel else v_out
+    return (spikes, v_out, current) if return_current else (spikes, v_out)
+
+
+def _check_neuron(x, packed, v, leak, threshold, stride, padding, residual, gain, shift, bits, step, codes, parallel):
+    t, n, o = *x.shape[:2], packed.shape[0]
+    size = (n, o, *output_size(x.shape[3:], packed.shape[2:], stride, padding))
+    if t < 1:
+        raise ValueError(f"x must have at least one time step, got {tuple(x.shape)}")
+    if leak is None and not parallel:
+        raise ValueError("leak is needed unless parallel=True")
+    if (gain is None) != (shift is None):
+        raise ValueError(
+            f"gain and shift go together, got gain {gain if gain is None else tuple(gain.shape)}, shift "
+            f"{shift if shift is None else tuple(shift.shape)}"
+        )
+    if bits is not None and bits not in range(1, 9):
+        raise ValueError(f"bits must be None or from 1 to 8, got {bits}")
+    if codes and bits is None:
+        raise ValueError("codes=True needs bits")
+    if not 0 < step < float("inf"):
+        raise ValueError(f"step must be positive and finite, got {step}")
+    for name, p in {"leak": leak, "threshold": threshold}.items():
+        if p is not None:
+            check_like(x, (t, o) if p.ndim == 2 else (t,), **{name: p})
+    check_like(x, (t, o), gain=gain, shift=shift)
+    check_like(x, size, v=v)
+    check_like(x, (t, *size), residual=residual)

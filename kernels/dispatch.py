@@ -1,0 +1,80 @@
+"""Which implementation runs: the Triton kernels or their plain torch definitions.
+
+    mode     CUDA tensors       CPU tensors
+    auto     Triton             torch
+    on       Triton             Triton if TRITON_INTERPRET=1 was set before the import, else ValueError
+    off      torch              torch
+
+The mode is `auto` unless the environment variable EMPF_KERNELS (auto | on | off) or `set_backend` says otherwise.
+Where Triton is not installed, `auto` means torch and `on` is an error: nothing pretends to be a kernel.
+"""
+
+import os
+from collections import Counter
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+
+    HAVE_TRITON = True
+    INTERPRETED = bool(knobs.runtime.interpret)
+except ImportError:  # the definitions in plain torch still work
+
+    class _Absent:
+        """Stands in for `triton` and `tl` so that the kernel files can be imported; no kernel is ever launched."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    triton = tl = _Absent()
+    HAVE_TRITON = INTERPRETED = False
+
+OPS = __package__.replace(".", "_")  # operator namespace: two vendored copies must not collide in torch.library
+MODES = ("auto", "on", "off")
+LAUNCHES = Counter()  # kernel name -> launches in this process; tests assert with it that a kernel ran
+
+
+def set_backend(mode: str) -> None:
+    """Choose the implementation for this process: `auto`, `on` (Triton or an error) or `off` (torch). See the table."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"backend must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "on" and not HAVE_TRITON:
+        raise ValueError("backend 'on' needs Triton, which is not installed: pip install triton")
+    _mode = mode
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """The implementation that tensors on `device` get now: 'triton', 'triton-interpreter' or 'torch'."""
+    cuda = torch.device(device).type == "cuda"
+    if _mode == "off" or not HAVE_TRITON or (_mode == "auto" and not cuda):
+        return "torch"
+    return "triton-interpreter" if INTERPRETED else "triton"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """True if the kernels are to run on `x`; raises where mode `on` cannot be honoured."""
+    name = backend(x.device)
+    if name == "triton" and not x.is_cuda:
+        raise ValueError(
+            f"backend 'on' with a tensor on {x.device}: move it to a GPU, set TRITON_INTERPRET=1 before the import, "
+            "or choose set_backend('auto')"
+        )
+    return name != "torch"
+
+
+def _from_environment() -> str:
+    mode = os.environ.get("EMPF_KERNELS", "auto").lower()
+    if mode not in MODES:
+        raise ValueError(f"EMPF_KERNELS must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+_mode = "auto"
+set_backend(_from_environment())

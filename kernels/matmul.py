@@ -1,0 +1,425 @@
+"""Packed matrix product: y[m, n] = scale[n] * sum_k x[m, k] * sign[n, k] + bias[n].
+
+    x        (..., K)     fp32 | fp16 | bf16, or codes: uint8 (0..255) | int8 (-128..127) that stand for code * step
+    packed   (N, K)       PackedWeight, binary or ternary: see pack.py
+    bias     (N,)         fp32 | fp16 | bf16, optional
+    y        (..., N)     dtype of x (fp32 for codes) or `out_dtype`                        arXiv 2410.07547, sec. 4
+
+    x              product                       accumulated     error of the sum
+    fp16 | bf16    16-bit tensor cores           fp32            that of fp32 addition
+    codes          int8 tensor cores             int32           none
+    fp32           bf16 tensor cores, x split    fp32            2.5e-6; 5.7e-8 if torch.get_float32_matmul_precision() is
+                   in 2 or 3 bf16 terms                          'highest' (torch's default)
+
+The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: split over K. Many
+rows: a persistent grid. From `DENSE_ROWS` rows on, 16-bit x takes the dense library with weights unpacked once per call.
+uint8 costs one more operation per element than int8: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
+from .pack import PackedWeight, dot_signs, operand_scale, signs, unpack_words
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CODES = (torch.uint8, torch.int8)
+MAX_K_CODES = 2**18 - 1  # 128 * 64 * K stays below 2^31
+DENSE_ROWS = 2048  # from here on unpacking (7.8 us for 4096 x 4096 on an H200) is noise beside the product (87 us)
+PERSISTENT_ROWS = 2048
+
+
+class Config(NamedTuple):
+    """A tile of y is block_m rows of x by block_n outputs; each step takes block_k of K."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# By size of the operand in bytes: first for at most 16 rows, where K is split; then from the largest tile to the smallest.
+# Wide tiles (block_m) share one unpacked weight among more columns of the tensor core.
+CONFIGS = {
+    1: (Config(16, 64, 256, 4, 4), Config(256, 128, 128, 8, 3), Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
+    2: (Config(16, 64, 256, 4, 3), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    4: (Config(16, 64, 128, 4, 3), Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3)),
+}
+
+
+def binary_matmul_ref(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    *,
+    bias: torch.Tensor | None = None,
+    step: float | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The definition of `binary_matmul` in plain torch: the sum in at least fp32 (exact for codes), rounded once at the end."""
+    codes = x.dtype in CODES
+    wide = torch.float64 if codes else torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ signs(packed).to(wide).t()
+    if codes:
+        y = y.float() * (packed.scale * step)
+    else:
+        y = y * packed.scale
+    if bias is not None:
+        y = y + bias
+    return y.to(out_dtype or (torch.float32 if codes else x.dtype))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _binary_matmul_kernel(
+    x_ptr,  # M K
+    words_ptr,  # K'/E N'
+    scale_ptr,  # N
+    bias_ptr,  # N or None
+    sums_ptr,  # N, row sums of the signs, or None where x is not uint8
+    y_ptr,  # M N
+    partial_ptr,  # tiles, splits, BLOCK_N, BLOCK_M or None
+    arrived_ptr,  # tiles, zero, or None
+    step,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_w,
+    TERNARY: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    X: tl.constexpr = x_ptr.dtype.element_ty
+    INTEGER: tl.constexpr = X == tl.uint8 or X == tl.int8
+    W: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if X == tl.float32 else X)
+    ZERO: tl.constexpr = 128 if X == tl.uint8 else 0
+    E: tl.constexpr = 16 if TERNARY else 32
+    GROUP: tl.constexpr = 8  # tiles of x that share the words in L2
+
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    k_first = 0
+    k_last = K
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        k_first = tl.program_id(1) * share
+        k_last = tl.minimum(K, k_first + share)
+    rk = tl.arange(0, BLOCK_K)
+    rw = tl.arange(0, BLOCK_K // E)
+
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        first_m = tile // (GROUP * tiles_n) * GROUP
+        rows_m = tl.minimum(tiles_m - first_m, GROUP)
+        tile_m = first_m + tile % (GROUP * tiles_n) % rows_m
+        tile_n = tile % (GROUP * tiles_n) // rows_m
+        rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+        # The tile's first row in int64, for M * K may pass 2^31; within the tile and for the words int32 is enough.
+        x_first = x_ptr + tl.cast(tile_m * BLOCK_M, tl.int64) * stride_xm + k_first
+        words_first = words_ptr + k_first // E * stride_w
+        x_at = (tl.minimum(rm, M - 1) - tile_m * BLOCK_M)[None, :] * stride_xm + rk[:, None]
+        words_at = rw[:, None] * stride_w + rn[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
+        for k in range(k_first, k_last, BLOCK_K):
+            if BLOCK_M <= 16 and EVEN_K:  # rows past M would cost traffic here, where it is the limit
+                x = tl.load(x_first + x_at, mask=(rm < M)[None, :], other=ZERO)
+            elif BLOCK_M <= 16:
+                x = tl.load(x_first + x_at, mask=(rm < M)[None, :] & (k + rk < K)[:, None], other=ZERO)
+            elif EVEN_K:
+                x = tl.load(x_first + x_at)
+            else:
+                x = tl.load(x_first + x_at, mask=(k + rk < K)[:, None], other=ZERO)
+            if X == tl.uint8:
+                x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
+            w = unpack_words(tl.load(words_first + words_at), W, TERNARY)  # BLOCK_N BLOCK_K
+            acc = dot_signs(w, x, acc, PARTS)
+            x_first += BLOCK_K
+            words_first += BLOCK_K // E * stride_w
+
+        if SPLIT:
+            # Every program parks its part; the last to arrive adds them in a fixed order, so results do not vary.
+            splits = tl.num_programs(1)
+            at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            parts_ptr = partial_ptr + tl.cast(tile, tl.int64) * splits * (BLOCK_N * BLOCK_M)
+            tl.store(parts_ptr + tl.program_id(1) * (BLOCK_N * BLOCK_M) + at, acc)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1:
+                acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
+                for part in range(splits):
+                    acc += tl.load(parts_ptr + part * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
+                _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W, TERNARY)
+        else:
+            _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W, TERNARY)
+
+
+@triton.jit
+def _store_tile(
+    acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W: tl.constexpr, TERNARY: tl.constexpr
+):
+    """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
+    ONE: tl.constexpr = operand_scale(W, TERNARY)
+    scale = tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * tl.cast(step, tl.float32)
+    if W == tl.int8:
+        acc = acc >> 6  # exact: every term is a multiple of 64
+        if sums_ptr is not None:
+            acc += 128 * tl.load(sums_ptr + rn, mask=rn < N, other=0)[:, None]
+        y = acc.to(tl.float32) * scale[:, None]
+    else:
+        y = acc * (scale * (1.0 / ONE))[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(y_ptrs, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+@triton.jit
+def _unpack_kernel(
+    words_ptr,  # K'/E N'
+    scale_ptr,  # N or None
+    w_ptr,  # N K
+    N,
+    K,
+    stride_w,
+    TERNARY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The dense weight, times its scale where one is given, in the type of w."""
+    E: tl.constexpr = 16 if TERNARY else 32
+    OUT: tl.constexpr = w_ptr.dtype.element_ty
+    W: tl.constexpr = tl.float16 if OUT == tl.float16 else tl.bfloat16
+    ONE: tl.constexpr = operand_scale(W, TERNARY)
+    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rw = tl.program_id(1) * (BLOCK_K // E) + tl.arange(0, BLOCK_K // E)
+    w = unpack_words(tl.load(words_ptr + rw[:, None] * stride_w + rn[None, :]), W, TERNARY).to(tl.float32)
+    if scale_ptr is not None:
+        w *= (tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * (1.0 / ONE))[:, None]
+    else:
+        w *= 1.0 / ONE
+    w_ptrs = w_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :]
+    tl.store(w_ptrs, w.to(OUT), mask=(rn < N)[:, None] & (rk < K)[None, :])
+
+
+def _multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+_multiprocessors = functools.lru_cache(_multiprocessors)
+
+
+def _choose(m: int, n: int, k: int, itemsize: int, processors: int) -> tuple[Config, int]:
+    """The configuration and the number of parts that K is split into: the largest tile that occupies every processor."""
+    few, *tiles = CONFIGS[itemsize]
+    for config in [few] if m <= few.block_m else tiles:
+        programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+        if programs >= processors:
+            return config, 1
+    steps = triton.cdiv(k, config.block_k)
+    return config, max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
+
+
+def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
+    """x (M, K) with stride 1 along K -> y (M, N)."""
+    (m, k), n = x.shape, scale.shape[0]
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if m == 0:
+        return y
+    if x.dtype in (torch.float16, torch.bfloat16) and m >= DENSE_ROWS:
+        return _dense(x, words, scale, bias, ternary, out_dtype)
+    processors = _multiprocessors(x.device)
+    config, splits = _choose(m, n, k, x.element_size(), processors)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    partial = arrived = None
+    if splits > 1:
+        kind = torch.int32 if x.dtype in CODES else torch.float32
+        partial = torch.empty(tiles * splits * config.block_m * config.block_n, dtype=kind, device=x.device)
+        arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    LAUNCHES["binary_matmul"] += 1
+    _binary_matmul_kernel[(min(tiles, processors) if m >= PERSISTENT_ROWS else tiles, splits)](
+        x,
+        words,
+        scale,
+        bias,
+        sums,
+        y,
+        partial,
+        arrived,
+        step,
+        m,
+        n,
+        k,
+        x.stride(0),
+        words.stride(0),
+        TERNARY=ternary,
+        PARTS=3 if torch.get_float32_matmul_precision() == "highest" else 2,
+        EVEN_K=k % config.block_k == 0,
+        SPLIT=splits > 1,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.warps,
+        num_stages=config.stages if torch.version.hip is None else 2,
+    )
+    return y
+
+
+def _unpacked(words, scale, n, k, ternary, dtype):
+    """The dense weight (N, K) in `dtype` from words of form 'pair', times `scale` where it is not None."""
+    w = torch.empty(n, k, dtype=dtype, device=words.device)
+    LAUNCHES["binary_unpack"] += 1
+    _unpack_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 128))](
+        words, scale, w, n, k, words.stride(0), TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
+    )
+    return w
+
+
+def _dense(x, words, scale, bias, ternary, out_dtype):
+    """Unpack once, then the dense library. The scale goes into the weights: its rounding is no larger than that of y."""
+    w = _unpacked(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
+    y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+    return y.to(out_dtype)
+
+
+@torch.library.custom_op(f"{OPS}::binary_matmul", mutates_args=())
+def _matmul_op(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    step: float,
+    ternary: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return _launch(x, words, scale, bias, sums, step, ternary, out_dtype)
+
+
+@_matmul_op.register_fake
+def _(x, words, scale, bias, sums, step, ternary, out_dtype):
+    return x.new_empty(x.shape[0], scale.shape[0], dtype=out_dtype)
+
+
+@torch.library.custom_op(f"{OPS}::binary_matmul_d_x", mutates_args=())
+def _d_x_op(d_y: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, k: int, ternary: bool) -> torch.Tensor:
+    """d_x[m, k] = sum_n d_y[m, n] * scale[n] * sign[n, k]: unpacked once, because both factors are dense here."""
+    w = _unpacked(words, None, scale.shape[0], k, ternary, d_y.dtype)
+    return (d_y * scale).to(d_y.dtype) @ w
+
+
+@_d_x_op.register_fake
+def _(d_y, words, scale, k, ternary):
+    return d_y.new_empty(d_y.shape[0], k)
+
+
+def _setup_context(ctx, inputs, output):
+    x, words, scale, bias, _, _, ctx.ternary, _ = inputs
+    ctx.save_for_backward(words, scale)
+    ctx.k, ctx.x_dtype, ctx.bias_dtype = x.shape[1], x.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx, d_y):
+    words, scale = ctx.saved_tensors
+    d_x = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_x = _d_x_op(d_y.to(ctx.x_dtype), words, scale, ctx.k, ctx.ternary)
+    if ctx.needs_input_grad[3]:
+        d_bias = d_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return d_x, None, None, d_bias, None, None, None, None
+
+
+_matmul_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def binary_matmul(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    *,
+    bias: torch.Tensor | None = None,
+    step: float | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y[..., n] = scale[n] * sum_k x[..., k] * sign[n, k] + bias[n]; see the tables on top for shapes, types and errors.
+
+    Codes (uint8, int8) need `step`, the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias.
+    Gradients go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_matmul_ref`, unless
+    `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError where shapes, types, devices or
+    `step` do not fit.
+    """
+    out_dtype = _check(x, packed, bias, step, out_dtype)
+    if not use_triton(x):
+        return binary_matmul_ref(x, packed, bias=bias, step=step, out_dtype=out_dtype)
+    flat = x.reshape(-1, packed.k)  # M K
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    words = packed.operand("quad" if x.dtype in CODES else "pair")
+    sums = packed.row_sums() if x.dtype == torch.uint8 else None
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    run = _matmul_op if wants_grad or torch.compiler.is_compiling() else _launch  # the operator costs microseconds
+    y = run(flat, words, packed.scale, bias, sums, step or 1.0, packed.kind == "ternary", out_dtype)
+    return y.view(*x.shape[:-1], packed.n)
+
+
+def _check(x, packed, bias, step, out_dtype):
+    if not isinstance(packed, PackedWeight) or len(packed.shape) != 2:
+        what = f"shape {packed.shape}" if isinstance(packed, PackedWeight) else type(packed).__name__
+        raise ValueError(f"packed must be a PackedWeight of shape (N, K), got {what}")
+    if x.dtype not in FLOATS + CODES:
+        raise ValueError(f"x must be float32, float16, bfloat16, uint8 or int8, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != packed.k:
+        raise ValueError(f"x must be (..., {packed.k}) for weights of shape {packed.shape}, got {tuple(x.shape)}")
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device}, packed is on {packed.device}")
+    if x.dtype not in CODES and step is not None:
+        raise ValueError(f"step is for uint8 and int8 codes, got step={step} with x of {x.dtype}")
+    if x.dtype in CODES and (step is None or not 0 < step < float("inf")):
+        raise ValueError(f"codes ({x.dtype}) need a finite step > 0, got {step}")
+    if x.dtype in CODES and packed.k > MAX_K_CODES:
+        raise ValueError(f"the int32 sum of codes holds for K up to {MAX_K_CODES}, got K = {packed.k}")
+    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (packed.n,) or bias.device != x.device):
+        raise ValueError(
+            f"bias must be floating point ({packed.n},) on {x.device}, "
+            f"got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )
+    if out_dtype not in (None, *FLOATS):
+        raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    return out_dtype or (torch.float32 if x.dtype in CODES else x.dtype)
+
+
+def aot_cases() -> list[tuple]:
+    """Every configuration for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
+    cases = []
+
+    def add(x, config, ternary=False, **rest):
+        codes = x in ("u8", "i8")
+        split = config.block_m <= 16
+        y = "fp32" if codes else x
+        types = dict(x_ptr=f"*{x}", words_ptr="*i32", scale_ptr="*fp32", bias_ptr="*fp32", y_ptr=f"*{y}", step="fp32")
+        types["sums_ptr"] = "*i32" if x == "u8" else None
+        types["partial_ptr"] = ("*i32" if codes else "*fp32") if split else None
+        types["arrived_ptr"] = "*i32" if split else None
+        types |= dict(M="i32", N="i32", K="i32", stride_xm="i32", stride_w="i32")
+        block = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
+        constexprs = dict(TERNARY=ternary, PARTS=3, EVEN_K=rest.pop("even", True), SPLIT=split) | block
+        name = f"{x} {'ternary' if ternary else 'binary'} {'x'.join(map(str, config[:3]))}"
+
+        def options(backend):
+            stages = config.stages if backend == "cuda" else 2
+            return dict(num_warps=config.warps, num_stages=stages, odd=("M",)) | rest
+
+        cases.append((name, _binary_matmul_kernel, types, constexprs, options))
+
+    for config in CONFIGS[2]:
+        add("bf16", config)
+    for config in CONFIGS[1]:
+        add("i8", config)
+    for config in CONFIGS[4]:
+        add("fp32", config)
+    return cases

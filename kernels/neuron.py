@@ -1,0 +1,463 @@
+"""Spiking neuron with floating-point spikes, T steps in one launch; forward and recomputing backward.
+
+m = leak[t] * v + I[t]          charge (parallel neuron: m = I[t], no state)
+mh = gain[t] * m + shift[t]     folded Mem-BN; without gain and shift mh = m
+s = relu(mh - threshold[t])     floating-point spike
+v = mh - s                      reset: v = min(mh, threshold)
+out[t] = Q(s)                   optional n-bit quantiser; v uses the unquantised s
+
+current I        (T, N, C, ...)   fp32 | fp16 | bf16, contiguous or channels_last
+v                (N, C, ...)      None = 0; computed and returned in fp32
+leak, threshold  (T,) or (T, C)
+gain, shift      (T, C)
+out              (T, N, C, ...)   dtype of I, or uint8 codes                      arXiv 2410.07547, sec. 4
+"""
+
+import torch
+from torch import Tensor
+
+from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
+from .steps import (
+    _parameter,
+    _store_sum,
+    _tile,
+    channel_blocks,
+    empty_like_steps,
+    lay_out_like,
+    programs,
+    steps_dense,
+    tiling,
+)
+
+MAX_STEPS = 16  # steps per launch: they are unrolled and live in registers; longer sequences are cut
+
+
+def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
+    """n-bit spikes: `Q(s) = clip(floor(s / step + 1/2), 0, 2^bits - 1) * step` (halves round up).
+
+    The gradient is straight-through: 1 for `0 <= s <= (2^bits - 1) * step`, 0 outside.
+    """
+    clipped = s.clamp(0, (2**bits - 1) * step)
+    return spike_codes(s, bits, step) * step + (clipped - clipped.detach())  # the bracket is 0, with a gradient
+
+
+def spike_codes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
+    """The integers `clip(floor(s / step + 1/2), 0, 2^bits - 1)` of the quantiser, in the dtype of s; no gradient."""
+    return (s.detach() * (1 / step) + 0.5).floor().clamp(0, 2**bits - 1)
+
+
+def neuron_step(current: Tensor, v, leak, threshold, gain=None, shift=None) -> tuple[Tensor, Tensor]:
+    """One step of a spiking neuron: (s, v) from the current and v (None = 0, or a parallel neuron: nothing to leak)."""
+    m = current if v is None else leak * v + current
+    mh = m if gain is None else gain * m + shift
+    s = (mh - threshold).relu()
+    return s, mh - s
+
+
+def neuron_update_ref(
+    current,
+    v,
+    leak,
+    threshold,
+    *,
+    gain=None,
+    shift=None,
+    bits=None,
+    step=0.25,
+    codes=False,
+    parallel=False,
+    detach=True,
+) -> tuple[Tensor, Tensor | None]:
+    """Definition of `neuron_update`: `neuron_step`, repeated, in fp32 (fp64 for an fp64 current)."""
+    dtype = torch.promote_types(current.dtype, torch.float32)
+    like_c = (-1,) + (1,) * (current.dim() - 3)  # (C,) against (N, C, ...)
+    state = None if v is None or parallel else v.to(dtype)
+    spikes = []
+    for t, i in enumerate(current.to(dtype)):  # N C ...
+        at_t = [None if p is None else p[t].to(dtype) for p in (leak, threshold, gain, shift)]
+        at_t = [p.view(like_c) if p is not None and p.dim() else p for p in at_t]
+        if state is not None and detach:
+            state = state.detach()
+        s, state = neuron_step(i, None if parallel else state, *at_t)
+        if codes:
+            s = spike_codes(s, bits, step).to(torch.uint8)
+        elif bits is not None:
+            s = quantize_spikes(s, bits, step)
+        spikes.append(s if codes else s.to(current.dtype))
+    if parallel:
+        return torch.stack(spikes), v
+    return torch.stack(spikes), state.detach() if detach else state
+
+
+@triton.jit
+def _neuron_step(current, v, leak, threshold, gain, shift, FOLDED: tl.constexpr, PARALLEL: tl.constexpr):
+    """`neuron_step` on registers; returns (m, mh, s), the new v being mh - s."""
+    m = current
+    if not PARALLEL:
+        m = leak * v + current
+    mh = m
+    if FOLDED:
+        mh = gain * m + shift
+    return m, mh, tl.maximum(mh - threshold, 0.0)
+
+
+@triton.jit
+def _spike_codes(s, inv_step, BITS: tl.constexpr):
+    """`spike_codes` on registers, for s >= 0."""
+    return tl.minimum(tl.floor(s * inv_step + 0.5), (1 << BITS) - 1.0)
+
+
+@triton.jit
+def _neuron_forward_kernel(
+    current_ptr, v_ptr, leak_ptr, threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, v_out_ptr,
+    A, C, B, stride_t, inv_step, step,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_V: tl.constexpr,
+    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, FOLDED: tl.constexpr, PARALLEL: tl.constexpr,
+    BITS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    offsets, mask, channel = _tile(tl.program_id(0), A, C, B, X, Y, CHANNELS_LAST)
+    size = tl.cast(A, tl.int64) * C * B
+    currents = ()  # all loads first: behind a store the compiler could not move them up
+    for t in tl.static_range(T):
+        currents = currents + (tl.load(current_ptr + t * tl.cast(stride_t, tl.int64) + offsets, mask=mask, other=0),)
+    v = tl.zeros((X, Y), tl.float32)
+    if HAS_V:
+        v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    leak, gain, shift = 0.0, 0.0, 0.0
+    for t in tl.static_range(T):
+        threshold = _parameter(threshold_ptr, t, channel, C, THRESHOLD_C)
+        if not PARALLEL:
+            leak = _parameter(leak_ptr, t, channel, C, LEAK_C)
+        if FOLDED:
+            gain = _parameter(gain_ptr, t, channel, C, True)
+            shift = _parameter(shift_ptr, t, channel, C, True)
+        m, mh, s = _neuron_step(currents[t].to(tl.float32), v, leak, threshold, gain, shift, FOLDED, PARALLEL)
+        v = mh - s
+        if BITS:
+            s = _spike_codes(s, inv_step, BITS)
+            if not CODES:
+                s = s * step
+        tl.store(spikes_ptr + t * size + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+    if not PARALLEL:
+        tl.store(v_out_ptr + offsets, v, mask=mask)
+
+
+@triton.jit
+def _neuron_backward_kernel(
+    current_ptr, d_spikes_ptr, v_ptr, d_v_out_ptr, leak_ptr, threshold_ptr, gain_ptr, shift_ptr,
+    d_current_ptr, d_v_ptr, partial_ptr,
+    A, C, B, tiles, stride_t, stride_dt, s_max,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_V: tl.constexpr,
+    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, FOLDED: tl.constexpr, PARALLEL: tl.constexpr,
+    BITS: tl.constexpr, DETACH: tl.constexpr, HAS_DV: tl.constexpr, PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """Reads current and d_spikes once, recomputes m, mh, v in registers, writes d_current once."""
+    size = tl.cast(A, tl.int64) * C * B
+    P: tl.constexpr = 4 if FOLDED else 2  # per step: leak, threshold, gain, shift
+    sums = ()  # over this program's tiles; they are reduced over positions only once, at the end
+    if PARAMETERS:
+        for _ in tl.static_range(P * T):
+            sums = sums + (tl.zeros((X, Y), tl.float32),)
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
+        currents = ()
+        d_spikes = ()
+        for t in tl.static_range(T):
+            current = tl.load(current_ptr + t * tl.cast(stride_t, tl.int64) + offsets, mask=mask, other=0)
+            d_s = tl.load(d_spikes_ptr + t * tl.cast(stride_dt, tl.int64) + offsets, mask=mask, other=0)
+            currents = currents + (current,)
+            d_spikes = d_spikes + (d_s,)
+        v_start = tl.zeros((X, Y), tl.float32)
+        if HAS_V:
+            v_start = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        v = v_start
+        leak, gain, shift = 0.0, 0.0, 0.0
+        mhs = ()
+        for t in tl.static_range(T):
+            threshold = _parameter(threshold_ptr, t, channel, C, THRESHOLD_C)
+            if not PARALLEL:
+                leak = _parameter(leak_ptr, t, channel, C, LEAK_C)
+            if FOLDED:
+                gain = _parameter(gain_ptr, t, channel, C, True)
+                shift = _parameter(shift_ptr, t, channel, C, True)
+            _, mh, s = _neuron_step(currents[t].to(tl.float32), v, leak, threshold, gain, shift, FOLDED, PARALLEL)
+            mhs = mhs + (mh,)
+            v = mh - s
+        d_v = tl.zeros((X, Y), tl.float32)
+        if HAS_DV:
+            d_v = tl.load(d_v_out_ptr + offsets, mask=mask, other=0)
+        new = ()  # what masked elements add is 0, because their d_spikes and d_v are
+        for j in tl.static_range(T):
+            t: tl.constexpr = T - 1 - j
+            threshold = _parameter(threshold_ptr, t, channel, C, THRESHOLD_C)
+            if not PARALLEL:
+                leak = _parameter(leak_ptr, t, channel, C, LEAK_C)
+            on = mhs[t] > threshold
+            d_s = d_spikes[t].to(tl.float32)
+            if BITS:
+                d_s = tl.where(mhs[t] - threshold <= s_max, d_s, 0.0)  # straight-through inside the clip range
+            d_mh = tl.where(on, d_s, d_v)
+            d_m = d_mh
+            if FOLDED:
+                d_m = d_mh * _parameter(gain_ptr, t, channel, C, True)
+            if PARAMETERS:
+                v = v_start
+                if t > 0:  # recomputed from mh: fewer registers than keeping it
+                    v = mhs[t - 1] - tl.maximum(
+                        mhs[t - 1] - _parameter(threshold_ptr, t - 1, channel, C, THRESHOLD_C), 0.0
+                    )
+                d_threshold = tl.where(on, d_v - d_s, 0.0)
+                if FOLDED:
+                    m = currents[t].to(tl.float32)
+                    if not PARALLEL:
+                        m += leak * v
+                    new = (d_m * v, d_threshold, d_mh * m, d_mh) + new
+                else:
+                    new = (d_m * v, d_threshold) + new
+            if not DETACH:
+                d_v = d_m * leak
+            tl.store(d_current_ptr + t * size + offsets, d_m.to(d_current_ptr.dtype.element_ty), mask=mask)
+        if HAS_V and not DETACH:
+            tl.store(d_v_ptr + offsets, d_v, mask=mask)
+        if PARAMETERS:
+            added = ()
+            for k in tl.static_range(P * T):
+                added = added + (sums[k] + new[k],)
+            sums = added
+    if PARAMETERS:
+        for t in tl.static_range(T):
+            for slot in tl.static_range(P):
+                _store_sum(partial_ptr, slot, t, sums[P * t + slot], C, T, X, Y, CHANNELS_LAST)
+
+
+def _flags(current, v, leak, threshold, gain, bits, parallel):
+    """What both kernels are specialised for."""
+    return {
+        "T": len(current),
+        "HAS_V": v is not None and not parallel,
+        "LEAK_C": leak is not None and leak.dim() == 2,
+        "THRESHOLD_C": threshold.dim() == 2,
+        "FOLDED": gain is not None,
+        "PARALLEL": parallel,
+        "BITS": bits,
+    }
+
+
+def _per_channel(leak, threshold, gain):
+    return gain is not None or threshold.dim() == 2 or (leak is not None and leak.dim() == 2)
+
+
+@torch.library.custom_op(f"{OPS}::neuron_update", mutates_args=())
+def _neuron_forward(
+    current: Tensor,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    step: float,
+    codes: bool,
+    parallel: bool,
+    detach: bool,
+) -> tuple[Tensor, Tensor]:
+    current = steps_dense(current)
+    spikes, v_out = _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach)
+    v = None if v is None or parallel else lay_out_like(v[None], current)
+    elements = 128 * (4 if current.element_size() == 4 or len(current) > 8 else 8)
+    view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), elements)
+    LAUNCHES["neuron_update"] += 1
+    _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
+        current, v, leak, threshold, gain, shift, spikes, v_out,
+        *view, current.stride(0), 1 / step, step,
+        **tile, **_flags(current, v, leak, threshold, gain, bits, parallel), CODES=codes,
+    )  # fmt: skip
+    return spikes, v_out
+
+
+@_neuron_forward.register_fake
+def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach):
+    spikes = empty_like_steps(current, torch.uint8 if codes else current.dtype)
+    v_out = current.new_empty(0) if parallel else empty_like_steps(current, torch.float32, one_step=True)
+    return spikes, v_out
+
+
+@torch.library.custom_op(f"{OPS}::neuron_update_backward", mutates_args=())
+def _neuron_backward(
+    d_spikes: Tensor,
+    d_v_out: Tensor | None,
+    current: Tensor,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    step: float,
+    parallel: bool,
+    detach: bool,
+    parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_current, d_v, d_parameters): the last one (2 or 4, T, C), or (2, T, 1) where no parameter is per channel."""
+    current = steps_dense(current)
+    d_current, d_v, d_parameters = _neuron_backward_fake(
+        d_spikes, d_v_out, current, v, leak, threshold, gain, shift, bits, step, parallel, detach, parameters
+    )
+    d_spikes = lay_out_like(d_spikes, current)
+    detach = detach or parallel
+    d_v_out = None if detach or d_v_out is None else lay_out_like(d_v_out[None], current)
+    v = None if v is None or parallel else lay_out_like(v[None], current)
+    T = len(current)
+    per_thread = 64 // (T * (len(d_parameters) if parameters else 1))  # keeps the sums within 64 registers
+    widest = 4 if current.element_size() == 4 else 8
+    view, tile, tiles = tiling(
+        current, _per_channel(leak, threshold, gain), 128 * max(1, min(widest, 1 << (per_thread.bit_length() - 1)))
+    )
+    blocks = channel_blocks(view, tile)
+    rows = programs(tiles, blocks, current.device)
+    partial = current.new_empty((len(d_parameters), rows, T, view[1]), dtype=torch.float32) if parameters else None
+    LAUNCHES["neuron_update_backward"] += 1
+    _neuron_backward_kernel[(rows, blocks)](
+        current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
+        *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
+        **tile, **_flags(current, v, leak, threshold, gain, bits, parallel),
+        DETACH=detach, HAS_DV=d_v_out is not None, PARAMETERS=parameters,
+    )  # fmt: skip
+    return d_current, d_v, partial.sum(1) if parameters else d_parameters
+
+
+@_neuron_backward.register_fake
+def _neuron_backward_fake(
+    d_spikes, d_v_out, current, v, leak, threshold, gain, shift, bits, step, parallel, detach, parameters
+):
+    d_current = empty_like_steps(current, current.dtype)
+    carried = v is not None and not detach and not parallel
+    d_v = empty_like_steps(current, torch.float32, one_step=True) if carried else current.new_empty(0)
+    if not parameters:
+        return d_current, d_v, current.new_empty(0, dtype=torch.float32)
+    slots, c = (2 if gain is None else 4), (current.shape[2] if _per_channel(leak, threshold, gain) else 1)
+    return d_current, d_v, current.new_empty((slots, len(current), c), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    current, v, leak, threshold, gain, shift, ctx.bits, ctx.step, _, ctx.parallel, ctx.detach = inputs
+    ctx.save_for_backward(current, v, leak, threshold, gain, shift)
+
+
+def _backward(ctx, d_spikes, d_v_out):
+    current, v, *parameters = ctx.saved_tensors
+    needed = ctx.needs_input_grad[2:6]
+    d_current, d_v, d_parameters = _neuron_backward(
+        d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.bits, ctx.step,
+        ctx.parallel, ctx.detach, any(needed),
+    )  # fmt: skip
+    grads = [None] * 4
+    for slot, (p, wanted) in enumerate(zip(parameters, needed, strict=True)):
+        if p is not None and wanted:
+            d_p = d_parameters[slot]  # T C
+            grads[slot] = (d_p if p.dim() == 2 else d_p.sum(1)).to(p.dtype)
+    carried = ctx.needs_input_grad[1] and not ctx.detach and not ctx.parallel
+    return d_current, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None
+
+
+_neuron_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_neuron(
+    current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False
+):
+    """Raise ValueError unless the arguments fit together as documented in `neuron_update`."""
+    if current.dim() < 3 or len(current) == 0 or not current.is_floating_point():
+        raise ValueError(
+            "current must be a floating-point tensor (T, N, C, ...) with T >= 1, "
+            f"got {tuple(current.shape)} {current.dtype}"
+        )
+    T, _, C = current.shape[:3]
+    if v is not None and (v.shape != current.shape[1:] or not v.is_floating_point()):
+        raise ValueError(
+            f"v must be floating-point of shape {tuple(current.shape[1:])}, one step of current, "
+            f"got {tuple(v.shape)} {v.dtype}"
+        )
+    if (gain is None) != (shift is None):
+        raise ValueError(f"gain and shift go together, got gain={gain is not None}, shift={shift is not None}")
+    if leak is None and not parallel:
+        raise ValueError("leak may be None only for a parallel neuron")
+    for name, p, shapes in (
+        ("leak", leak, ((T,), (T, C))),
+        ("threshold", threshold, ((T,), (T, C))),
+        ("gain", gain, ((T, C),)),
+        ("shift", shift, ((T, C),)),
+    ):
+        if p is not None and (tuple(p.shape) not in shapes or not p.is_floating_point()):
+            raise ValueError(
+                f"{name} must be floating-point of shape {' or '.join(map(str, shapes))}, "
+                f"got {tuple(p.shape)} {p.dtype}"
+            )
+    for name, p in (("v", v), ("leak", leak), ("threshold", threshold), ("gain", gain), ("shift", shift)):
+        if p is not None and p.device != current.device:
+            raise ValueError(f"{name} is on {p.device}, current on {current.device}")
+    if bits is not None and not 1 <= bits <= 8:
+        raise ValueError(f"bits must be None or 1..8, got {bits}")
+    if codes and bits is None:
+        raise ValueError("codes=True needs bits")
+    if not step > 0:
+        raise ValueError(f"step must be positive, got {step}")
+
+
+def neuron_update(
+    current: Tensor,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    bits: int | None = None,
+    step: float = 0.25,
+    codes: bool = False,
+    parallel: bool = False,
+    detach: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """T steps of a spiking neuron with floating-point spikes: (spikes, v after the last step).
+
+    Per step: `m = leak*v + I; mh = gain*m + shift; s = relu(mh - threshold); v = mh - s`; out = Q(s) if `bits` is given
+    (see `quantize_spikes`). arXiv 2410.07547, sec. 4.
+
+    current: (T, N, C, ...). Steps that are contiguous or channels_last are read in place, and the spikes have their
+        layout; any other layout is copied once. Computed in fp32; an fp64 current always runs on the definition.
+    v: (N, C, ...) before the first step, or None for 0. The v returned is fp32.
+    leak, threshold: (T,) or (T, C). gain, shift: (T, C) or both None.
+    codes: return the uint8 integers Q(s) / step instead of spikes; they carry no gradient.
+    parallel: m = I: no state, leak is not used and v is returned as it was given.
+    detach: v of the step before is a constant in each step (online learning), and so is the v returned. With False the
+        gradient flows through time, also into v.
+
+    Gradients for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from current and v.
+    Sequences longer than 16 steps take one launch per 16 steps. Raises ValueError where shapes, dtypes, devices or
+    options do not fit.
+    """
+    check_neuron(
+        current, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes, parallel=parallel
+    )
+    options = {"bits": bits, "step": step, "codes": codes, "parallel": parallel, "detach": detach}
+    if not use_triton(current) or current.dtype == torch.float64 or current.numel() == 0:
+        return neuron_update_ref(current, v, leak, threshold, gain=gain, shift=shift, **options)
+    if len(current) > MAX_STEPS:
+        spikes = []
+        for a in range(0, len(current), MAX_STEPS):
+            part = [None if p is None else p[a : a + MAX_STEPS] for p in (current, leak, threshold, gain, shift)]
+            s, v = neuron_update(part[0], v, part[1], part[2], gain=part[3], shift=part[4], **options)
+            spikes.append(s)
+        return torch.cat(spikes), v
+    leak, threshold, gain, shift = (None if p is None else p.contiguous() for p in (leak, threshold, gain, shift))
+    leak = None if parallel else leak
+    if codes:
+        current, leak, threshold, gain, shift = (
+            None if p is None else p.detach() for p in (current, leak, threshold, gain, shift)
+        )
+    spikes, v_out = _neuron_forward(
+        current, v, leak, threshold, gain, shift, bits or 0, float(step), codes, parallel, detach
+    )
+    if parallel:
+        return spikes, v
+    return spikes, v_out.detach() if detach else v_out

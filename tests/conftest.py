@@ -1,0 +1,40 @@
+"""Runs the kernel tests on the Triton interpreter where there is no GPU, and skips GPU-only tests there, visibly."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # counts only if set before the kernels are imported
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """`kernel` tests run everywhere and count as `gpu` tests where there is a GPU; `gpu` tests need one."""
+    for item in items:
+        if torch.cuda.is_available():
+            if "kernel" in item.keywords:
+                item.add_marker(pytest.mark.gpu)
+        elif "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels are tested: the GPU, or CPU tensors under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels_on():
+    """Switch the Triton kernels on (also on CPU tensors, under the interpreter) and hand out the launch counter."""
+    from empf.kernels import dispatch
+
+    pytest.importorskip("triton", reason="needs Triton")
+    before = dispatch._mode
+    dispatch.set_backend("on")
+    dispatch.LAUNCHES.clear()
+    yield dispatch.LAUNCHES
+    dispatch.set_backend(before)
