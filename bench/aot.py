@@ -51,7 +51,7 @@ class Facts:
     registers: int  # per thread; vector registers on AMD
     shared: int  # bytes per program
     stack: int  # bytes of local memory (scratch) per thread
-    spills: int  # local-memory loads and stores (LDL, STL); spilled registers on AMD
+    spills: int  # local-memory loads and stores (LDL, STL); spilled vector registers on AMD
     tensor_core: int  # tensor-core instructions in the kernel
     instructions: int  # in the kernel
     loop_instructions: int  # per warp and step of `loop`, 0 where there is no such loop
@@ -69,7 +69,9 @@ def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: str =
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        cases = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{module}: " for module in modules))]
+        cases = [
+            line for line in done.stderr.splitlines() if line.startswith(tuple(f"{module}: " for module in modules))
+        ]
         raise RuntimeError(f"does not compile: {cases[-1] if cases else command}\n{done.stderr[-4000:]}")
     return [Facts(**line) for line in json.loads(done.stdout)]
 
@@ -138,7 +140,7 @@ def _amd(compiled) -> dict:
         registers=meta["vgpr_count"],
         shared=meta["group_segment_fixed_size"] or compiled.metadata.shared,
         stack=meta["private_segment_fixed_size"],
-        spills=meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+        spills=meta["vgpr_spill_count"],
     )
 
 
@@ -148,9 +150,14 @@ def _count(lines, loops) -> dict:
     def counted(low, high):
         return collections.Counter(name for at, name in lines if low <= at <= high)
 
-    best = max(loops, key=lambda loop: (_tensor_core(counted(*loop)), loop[0] - loop[1]), default=None)
-    loop = counted(*best) if best else {}
-    return {"all": counted(0, float("inf")), "loop": loop if _tensor_core(loop) else {}}
+    with_products = [loop for loop in loops if _tensor_core(counted(*loop))]
+    innermost = [
+        (low, high)
+        for low, high in with_products
+        if not any(low <= a and b <= high and (a, b) != (low, high) for a, b in with_products)
+    ]
+    best = max(innermost, key=lambda loop: _tensor_core(counted(*loop)), default=None)
+    return {"all": counted(0, float("inf")), "loop": counted(*best) if best else {}}
 
 
 def _tensor_core(counts) -> int:
@@ -173,7 +180,9 @@ def _run(modules, targets, only) -> list[Facts]:
                 chosen = options("cuda" if cuda else "hip") if callable(options) else options
                 if target not in chosen.get("targets", TARGETS):
                     continue
-                print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
+                print(
+                    f"{module}: {name} for {target}", file=sys.stderr
+                )  # the last one before a traceback is the culprit
                 compiled = _compile(kernel, types, constexprs, chosen, target)
                 found = _nvidia(compiled) if cuda else _amd(compiled)
                 result.append(Facts(module=module, case=name, target=target, **found))

@@ -161,10 +161,12 @@ class EMPFNeuron(StatefulNeuron):
 
     def forward(self, current: Tensor) -> Tensor:
         steps = self.advance(current)
-        leak, threshold = (None if self.parallel else self.leak[steps]), self.threshold[steps]
-        if self.v is None and leak is not None:
-            # without a potential the leak has no part in the step; it still needs a (zero) gradient on every process
-            threshold = threshold + 0 * leak
+        # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
+        leak = None if self.parallel else self.leak_logit[steps].sigmoid()
+        threshold = self.threshold_logit[steps].sigmoid()
+        if self.v is None and not self.parallel and torch.is_grad_enabled():
+            # v[0] = 0 as a tensor: then the leak has a gradient (zero) in the first step too, on every process
+            self.v = torch.zeros_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))
         batch_stats = self.mem_bn and self.training and not self.frozen_norm
         if self.activation == "relu" and not batch_stats:
             gain, shift = (None if p is None else p[steps] for p in self.folded_norm())
@@ -180,7 +182,7 @@ class EMPFNeuron(StatefulNeuron):
     def loop(self, current: Tensor, steps: slice, leak, threshold, batch_stats: bool) -> tuple[Tensor, Tensor]:
         """`neuron_step`, repeated: every activation, and Mem-BN with batch statistics."""
         v, spikes = self.v, []
-        gain, shift = self.folded_norm()
+        gain, shift = (None, None) if batch_stats else self.folded_norm()
         act, dims = ACTIVATIONS[self.activation], current.dim() - 1
         dtype = torch.promote_types(current.dtype, torch.float32)  # the potential is never kept in half precision
         for k, t in enumerate(range(steps.start, steps.stop)):

@@ -8,8 +8,8 @@
     y        (N, O, OH, OW)            dtype of x (fp32 for codes) or `out_dtype`           arXiv 2410.07547, sec. 4
 
 Precision and the two types of codes are those of matmul.py. The kernel is an implicit matrix product over (kh, kw, c)
-with the unpacked weights as the left operand. It reads x channel by channel, so channels_last is its layout; another one
-is converted first, once per call. What the kernel writes is channels_last. See `dense_wins` for what is left to cuDNN.
+with the unpacked weights as the left operand. It reads x channel by channel, so channels_last is its layout; another
+one is converted first, once per call. What the kernel writes is channels_last. See `dense_wins` for what cuDNN does.
 """
 
 import math
@@ -59,26 +59,26 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By size of the operand in bytes, every tile that `pick_tile` can return. fp32 keeps the parts of x too: smaller tiles.
+# By bytes of an element of x, from the largest to the smallest; fp32 keeps the parts of x as well, hence one small tile.
 TILES = {
     1: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),
     2: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),
-    4: (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+    4: (Tile(64, 64, 4, 3),),
 }
 PROGRAMS = 128  # about one for each multiprocessor of a large GPU: with fewer, smaller tiles are faster
 
 
 def pick_tile(itemsize: int, rows: int, columns: int) -> Tile:
     """The large tile, unless it wastes half its rows or gives too few programs."""
-    large, small = TILES[itemsize]
+    large, small = TILES[itemsize][0], TILES[itemsize][-1]
     programs = -(-rows // large.rows) * -(-columns // large.columns)
     return large if programs >= PROGRAMS and rows > small.rows else small
 
 
 def pick_block(itemsize: int, channels: int) -> int:
-    """Channels per loop step: the largest power of two that divides the padded channels, up to 64 (codes: 128)."""
-    padded = -(-channels // CHANNELS) * CHANNELS
-    return min(128 if itemsize == 1 else 64, padded & -padded)
+    """Channels per loop step: the largest power of two that divides the padded channels, up to 128 bytes of x."""
+    padded = channels + -channels % CHANNELS
+    return min(128 // itemsize, padded & -padded)
 
 
 @triton.jit
@@ -236,6 +236,7 @@ def _launch(
 ) -> Tensor:
     """`words` are ordered by taps, for the kernel; `dense` as for a matrix product, for cuDNN and for the gradient."""
     x = x.contiguous(memory_format=torch.channels_last)
+    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
     if words is None:
         weight = _unpacked(dense, scale, shape[0], math.prod(shape[1:]), ternary, x.dtype).view(shape)
         bias = None if bias is None else bias.to(x.dtype)
@@ -319,8 +320,8 @@ def binary_conv2d(
     Zero padding, no dilation, no groups; `stride` and `padding` hold for both axes. Codes (uint8, int8) need `step`,
     the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias. Gradients go to `x` (by a
     transposed convolution with the unpacked weights, through cuDNN in the dtype of x) and to `bias`; `packed` is a
-    constant. CUDA tensors take the kernel, others `binary_conv2d_ref`, unless `set_backend` says otherwise. Raises ValueError where
-    shapes, types, devices or `step` do not fit.
+    constant. CUDA tensors take the kernel, others `binary_conv2d_ref`, unless `set_backend` says otherwise. Raises
+    ValueError where shapes, types, devices or `step` do not fit.
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
     out_dtype = result_dtype(x, out_dtype)
@@ -417,14 +418,13 @@ def check_like(x: Tensor, shape, **tensors: Tensor | None) -> None:
 
 def aot_cases() -> list[tuple]:
     """Every tile for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
-    cases = [("bf16 3x3", "bf16", (128, 128, 3, 3), False, 1, 1, TILES[2][0])]
-    cases += [("bf16 3x3 small", "bf16", (64, 64, 3, 3), False, 2, 1, TILES[2][1])]
-    cases += [("fp16 1x1 ternary", "fp16", (128, 128, 1, 1), True, 1, 0, TILES[2][0])]
-    cases += [("i8 3x3", "i8", (128, 128, 3, 3), False, 1, 1, TILES[1][0])]
-    cases += [("i8 3x3 small", "i8", (64, 64, 3, 3), False, 1, 1, TILES[1][1])]
-    cases += [("u8 3x3 ragged", "u8", (128, 72, 3, 3), False, 2, 1, TILES[1][0])]
-    cases += [("fp32 3x3", "fp32", (128, 128, 3, 3), False, 1, 1, TILES[4][0])]
-    cases += [("fp32 3x3 small", "fp32", (64, 64, 3, 3), False, 1, 1, TILES[4][1])]
+    cases = [
+        ("bf16 3x3 128x128", "bf16", (128, 256, 3, 3), False, 1, 1, TILES[2][0]),
+        ("fp16 1x1 64x64 ternary", "fp16", (64, 256, 1, 1), True, 2, 0, TILES[2][1]),
+        ("i8 3x3 128x128", "i8", (128, 256, 3, 3), False, 1, 1, TILES[1][0]),
+        ("u8 3x3 64x64 ragged", "u8", (64, 136, 3, 3), False, 2, 1, TILES[1][1]),
+        ("fp32 3x3 64x64", "fp32", (64, 256, 3, 3), False, 1, 1, TILES[4][0]),
+    ]
     return [(name, _binary_conv2d_kernel, *aot_arguments(*rest)) for name, *rest in cases]
 
 

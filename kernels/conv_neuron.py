@@ -3,17 +3,18 @@
     I[t] = scale * conv2d(x[t], sign) + bias + residual[t]      scale and bias may hold a folded batch normalisation
     spikes, v = neuron_update(I, v, leak, threshold, gain, shift, bits, step)
 
-    x                (T, N, C, H, W)       fp32 | fp16 | bf16, or uint8 codes (value = code * in_step)
+    x                (T, N, C, H, W)       fp32 | fp16 | bf16, or uint8 | int8 codes, value = code * in_step
     words            as in conv.py
     scale, bias      (O,)
     residual         (T, N, O, OH, OW)
     v                (N, O, OH, OW)        None = 0; computed and returned in fp32
     leak, threshold  (T,) or (T, O)
     gain, shift      (T, O)                folded Mem-BN
-    spikes           (T, N, O, OH, OW)     dtype of x (fp32 for codes), or uint8 codes        arXiv 2410.07547, sec. 4
+    spikes           (T, N, O, OH, OW)     dtype of x (fp32 for codes), or uint8 codes       arXiv 2410.07547, sec. 4
 
-A tile holds up to 8 time steps of the same pixels, step after step, so the weights are unpacked once for all of them and the
-currents never leave registers; for other T it is computed T/8, T/4, ... times with v kept in registers in between.
+A tile holds up to 8 time steps of the same pixels, step after step: weights are unpacked once for all of them, and the
+currents never leave registers. Where T is not 1, 2, 4 or 8, steps are taken in groups of the largest of these that
+divides it, one group after the other in the same launch, with v in registers in between.
 """
 
 import math
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from .conv import (
+    TILES,
+    aot_arguments,
     binary_conv2d_ref,
     check_conv,
     check_like,
@@ -63,7 +66,10 @@ def binary_conv2d_neuron_ref(
     return_current: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Definition of `binary_conv2d_neuron`: `binary_conv2d_ref`, then `neuron_update_ref`, in fp32 (fp64 for an fp64 x)."""
+    """The definition of `binary_conv2d_neuron` in plain torch: `binary_conv2d_ref`, then `neuron_update_ref`.
+
+    In fp32 throughout (fp64 for an fp64 x); only what is returned is rounded to the dtype of the result.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     out_dtype = result_dtype(x, out_dtype)
     folded = x.flatten(0, 1)  # (T N) C H W
@@ -81,7 +87,7 @@ def binary_conv2d_neuron_ref(
 
 @triton.jit
 def split_steps(x, LOG_STEPS: tl.constexpr):
-    """(ROWS, steps * PIXELS), step after step, into one (ROWS, PIXELS) for each step; costs no instructions."""
+    """(ROWS, steps * PIXELS), step after step, into one (ROWS, PIXELS) for each step: a tuple."""
     parts = (x,)
     for level in tl.static_range(LOG_STEPS):
         halves = ()
@@ -97,10 +103,10 @@ def split_steps(x, LOG_STEPS: tl.constexpr):
 def _parameter(ptr, t, rows, OUT, PER_CHANNEL: tl.constexpr):
     """Parameter of step t in fp32: (T, O) as (ROWS, 1), or (T,) as a scalar."""
     if PER_CHANNEL:
-        p = tl.load(ptr + t * OUT + rows, mask=rows < OUT, other=0)[:, None]
+        p = tl.load(ptr + t * OUT + rows, mask=rows < OUT, other=0).to(tl.float32)[:, None]
     else:
-        p = tl.load(ptr + t)
-    return p.to(tl.float32)
+        p = tl.load(ptr + t).to(tl.float32)
+    return p
 
 
 @triton.jit
@@ -165,7 +171,6 @@ def _binary_conv2d_neuron_kernel(
     v = tl.zeros((ROWS, PIXELS), tl.float32)
     if v_ptr is not None:
         v = tl.trans(tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32))
-    leak, gain, shift = 0.0, 0.0, 0.0
     for t0 in range(0, T, STEPS):
         acc = conv_tile(
             x_ptr, words_ptr, (t0 + j // PIXELS) * tl.cast(N, tl.int64) + image, row, column, first, H, W,
@@ -174,6 +179,7 @@ def _binary_conv2d_neuron_kernel(
         currents = split_steps(
             current_tile(acc, scale_ptr, bias_ptr, sums_ptr, in_step, rows, OUT, X, KH * KW, C, TERNARY), LOG_STEPS
         )
+        leak, gain, shift = 0.0, 0.0, 0.0
         for i in tl.static_range(STEPS):
             t = t0 + i
             current = currents[i]
@@ -201,34 +207,6 @@ def _binary_conv2d_neuron_kernel(
 
 
 def _launch(
-    x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
-    bits, step, codes, parallel, return_current, out_dtype,
-):  # fmt: skip
-    spikes, v_out, current = _empty_outputs(
-        x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
-        bits, step, codes, parallel, return_current, out_dtype,
-    )  # fmt: skip
-    t, n, o, oh, ow = spikes.shape
-    p = n * oh * ow
-    columns = p * math.gcd(t, MAX_STEPS)
-    tile = pick_tile(x.element_size(), o, columns)
-    if p:
-        x = _fold(x)
-        LAUNCHES["binary_conv2d_neuron"] += 1
-        _binary_conv2d_neuron_kernel[(triton.cdiv(o, tile.rows) * triton.cdiv(columns, tile.columns),)](
-            x, words, scale, bias, sums, None if residual is None else _fold(residual),
-            None if v is None or parallel else v.contiguous(memory_format=torch.channels_last),
-            None if parallel else leak, threshold, gain, shift,
-            spikes, None if parallel else v_out, current if return_current else None,
-            in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow,
-            **constants(x.element_size(), words.shape[1], shape, ternary, stride, padding, tile),
-            **neuron_constants(t, leak, threshold, bits, codes, parallel),
-        )  # fmt: skip
-    return spikes, v_out, current
-
-
-@torch.library.custom_op(f"{OPS}::binary_conv2d_neuron", mutates_args=())
-def _conv2d_neuron_op(
     x: Tensor,
     words: Tensor,
     scale: Tensor,
@@ -253,25 +231,40 @@ def _conv2d_neuron_op(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, v, current), the last two empty where they are not wanted; `bits` is 0 for no quantiser."""
-    return _launch(
-        x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
-        bits, step, codes, parallel, return_current, out_dtype,
-    )  # fmt: skip
+    spikes, v_out, current = _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype)
+    t, n, o, oh, ow = spikes.shape
+    p = n * oh * ow
+    columns = p * math.gcd(t, MAX_STEPS)
+    tile = pick_tile(x.element_size(), o, columns)
+    if p:
+        x = _fold(x)
+        leak = None if parallel else leak
+        parameters = [None if a is None else a.contiguous() for a in (leak, threshold, gain, shift)]
+        LAUNCHES["binary_conv2d_neuron"] += 1
+        _binary_conv2d_neuron_kernel[(triton.cdiv(o, tile.rows) * triton.cdiv(columns, tile.columns),)](
+            x, words, scale.contiguous(), None if bias is None else bias.contiguous(), sums,
+            None if residual is None else _fold(residual),
+            None if v is None or parallel else v.contiguous(memory_format=torch.channels_last), *parameters,
+            spikes, None if parallel else v_out, current if return_current else None,
+            in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow,
+            **constants(x.element_size(), words.shape[1], shape, ternary, stride, padding, tile),
+            **neuron_constants(t, leak, threshold, bits, codes, parallel),
+        )  # fmt: skip
+    return spikes, v_out, current
 
 
-def neuron_constants(t: int, leak, threshold, bits: int, codes: bool, parallel: bool) -> dict:
-    """What the kernel is compiled for beyond the constants of the convolution."""
-    return {
-        "T": t, "LOG_STEPS": math.gcd(t, MAX_STEPS).bit_length() - 1, "LEAK_C": leak is not None and leak.ndim == 2,
-        "THRESHOLD_C": threshold.ndim == 2, "BITS": bits, "CODES": codes, "PARALLEL": parallel,
-    }  # fmt: skip
+_conv2d_neuron_op = torch.library.custom_op(f"{OPS}::binary_conv2d_neuron", _launch, mutates_args=())
 
 
 @_conv2d_neuron_op.register_fake
-def _empty_outputs(
+def _(
     x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
     bits, step, codes, parallel, return_current, out_dtype,
 ):  # fmt: skip
+    return _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype)
+
+
+def _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype):
     t, n = x.shape[:2]
     size = shape[0], *output_size(x.shape[3:], shape[2:], stride, padding)
 
@@ -282,6 +275,14 @@ def _empty_outputs(
     v_out = x.new_empty(0, dtype=torch.float32) if parallel else empty(n, torch.float32)
     current = empty(t * n, out_dtype).unflatten(0, (t, n)) if return_current else x.new_empty(0, dtype=out_dtype)
     return spikes, v_out, current
+
+
+def neuron_constants(t: int, leak, threshold, bits: int, codes: bool, parallel: bool) -> dict:
+    """What the kernel is compiled for beyond the constants of the convolution."""
+    return {
+        "T": t, "LOG_STEPS": math.gcd(t, MAX_STEPS).bit_length() - 1, "LEAK_C": leak is not None and leak.ndim == 2,
+        "THRESHOLD_C": threshold.ndim == 2, "BITS": bits, "CODES": codes, "PARALLEL": parallel,
+    }  # fmt: skip
 
 
 def _fold(x):
@@ -312,12 +313,14 @@ def binary_conv2d_neuron(
 ) -> tuple[Tensor, ...]:
     """Packed convolution, folded normalisation, residual and T neuron steps in one launch: (spikes, v[, current]).
 
-    I[t] = scale * conv2d(x[t], sign) + bias + residual[t], in fp32, then `neuron_update(I, v, leak, threshold, ...)`: see
-    there for gain, shift, bits, step, codes and parallel, and `binary_conv2d` for the convolution and the precision of fp32.
-    x (T, N, C, H, W) may hold uint8 codes of value code * in_step. `codes` gives spikes as the uint8 codes that the next layer
-    reads, `return_current` also I, which a pre-activation block needs as its next residual. Spikes and current have the dtype
-    of x (fp32 for codes) unless `out_dtype` names another; v is fp32, and returned as given by a parallel neuron. channels_last
-    x and residual are read as they are, other layouts are converted first; what comes out is channels_last.
+    I[t] = scale * conv2d(x[t], sign) + bias + residual[t] in fp32, then `neuron_update(I, v, leak, threshold, ...)`: see
+    there for gain, shift, bits, step, codes and parallel, and `binary_conv2d` for the convolution and its precision.
+    x (T, N, C, H, W) may hold codes (uint8, int8) of value code * in_step. `codes=True` returns spikes as the uint8
+    codes that the next layer reads; up to 7 bits it reads them faster as `spikes.view(torch.int8)`.
+    `return_current=True` also returns I, which a pre-activation block needs as its next residual. Spikes and current
+    have the dtype of x (fp32 for codes) unless `out_dtype` names another; v is fp32, but a parallel neuron returns it as
+    given. channels_last x and residual are read as they are, other layouts are converted first; what the kernel returns
+    is channels_last.
 
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
     """
@@ -367,3 +370,27 @@ def _check_neuron(x, packed, v, leak, threshold, stride, padding, residual, gain
     check_like(x, (t, o), gain=gain, shift=shift)
     check_like(x, size, v=v)
     check_like(x, (t, *size), residual=residual)
+
+
+def aot_cases() -> list[tuple]:
+    """Every tile for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
+    vanilla = {"leak": 1, "gain": None, "residual": None, "current": None, "v": "*fp32"}
+    folded = {"leak": 2, "gain": "*fp32", "residual": "*bf16", "current": "*bf16", "v": None}
+    cases = [
+        ("bf16 T=4 128x128", 4, 0, vanilla, "bf16", (128, 256, 3, 3), False, 1, 1, TILES[2][0]),
+        ("fp16 T=8 64x64 ternary", 8, 4, vanilla, "fp16", (64, 256, 1, 1), True, 2, 0, TILES[2][1]),
+        ("i8 T=4 128x128 folded", 4, 4, folded, "i8", (128, 256, 3, 3), False, 1, 1, TILES[1][0]),
+        ("u8 T=10 64x64 folded", 10, 8, folded, "u8", (64, 136, 3, 3), False, 1, 1, TILES[1][1]),
+        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, TILES[4][0]),
+    ]
+    return [(name, _binary_conv2d_neuron_kernel, *_aot_arguments(*rest)) for name, *rest in cases]
+
+
+def _aot_arguments(t, bits, form, *convolution):
+    types, constexprs, options = aot_arguments(*convolution)
+    y = types.pop("y_ptr")
+    gain, per_step = form["gain"], torch.empty((t,) * form["leak"])
+    types |= {"spikes_ptr": "*u8" if bits else y, "v_ptr": form["v"], "v_out_ptr": "*fp32", "gain_ptr": gain}
+    types |= {"shift_ptr": gain, "residual_ptr": form["residual"], "current_ptr": form["current"], "N": "i32"}
+    types |= {"leak_ptr": "*fp32", "threshold_ptr": "*fp32", "inv_step": "fp32", "in_step": "fp32"}
+    return types, constexprs | neuron_constants(t, per_step, per_step, bits, bits > 0, False), options

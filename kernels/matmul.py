@@ -12,7 +12,7 @@
                    in 2 or 3 bf16 terms                          'highest' (torch's default)
 
 The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: split over K. Many
-rows: a persistent grid. From `DENSE_ROWS` rows on, 16-bit x takes the dense library with weights unpacked once per call.
+rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x takes the dense library with weights unpacked once per call.
 uint8 costs one more operation per element than int8: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
 """
 
@@ -22,13 +22,15 @@ from typing import NamedTuple
 import torch
 
 from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
-from .pack import PackedWeight, dot_signs, operand_scale, signs, unpack_words
+from .pack import PackedWeight, dot_signs, operand_scale, sign_mask, signs, unpack_words
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.uint8, torch.int8)
 MAX_K_CODES = 2**18 - 1  # 128 * 64 * K stays below 2^31
+MAX_K = 2**23 - 1  # offsets within a tile of 256 rows stay below 2^31
 DENSE_ROWS = 2048  # from here on unpacking (7.8 us for 4096 x 4096 on an H200) is noise beside the product (87 us)
 PERSISTENT_ROWS = 2048
+AMD_STAGES = 2  # its 64 KiB of shared memory hold no more
 
 
 class Config(NamedTuple):
@@ -41,12 +43,12 @@ class Config(NamedTuple):
     stages: int
 
 
-# By size of the operand in bytes: first for at most 16 rows, where K is split; then from the largest tile to the smallest.
-# Wide tiles (block_m) share one unpacked weight among more columns of the tensor core.
+# By bytes per element of x: first for at most 16 rows, where K may be split; then from the largest tile to the smallest. Wide
+# tiles share each unpacked weight among more columns of the tensor core; 256 rows need Hopper's registers and shared memory.
 CONFIGS = {
     1: (Config(16, 64, 256, 4, 4), Config(256, 128, 128, 8, 3), Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
     2: (Config(16, 64, 256, 4, 3), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
-    4: (Config(16, 64, 128, 4, 3), Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3)),
+    4: (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 8, 3)),
 }
 
 
@@ -112,6 +114,7 @@ def _binary_matmul_kernel(
         k_last = tl.minimum(K, k_first + share)
     rk = tl.arange(0, BLOCK_K)
     rw = tl.arange(0, BLOCK_K // E)
+    mask = sign_mask(stride_w, W)
 
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         first_m = tile // (GROUP * tiles_n) * GROUP
@@ -138,7 +141,7 @@ def _binary_matmul_kernel(
                 x = tl.load(x_first + x_at, mask=(k + rk < K)[:, None], other=ZERO)
             if X == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
-            w = unpack_words(tl.load(words_first + words_at), W, TERNARY)  # BLOCK_N BLOCK_K
+            w = unpack_words(tl.load(words_first + words_at), W, TERNARY, mask)  # BLOCK_N BLOCK_K
             acc = dot_signs(w, x, acc, PARTS)
             x_first += BLOCK_K
             words_first += BLOCK_K // E * stride_w
@@ -160,9 +163,7 @@ def _binary_matmul_kernel(
 
 
 @triton.jit
-def _store_tile(
-    acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W: tl.constexpr, TERNARY: tl.constexpr
-):
+def _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W: tl.constexpr, TERNARY: tl.constexpr):
     """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
     ONE: tl.constexpr = operand_scale(W, TERNARY)
     scale = tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * tl.cast(step, tl.float32)
@@ -208,19 +209,21 @@ def _unpack_kernel(
     tl.store(w_ptrs, w.to(OUT), mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
-def _multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+@functools.cache
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Number of multiprocessors, and whether it is a Hopper GPU."""
+    if device.type != "cuda":
+        return 4, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, torch.version.hip is None and properties.major == 9
 
 
-_multiprocessors = functools.lru_cache(_multiprocessors)
-
-
-def _choose(m: int, n: int, k: int, itemsize: int, processors: int) -> tuple[Config, int]:
+def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> tuple[Config, int]:
     """The configuration and the number of parts that K is split into: the largest tile that occupies every processor."""
     few, *tiles = CONFIGS[itemsize]
     for config in [few] if m <= few.block_m else tiles:
         programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        if programs >= processors:
+        if programs >= processors and (config.block_m <= 128 or hopper):
             return config, 1
     steps = triton.cdiv(k, config.block_k)
     return config, max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
@@ -232,10 +235,10 @@ def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if m == 0:
         return y
-    if x.dtype in (torch.float16, torch.bfloat16) and m >= DENSE_ROWS:
+    if x.dtype == torch.bfloat16 and m >= DENSE_ROWS:
         return _dense(x, words, scale, bias, ternary, out_dtype)
-    processors = _multiprocessors(x.device)
-    config, splits = _choose(m, n, k, x.element_size(), processors)
+    processors, hopper = _device(x.device)
+    config, splits = _choose(m, n, k, x.element_size(), processors, hopper)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     partial = arrived = None
     if splits > 1:
@@ -266,7 +269,7 @@ def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.warps,
-        num_stages=config.stages if torch.version.hip is None else 2,
+        num_stages=config.stages if torch.version.hip is None else AMD_STAGES,
     )
     return y
 
@@ -282,7 +285,11 @@ def _unpacked(words, scale, n, k, ternary, dtype):
 
 
 def _dense(x, words, scale, bias, ternary, out_dtype):
-    """Unpack once, then the dense library. The scale goes into the weights: its rounding is no larger than that of y."""
+    """Unpack once, then the dense library.
+
+    The scale goes into the weights: in bf16 its rounding is no larger than that of y. (In fp16 it could underflow there, and
+    the sum could overflow without it.)
+    """
     w = _unpacked(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
     y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
     return y.to(out_dtype)
@@ -357,7 +364,7 @@ def binary_matmul(
     if not use_triton(x):
         return binary_matmul_ref(x, packed, bias=bias, step=step, out_dtype=out_dtype)
     flat = x.reshape(-1, packed.k)  # M K
-    if flat.stride(1) != 1:
+    if flat.stride(1) != 1 or flat.stride(0) > MAX_K:
         flat = flat.contiguous()
     words = packed.operand("quad" if x.dtype in CODES else "pair")
     sums = packed.row_sums() if x.dtype == torch.uint8 else None
@@ -381,8 +388,8 @@ def _check(x, packed, bias, step, out_dtype):
         raise ValueError(f"step is for uint8 and int8 codes, got step={step} with x of {x.dtype}")
     if x.dtype in CODES and (step is None or not 0 < step < float("inf")):
         raise ValueError(f"codes ({x.dtype}) need a finite step > 0, got {step}")
-    if x.dtype in CODES and packed.k > MAX_K_CODES:
-        raise ValueError(f"the int32 sum of codes holds for K up to {MAX_K_CODES}, got K = {packed.k}")
+    if packed.k > (limit := MAX_K_CODES if x.dtype in CODES else MAX_K):
+        raise ValueError(f"K can be up to {limit} for x of {x.dtype}, got {packed.k}")
     if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (packed.n,) or bias.device != x.device):
         raise ValueError(
             f"bias must be floating point ({packed.n},) on {x.device}, "
@@ -397,29 +404,33 @@ def aot_cases() -> list[tuple]:
     """Every configuration for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
     cases = []
 
-    def add(x, config, ternary=False, **rest):
-        codes = x in ("u8", "i8")
-        split = config.block_m <= 16
-        y = "fp32" if codes else x
-        types = dict(x_ptr=f"*{x}", words_ptr="*i32", scale_ptr="*fp32", bias_ptr="*fp32", y_ptr=f"*{y}", step="fp32")
-        types["sums_ptr"] = "*i32" if x == "u8" else None
-        types["partial_ptr"] = ("*i32" if codes else "*fp32") if split else None
-        types["arrived_ptr"] = "*i32" if split else None
-        types |= dict(M="i32", N="i32", K="i32", stride_xm="i32", stride_w="i32")
-        block = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
-        constexprs = dict(TERNARY=ternary, PARTS=3, EVEN_K=rest.pop("even", True), SPLIT=split) | block
-        name = f"{x} {'ternary' if ternary else 'binary'} {'x'.join(map(str, config[:3]))}"
+    def add(x, config, ternary=False, ragged=False, targets=None):
+        codes, split = x in ("u8", "i8"), config.block_m <= 16
+        types = dict(x_ptr=f"*{x}", words_ptr="*i32", scale_ptr="*fp32", bias_ptr="*fp32")
+        types |= dict(sums_ptr="*i32" if x == "u8" else None, y_ptr="*fp32" if codes else f"*{x}")
+        types |= dict(
+            partial_ptr=("*i32" if codes else "*fp32") if split else None, arrived_ptr="*i32" if split else None
+        )
+        types |= dict(step="fp32", M="i32", N="i32", K="i32", stride_xm="i32", stride_w="i32")
+        constexprs = dict(TERNARY=ternary, PARTS=3, EVEN_K=not ragged, SPLIT=split)
+        constexprs |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
+        tile = "x".join(map(str, config[:3]))
+        name = f"{x} {'ternary' if ternary else 'binary'} {tile}{' ragged' if ragged else ''}"
 
         def options(backend):
-            stages = config.stages if backend == "cuda" else 2
-            return dict(num_warps=config.warps, num_stages=stages, odd=("M",)) | rest
+            stages = config.stages if backend == "cuda" else AMD_STAGES
+            odd = ("M", "N", "K", "stride_xm") if ragged else ("M",)
+            return dict(num_warps=config.warps, num_stages=stages, odd=odd) | ({"targets": targets} if targets else {})
 
         cases.append((name, _binary_matmul_kernel, types, constexprs, options))
 
-    for config in CONFIGS[2]:
-        add("bf16", config)
-    for config in CONFIGS[1]:
-        add("i8", config)
-    for config in CONFIGS[4]:
-        add("fp32", config)
+    for x, itemsize in (("bf16", 2), ("i8", 1), ("fp32", 4)):
+        for config in CONFIGS[itemsize]:
+            add(x, config, targets=("sm_90",) if config.block_m > 128 else None)
+        add({"bf16": "fp16", "i8": "u8"}.get(x, x), CONFIGS[itemsize][-1], ternary=True, ragged=True)
+    for x, itemsize, ternary in (("bf16", 2, True), ("i8", 1, True), ("u8", 1, False)):
+        add(x, CONFIGS[itemsize][2], ternary, targets=("sm_90",))
+    types = dict(words_ptr="*i32", scale_ptr="*fp32", w_ptr="*bf16", N="i32", K="i32", stride_w="i32")
+    constexprs = dict(TERNARY=False, BLOCK_N=64, BLOCK_K=128)
+    cases.append(("unpack bf16", _unpack_kernel, types, constexprs, dict(num_warps=4)))
     return cases

@@ -26,6 +26,7 @@ from .steps import (
     lay_out_like,
     programs,
     steps_dense,
+    tile_elements,
     tiling,
 )
 
@@ -111,17 +112,18 @@ def _spike_codes(s, inv_step, BITS: tl.constexpr):
 def _neuron_forward_kernel(
     current_ptr, v_ptr, leak_ptr, threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, v_out_ptr,
     A, C, B, stride_t, inv_step, step,
-    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_V: tl.constexpr,
-    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, FOLDED: tl.constexpr, PARALLEL: tl.constexpr,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, PARALLEL: tl.constexpr,
     BITS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     offsets, mask, channel = _tile(tl.program_id(0), A, C, B, X, Y, CHANNELS_LAST)
+    FOLDED: tl.constexpr = gain_ptr is not None
     size = tl.cast(A, tl.int64) * C * B
     currents = ()  # all loads first: behind a store the compiler could not move them up
     for t in tl.static_range(T):
         currents = currents + (tl.load(current_ptr + t * tl.cast(stride_t, tl.int64) + offsets, mask=mask, other=0),)
     v = tl.zeros((X, Y), tl.float32)
-    if HAS_V:
+    if v_ptr is not None:
         v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
     leak, gain, shift = 0.0, 0.0, 0.0
     for t in tl.static_range(T):
@@ -147,16 +149,17 @@ def _neuron_backward_kernel(
     current_ptr, d_spikes_ptr, v_ptr, d_v_out_ptr, leak_ptr, threshold_ptr, gain_ptr, shift_ptr,
     d_current_ptr, d_v_ptr, partial_ptr,
     A, C, B, tiles, stride_t, stride_dt, s_max,
-    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_V: tl.constexpr,
-    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, FOLDED: tl.constexpr, PARALLEL: tl.constexpr,
-    BITS: tl.constexpr, DETACH: tl.constexpr, HAS_DV: tl.constexpr, PARAMETERS: tl.constexpr,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, PARALLEL: tl.constexpr,
+    BITS: tl.constexpr, DETACH: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """Reads current and d_spikes once, recomputes m, mh, v in registers, writes d_current once."""
+    FOLDED: tl.constexpr = gain_ptr is not None
     size = tl.cast(A, tl.int64) * C * B
-    P: tl.constexpr = 4 if FOLDED else 2  # per step: leak, threshold, gain, shift
+    P: tl.constexpr = 4 if gain_ptr is not None else 2  # per step: leak, threshold, gain, shift
     sums = ()  # over this program's tiles; they are reduced over positions only once, at the end
     if PARAMETERS:
-        for _ in tl.static_range(P * T):
+        for k in tl.static_range(P * T):  # noqa: B007
             sums = sums + (tl.zeros((X, Y), tl.float32),)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
@@ -168,7 +171,7 @@ def _neuron_backward_kernel(
             currents = currents + (current,)
             d_spikes = d_spikes + (d_s,)
         v_start = tl.zeros((X, Y), tl.float32)
-        if HAS_V:
+        if v_ptr is not None:
             v_start = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
         v = v_start
         leak, gain, shift = 0.0, 0.0, 0.0
@@ -184,11 +187,10 @@ def _neuron_backward_kernel(
             mhs = mhs + (mh,)
             v = mh - s
         d_v = tl.zeros((X, Y), tl.float32)
-        if HAS_DV:
+        if d_v_out_ptr is not None:
             d_v = tl.load(d_v_out_ptr + offsets, mask=mask, other=0)
         new = ()  # what masked elements add is 0, because their d_spikes and d_v are
-        for j in tl.static_range(T):
-            t: tl.constexpr = T - 1 - j
+        for t in tl.static_range(T - 1, -1, -1):
             threshold = _parameter(threshold_ptr, t, channel, C, THRESHOLD_C)
             if not PARALLEL:
                 leak = _parameter(leak_ptr, t, channel, C, LEAK_C)
@@ -217,7 +219,7 @@ def _neuron_backward_kernel(
             if not DETACH:
                 d_v = d_m * leak
             tl.store(d_current_ptr + t * size + offsets, d_m.to(d_current_ptr.dtype.element_ty), mask=mask)
-        if HAS_V and not DETACH:
+        if v_ptr is not None and not DETACH:
             tl.store(d_v_ptr + offsets, d_v, mask=mask)
         if PARAMETERS:
             added = ()
@@ -230,14 +232,12 @@ def _neuron_backward_kernel(
                 _store_sum(partial_ptr, slot, t, sums[P * t + slot], C, T, X, Y, CHANNELS_LAST)
 
 
-def _flags(current, v, leak, threshold, gain, bits, parallel):
+def _flags(current, leak, threshold, bits, parallel):
     """What both kernels are specialised for."""
     return {
         "T": len(current),
-        "HAS_V": v is not None and not parallel,
         "LEAK_C": leak is not None and leak.dim() == 2,
         "THRESHOLD_C": threshold.dim() == 2,
-        "FOLDED": gain is not None,
         "PARALLEL": parallel,
         "BITS": bits,
     }
@@ -264,13 +264,12 @@ def _neuron_forward(
     current = steps_dense(current)
     spikes, v_out = _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach)
     v = None if v is None or parallel else lay_out_like(v[None], current)
-    elements = 128 * (4 if current.element_size() == 4 or len(current) > 8 else 8)
-    view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), elements)
+    view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), tile_elements(current, 1))
     LAUNCHES["neuron_update"] += 1
     _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
         current, v, leak, threshold, gain, shift, spikes, v_out,
         *view, current.stride(0), 1 / step, step,
-        **tile, **_flags(current, v, leak, threshold, gain, bits, parallel), CODES=codes,
+        **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes,
     )  # fmt: skip
     return spikes, v_out
 
@@ -307,21 +306,17 @@ def _neuron_backward(
     detach = detach or parallel
     d_v_out = None if detach or d_v_out is None else lay_out_like(d_v_out[None], current)
     v = None if v is None or parallel else lay_out_like(v[None], current)
-    T = len(current)
-    per_thread = 64 // (T * (len(d_parameters) if parameters else 1))  # keeps the sums within 64 registers
-    widest = 4 if current.element_size() == 4 else 8
-    view, tile, tiles = tiling(
-        current, _per_channel(leak, threshold, gain), 128 * max(1, min(widest, 1 << (per_thread.bit_length() - 1)))
-    )
+    elements = tile_elements(current, len(d_parameters) if parameters else 1)
+    view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), elements)
     blocks = channel_blocks(view, tile)
     rows = programs(tiles, blocks, current.device)
-    partial = current.new_empty((len(d_parameters), rows, T, view[1]), dtype=torch.float32) if parameters else None
+    partial = current.new_empty((len(d_parameters), rows, len(current), view[1]), dtype=torch.float32) if parameters else None
     LAUNCHES["neuron_update_backward"] += 1
     _neuron_backward_kernel[(rows, blocks)](
         current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
         *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
-        **tile, **_flags(current, v, leak, threshold, gain, bits, parallel),
-        DETACH=detach, HAS_DV=d_v_out is not None, PARAMETERS=parameters,
+        **tile, **_flags(current, leak, threshold, bits, parallel),
+        DETACH=detach, PARAMETERS=parameters,
     )  # fmt: skip
     return d_current, d_v, partial.sum(1) if parameters else d_parameters
 
@@ -461,3 +456,41 @@ def neuron_update(
     if parallel:
         return spikes, v
     return spikes, v_out.detach() if detach else v_out
+
+
+def aot_cases() -> list[tuple]:
+    """What the launchers choose for typical inputs, for compilation without a GPU: see bench/aot.py."""
+    cases = []
+    for dtype, T, per_channel, last, folded, has_v, bits, codes, parallel in (
+        (torch.bfloat16, 4, False, False, False, False, 0, False, False),
+        (torch.bfloat16, 1, False, False, False, True, 4, False, False),
+        (torch.bfloat16, 4, True, True, True, True, 4, True, False),
+        (torch.float16, 10, True, True, False, True, 0, False, False),
+        (torch.float32, 4, True, False, True, False, 0, False, True),
+        (torch.float32, 16, True, False, True, True, 8, False, False),
+    ):
+        x = torch.empty((T, 64, 64, 32, 32), dtype=dtype, device="meta")
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
+        p = torch.empty((T, 64) if per_channel else (T,), device="meta")
+        name = f"{str(dtype)[6:]} T={T}" + " (T, C)" * per_channel + " channels_last" * last + " gain" * folded
+        name += f" {bits} bits" * (bits > 0) + " parallel" * parallel
+        element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+        types = dict.fromkeys(("leak_ptr", "threshold_ptr"), "*fp32")
+        types |= dict.fromkeys(("gain_ptr", "shift_ptr"), "*fp32" if folded else None)
+        types |= {"current_ptr": element, "v_ptr": "*fp32" if has_v else None}
+        types |= dict.fromkeys("ACB", "i32") | {"stride_t": "i64"}
+        flags = _flags(x, p, p, bits, parallel)
+        _, tile, _ = tiling(x, per_channel, tile_elements(x, 1))
+        forward = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
+        cases.append((f"forward {name}", _neuron_forward_kernel, types | forward, flags | tile | {"CODES": codes}, {}))
+        if codes:
+            continue
+        for detach, parameters in ((True, True),) if parallel else ((True, True), (False, True), (True, False)):
+            _, tile, _ = tiling(x, per_channel, tile_elements(x, (4 if folded else 2) if parameters else 1))
+            backward = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element)
+            backward |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
+            backward |= {"partial_ptr": "*fp32" if parameters else None, "tiles": "i32", "stride_dt": "i64", "s_max": "fp32"}
+            constants = flags | tile | {"DETACH": detach, "PARAMETERS": parameters}
+            label = f"backward {name}" + " through time" * (not detach) + " input only" * (not parameters)
+            cases.append((label, _neuron_backward_kernel, types | backward, constants, {}))
+    return cases

@@ -122,7 +122,9 @@ class PackedWeight:
     def _cached(self, key, build):
         if key not in self._derived:
             if self.bits.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"derived weights {key} are not built yet: run once before the CUDA graph is captured")
+                raise RuntimeError(
+                    f"derived weights {key} are not built yet: run once before the CUDA graph is captured"
+                )
             self._derived[key] = build()
         return self._derived[key]
 
@@ -148,7 +150,9 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not w.is_floating_point() or w.ndim not in (2, 4) or w.numel() == 0:
-        raise ValueError(f"w must be floating point, (N, K) or (N, C, kh, kw), not empty; got {w.dtype} {tuple(w.shape)}")
+        raise ValueError(
+            f"w must be floating point, (N, K) or (N, C, kh, kw), not empty; got {w.dtype} {tuple(w.shape)}"
+        )
     flat = w.detach().flatten(1).float()  # N K
     size = flat.abs()
     if kind == "binary":
@@ -218,20 +222,36 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def unpack_words(words, DTYPE: tl.constexpr, TERNARY: tl.constexpr):
+def sign_mask(n, DTYPE: tl.constexpr):
+    """The mask of the sign bits for `unpack_words`, once per program; n is any runtime integer of at least 16.
+
+    A known constant would be moved into a register again for every use, a tenth of the loop; the compiler cannot know n.
+    """
+    if DTYPE == tl.int8:
+        mask = tl.where(tl.arange(0, 8) < n, -2139062144, 0)  # 0x80808080
+    else:
+        mask = tl.where(tl.arange(0, 16) < n, -2147450880, 0)  # 0x80008000
+    return mask[None, None, :]
+
+
+@triton.jit
+def unpack_words(words, DTYPE: tl.constexpr, TERNARY: tl.constexpr, mask=None):
     """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word): sign * operand_scale of the same arguments.
 
-    DTYPE tl.int8 reads form 'quad'; tl.float16 and tl.bfloat16 read form 'pair'.
+    DTYPE tl.int8 reads form 'quad'; tl.float16 and tl.bfloat16 read form 'pair'. `mask` comes from `sign_mask`; without it the
+    sign bits are masked with a constant, which is as good outside a loop.
     """
     W: tl.constexpr = words.shape[0]
     R: tl.constexpr = words.shape[1]
     E: tl.constexpr = 16 if TERNARY else 32
     w = tl.trans(words)[:, :, None]  # R W 1
+    if mask is None:
+        mask = sign_mask(16, DTYPE)
     if DTYPE == tl.int8:
         if TERNARY:
             q = (w << (tl.arange(0, 4) * 2)[None, None, :]) & -1061109568  # 0xC0C0C0C0: four times 0, +-64
         else:
-            q = ((w << tl.arange(0, 8)[None, None, :]) & -2139062144) | 0x40404040  # 0x80808080: four times +-64
+            q = ((w << tl.arange(0, 8)[None, None, :]) & mask) | 0x40404040  # four times +-64
         b0 = q.to(tl.int8)
         b1 = (q >> 8).to(tl.int8)
         b2 = (q >> 16).to(tl.int8)
@@ -242,7 +262,7 @@ def unpack_words(words, DTYPE: tl.constexpr, TERNARY: tl.constexpr):
             p = (w << (tl.arange(0, 8) * 2)[None, None, :]) & -1073692672  # 0xC000C000: twice 0, +-2.0
         else:
             ONES: tl.constexpr = 0x3C003C00 if DTYPE == tl.float16 else 0x3F803F80
-            p = ((w << tl.arange(0, 16)[None, None, :]) & -2147450880) | ONES  # 0x80008000: twice +-1.0
+            p = ((w << tl.arange(0, 16)[None, None, :]) & mask) | ONES  # twice +-1.0
         low = (p & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         high = (p >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         lanes = tl.join(low, high)

@@ -40,6 +40,13 @@ def lay_out_like(y: Tensor, x: Tensor) -> Tensor:
     return y.movedim(2, -1).contiguous().movedim(-1, 2) if wanted else y.contiguous()
 
 
+def tile_elements(x: Tensor, sums: int) -> int:
+    """Elements of one step for a program of 4 warps that holds T steps, and `sums` sums per step, in registers."""
+    per_thread = max(1, 64 // (len(x) * sums))
+    widest = 16 // x.element_size()  # one load of 16 bytes per thread
+    return 128 * min(widest, 1 << (per_thread.bit_length() - 1))
+
+
 def tiling(x: Tensor, per_channel: bool, elements: int) -> tuple[tuple[int, int, int], dict, int]:
     """((A, C, B), tile constants, tiles per channel block) for `_tile`: `elements` of one step for each program.
 

@@ -302,6 +302,12 @@ def test_corrupt_image_is_named(tmp_path):
     images[8] = {"bytes": b"\x89PNG\r\n\x1a\n and no more", "path": "cat.png"}
     with pytest.raises(ValueError, match=r"cannot decode image 8 of train of .* \(cat\.png\)"):
         load("cifar10", faulty(tmp_path / "rows", images, labels))
+    Image.new("RGB", (32, 32)).save(tmp_path / "bomb.bmp")
+    header = bytearray((tmp_path / "bomb.bmp").read_bytes())
+    header[18:26] = (20000).to_bytes(4, "little") * 2  # announces 20000 x 20000 pixels
+    images[8] = {"bytes": bytes(header), "path": None}
+    with pytest.raises(ValueError, match=r"cannot decode image 8 of train of .* \("):
+        load("cifar10", faulty(tmp_path / "rows", images, labels))
     images[8] = None
     with pytest.raises(ValueError, match="image 8 of train of .* is empty: remove the row"):
         load("cifar10", faulty(tmp_path / "rows", images, labels))
@@ -311,6 +317,12 @@ def test_corrupt_file_is_named(tmp_path):
     folder = parquet_folder(tmp_path / "parquet", "cifar10")
     shard = folder / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
+        load("cifar10", folder)
+
+    not_text = pa.array([b"\xff"]).view(pa.string())
+    image = pa.StructArray.from_arrays([pa.array([b"pixels"]), not_text], ["bytes", "path"])
+    pq.write_table(pa.table({"img": image, "label": [0]}), shard)
     with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
         load("cifar10", folder)
 
@@ -517,7 +529,7 @@ def test_cutout_sets_one_square_to_the_mean_colour(side):
 
 
 def expected_targets(labels: torch.Tensor, share: float, smoothing: float, classes: int) -> torch.Tensor:
-    """A share of the own label and the rest of the label at the mirrored place, smoothed; float64, one image at a time."""
+    """A share of the own label, the rest of the label at the mirrored place, smoothed; one image at a time."""
     out = torch.zeros(len(labels), classes, dtype=torch.float64)
     for i in range(len(labels)):
         out[i, labels[i]] += share * (1 - smoothing)

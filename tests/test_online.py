@@ -1,0 +1,198 @@
+"""Online learning: what is drawn, what is remembered, and how the modes relate."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import empf
+from empf.online import draw_steps, online_backward
+
+
+def batch(n=6):
+    torch.manual_seed(7)
+    return torch.randn(n, 1, 8, 8, dtype=torch.float64), torch.arange(n) % 5
+
+
+def small(seed=0, **kwargs):
+    """A network whose running statistics fit its input, so that its neurons fire with frozen norms too."""
+    torch.manual_seed(seed)
+    config = dict(num_classes=5, in_channels=1, image_size=8, width=0.0625, T=4)
+    model = empf.resnet18(**{**config, **kwargs}).double()
+    with torch.no_grad():
+        for _ in range(20):
+            empf.reset(model)
+            model(batch()[0])
+    empf.reset(model)
+    return model
+
+
+def gradients(model, **kwargs):
+    model.zero_grad()
+    x, y = batch()
+    loss, logits = online_backward(model, x, y, F.cross_entropy, **kwargs)
+    return loss, logits, [p.grad.clone() for p in model.parameters()]
+
+
+def assert_close(a, b, tolerance=1e-10):
+    for u, v in zip(a, b, strict=True):
+        assert (u - v).abs().max() <= tolerance * (1 + v.abs().max())
+
+
+# ---- drawing
+
+
+def test_steps_are_uniform_different_and_ascending():
+    single = Counter(draw_steps(4, 1, seed=3, iteration=i)[0] for i in range(4000))
+    assert set(single) == {1, 2, 3, 4}
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in single.values())
+    pairs = Counter(tuple(draw_steps(4, 2, seed=3, iteration=i)) for i in range(3000))
+    assert set(pairs) == {(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
+    assert all(abs(count - 500) < 5 * (3000 / 6 * 5 / 6) ** 0.5 for count in pairs.values())
+
+
+def test_steps_depend_on_seed_and_iteration_alone():
+    torch.manual_seed(1)
+    a = [draw_steps(8, 1, 0, i) for i in range(50)]
+    torch.manual_seed(2)
+    assert a == [draw_steps(8, 1, 0, i) for i in range(50)]
+    assert a != [draw_steps(8, 1, 1, i) for i in range(50)]
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_too_many_steps(k):
+    with pytest.raises(ValueError, match=f"1..T = 4, got {k}"):
+        draw_steps(4, k, 0, 0)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(neuron="lif"), dict(parallel=0.5, seca=1)], ids=str)
+def test_random_is_an_unbiased_estimate_of_every(kind):
+    model = small(**kind)
+    empf.freeze_norm(model)
+    each = [gradients(model, steps=[t])[2] for t in range(1, 5)]
+    mean = [torch.stack(g).mean(0) for g in zip(*each, strict=True)]
+    loss, _, every = gradients(model, learning="every")
+    assert_close(mean, every)
+    assert loss.item() == pytest.approx(sum(gradients(model, steps=[t])[0].item() for t in range(1, 5)) / 4)
+
+
+def test_k_steps_are_the_mean_of_their_losses():
+    model = small()
+    empf.freeze_norm(model)
+    two = gradients(model, steps=[1, 3])[2]
+    one, three = gradients(model, steps=[1])[2], gradients(model, steps=[3])[2]
+    assert_close(two, [(a + b) / 2 for a, b in zip(one, three, strict=True)])
+
+
+def test_random_equals_the_example_written_out():
+    """reset, t - 1 steps without gradient, one with: the lines of the README."""
+    model, x_y = small(), batch()
+    got = gradients(model, steps=[3])
+    other = small()
+    empf.reset(other)
+    with torch.no_grad():
+        other(x_y[0], steps=2)
+    loss = F.cross_entropy(other(x_y[0], steps=1)[0], x_y[1])
+    loss.backward()
+    assert got[0].item() == pytest.approx(loss.item())
+    assert_close(got[2], [p.grad for p in other.parameters()])
+
+
+@pytest.mark.parametrize("neuron", ["empf", "mem_bn", "lif"])
+def test_with_one_step_through_time_equals_random(neuron):
+    model = small(T=1, neuron=neuron)
+    empf.freeze_norm(model)
+    assert_close(gradients(model, steps=[1])[2], gradients(model, learning="stbp")[2])
+
+
+def test_through_time_differs_from_every_and_restores_online():
+    model = small()
+    empf.freeze_norm(model)
+    stbp, every = gradients(model, learning="stbp")[2], gradients(model, learning="every")[2]
+    assert max((a - b).abs().max() for a, b in zip(stbp, every, strict=True)) > 1e-4
+    assert_close(gradients(model, learning="every")[2], every)
+
+
+def test_through_time_is_autograd_of_the_mean_logits():
+    model = small()
+    loss, _, got = gradients(model, learning="stbp")
+    other, (x, y) = small(), batch()
+    empf.set_online(other, False)
+    empf.reset(other)
+    want = F.cross_entropy(torch.stack([other(x, steps=1)[0] for _ in range(4)]).mean(0), y)
+    want.backward()
+    assert loss.item() == pytest.approx(want.item())
+    assert_close(got, [p.grad for p in other.parameters()], 1e-9)
+
+
+def test_every_parameter_has_a_gradient_whatever_the_step():
+    for kind in (dict(), dict(neuron="mem_bn"), dict(parallel=0.5, seca=2)):
+        for t in (1, 4):
+            model = small(**kind)
+            x, y = batch()
+            online_backward(model, x, y, F.cross_entropy, steps=[t])
+            assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+# ---- memory for back-propagation
+
+
+def saved_bytes(T, *, learning="random", steps=None, **kind):
+    """Bytes that autograd keeps for the backward pass, each storage counted once, the model's own left out."""
+    model = small(T=T, **kind)
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, y = batch()
+    peak = 0
+
+    def backward(loss):
+        nonlocal peak
+        peak = max(peak, sum(kept.values()))
+        loss.backward()
+        kept.clear()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        online_backward(model, x, y, F.cross_entropy, learning=learning, steps=steps, backward=backward)
+    return peak
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, seca=1)], ids=str)
+def test_memory_of_one_step_whatever_T(kind):
+    one = saved_bytes(1, steps=[1], **kind)
+    assert one > 100_000
+    for T in (4, 32):
+        assert saved_bytes(T, steps=[1], **kind) == saved_bytes(T, steps=[T], **kind) == one
+        assert saved_bytes(T, learning="every", **kind) == one
+
+
+def test_memory_through_time_grows_with_T():
+    one, four, eight = (saved_bytes(T, learning="stbp") for T in (1, 4, 8))
+    assert eight - four == pytest.approx(4 / 3 * (four - one), rel=0.05)  # linear in T
+    assert eight > 4 * one
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("steps", [None, [], [0], [5], [2, 1], [2, 2]])
+def test_bad_steps(steps):
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"ascending and within 1\.\.T = 4"):
+        online_backward(small(), x, y, F.cross_entropy, steps=steps)
+
+
+def test_bad_mode():
+    x, y = batch()
+    with pytest.raises(ValueError, match="learning must be one of random, every, stbp, got 'bptt'"):
+        online_backward(small(), x, y, F.cross_entropy, learning="bptt")
