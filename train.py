@@ -8,7 +8,6 @@ Every field of `empf.config.TrainConfig` is a flag. The run folder is described 
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,31 +26,33 @@ import empf
 from empf import config as settings
 from empf import runs
 from empf.config import TrainConfig
-from empf.data import Augment, Batches, ImageSet, load
+from empf.data import Augment, Batches, load
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
 
-READ_EVERY = 20  # batches between two looks at the loss: each makes the host wait for the device
+READ_EVERY = 20  # batches between two looks at the loss where a look waits for the device or for other processes
 
 
 class Stop:
     """Asked for by Ctrl-C, SIGTERM or --max-steps: finish the batch, save, leave."""
 
-    reason: str | None = None
-
     def __init__(self):
+        self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame) -> None:
-        self.reason = signal.Signals(number).name
+        self.asked = True
 
 
 class Meter:
-    """Loss, correct predictions and images of an epoch on this process, summed on the device until they are read."""
+    """[loss, correct predictions, images] of an epoch, summed on the device until they are read."""
 
-    def __init__(self, sums: list[float]):
+    def __init__(self, accelerator: Accelerator, sums: list[float]):
+        self.accelerator = accelerator
         self.sums = torch.tensor(sums, dtype=torch.float64)
+        if not accelerator.is_main_process:
+            self.sums.zero_()  # the sums of all processes, which a resumed epoch starts with, count once
         self.unread: list[torch.Tensor] = []
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
@@ -58,19 +60,43 @@ class Meter:
         count = loss.new_tensor(float(len(hard)))
         self.unread.append(torch.stack([loss * count, (logits.argmax(1) == hard).sum(), count]))
 
-    def read(self) -> tuple[float, float]:
-        """(mean loss, accuracy in %) so far; waits for the device."""
-        if self.unread:
-            self.sums += torch.stack(self.unread).cpu().double().sum(0)
-            self.unread.clear()
-        return (self.sums[0] / self.sums[2]).item(), (100 * self.sums[1] / self.sums[2]).item()
+    def read(self, stop: bool) -> tuple[list[float], bool]:
+        """The sums so far and whether to stop, of all processes; each has to call it at the same batch."""
+        self.sums += torch.stack(self.unread).cpu().double().sum(0)
+        self.unread.clear()
+        *sums, stops = over_processes(self.accelerator, torch.tensor([*self.sums, stop], dtype=torch.float64)).tolist()
+        return sums, stops > 0
 
 
-def model_config(config: TrainConfig, data: ImageSet) -> empf.ModelConfig:
-    names = ("arch", "T", "weights", "neuron", "parallel", "seca", "spike_bits", "activation", "width")
-    spec = data.spec
-    shape = dict(num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
-    return empf.ModelConfig(**shape, **{name: getattr(config, name) for name in names})
+def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum of the values of all processes."""
+    return values if accelerator.num_processes == 1 else accelerator.reduce(values.to(accelerator.device), "sum")
+
+
+def average_norms(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the mean of the running statistics, so that all evaluate one and the same network."""
+    for buffer in model.buffers():
+        if accelerator.num_processes > 1 and buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, "mean"))
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, processes and tracker; raises ValueError where the tracker is unknown or not installed."""
+    if config.tracker is not None:
+        known = sorted(t.value for t in LoggerType if t != LoggerType.ALL)
+        if config.tracker not in known:
+            raise ValueError(f"unknown tracker {config.tracker!r}: choose one of {', '.join(known)}")
+        if LoggerType(config.tracker) not in get_available_trackers():
+            raise ValueError(f"the tracker is not installed: pip install {config.tracker}, or leave --tracker out")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.tracker,
+        project_dir=".",  # the run folder takes its place once it is known
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.device.type == "cpu":  # accelerate launch sets OMP_NUM_THREADS=1
+        torch.set_num_threads(settings.cpu_threads(config.threads, accelerator.num_processes))
+    return accelerator
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -91,86 +117,94 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
 
 
-def average_norms(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every process the mean of the running statistics, so that all evaluate one and the same network."""
-    for buffer in model.buffers():
-        if accelerator.num_processes > 1 and buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer, "mean"))
-
-
-def train(config: TrainConfig, run: Path | None) -> None:
+def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> None:
     """Train a new network, or continue the run in the folder `run`."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
-        project_dir=str(run or "."),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-
     # data, resident on the device
-    train_set, test_set = load(config.dataset, config.data, limit=config.limit, device=accelerator.device)
+    device, processes = accelerator.device, accelerator.num_processes
+    train_set, test_set = load(config.dataset, config.data, limit=config.limit, device=device)
     augment = Augment(
         config.crop, config.flip, config.cutout, config.mixup, config.cutmix, config.label_smoothing
     )  # fmt: skip
-    share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+    share = dict(rank=accelerator.process_index, world=processes)
     batches = Batches(train_set, config.batch_size, train=True, seed=config.seed, augment=augment, **share)
     test_batches = Batches(test_set, max(config.batch_size, 256), train=False, **share)
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    raw = empf.build(model_config(config, train_set)).to(accelerator.device)
-    if accelerator.device.type == "cuda":
+    raw = empf.build(config.model()).to(device)
+    if device.type == "cuda":
         raw = raw.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(raw, config)
     average = (
         AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True) if config.ema else None
     )
+    evaluated = raw if average is None else average.module
 
-    # where a resumed run continues
+    # the run folder: a new one, or where the last call stopped
     at = {"epoch": 0, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
     history: list[dict] = []
-    if run is not None:
+
+    def save() -> None:
+        if not all(p.isfinite().all() for p in raw.parameters()):
+            raise ValueError(
+                f"training diverged, a weight is not finite: lower --lr; the last good checkpoint is in {run}"
+            )
+        if accelerator.is_main_process:
+            runs.save_state(run, {
+                "model": raw.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                "average": None if average is None else average.state_dict(),
+                "at": at, "history": history, "processes": processes,
+            })  # fmt: skip
+
+    def save_results() -> None:
+        if accelerator.is_main_process:
+            title = f"{config.dataset}: {config.arch} x{config.width:g}, {config.weights} weights, T = {config.T}"
+            runs.save_results(run, evaluated, history, f"{title}: {history[-1]['accuracy'][-1]:.2f} %")
+
+    if run is None:
+        folder = config.output_dir
+        if folder is None and accelerator.is_main_process:
+            folder = str(runs.new_folder(Path("runs") / f"{config.dataset}-{config.arch}"))
+        run = Path(broadcast_object_list([folder])[0])
+        save()
+        if accelerator.is_main_process:  # the configuration comes last: a folder that has one can be resumed
+            spec = train_set.spec
+            runs.save_config(run, raw.config, config.to_dict(), train_set.class_names, spec.mean, spec.std)
+    else:
         state = runs.load_state(run)
+        if state["processes"] != processes:
+            raise ValueError(
+                f"{run} was trained by {state['processes']} processes, not {processes}: continue it with "
+                f"accelerate launch --num_processes {state['processes']}"
+            )
         runs.load_weights(raw, state["model"], run)
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
             average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
         at, history = state["at"], state["history"]
-    model = accelerator.prepare(raw)
-    evaluated = raw if average is None else average.module
-
-    def save() -> None:
         if accelerator.is_main_process:
-            runs.save_state(run, {
-                "model": raw.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "average": None if average is None else average.state_dict(), "at": at, "history": history,
-            })  # fmt: skip
-
-    if run is None:
-        default = runs.free_folder(Path("runs") / f"{config.dataset}-{config.arch}")
-        run = Path(broadcast_object_list([config.output_dir or str(default)])[0])
-        save()
-        if accelerator.is_main_process:  # the configuration comes last: a folder that has one can be resumed
-            spec = train_set.spec
-            runs.save_config(run, raw.config, config.to_dict(), train_set.class_names, spec.mean, spec.std)
+            runs.remove_leftovers(run)
+        if history and at["batch"] == 0:  # the last call may have died between the checkpoint and the results
+            save_results()
+    model = accelerator.prepare(raw)
     if config.tracker:
+        accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("empf", config={k: v for k, v in config.to_dict().items() if v is not None})
     account = empf.account(raw)
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     accelerator.print(
         f"{config.arch}, {config.weights} weights, T = {config.T}: {account['params_mb']:.2f} MB "
         f"({account['params_full_mb']:.2f} MB full); {len(train_set)} training, {len(test_set)} test images\n"
-        f"{accelerator.num_processes} x {accelerator.device}, kernels: {backend(accelerator.device)}, run: {run}"
+        f"{processes} x {device}{threads}, kernels: {backend(device)}, run: {run}"
     )
 
     # train
     stop, steps_done, last_save = Stop(), 0, time.monotonic()
-    always_read = accelerator.num_processes == 1 and accelerator.device.type == "cpu"  # waits for nothing
+    read_every = 1 if processes == 1 and device.type == "cpu" else READ_EVERY
     while at["epoch"] < config.epochs:
         epoch, epoch_start = at["epoch"], time.monotonic() - at["seconds"]
-        meter = Meter(at["sums"])
+        meter = Meter(accelerator, at["sums"])
         model.train()
         batches.set_epoch(epoch)
         bar = tqdm(
@@ -191,43 +225,39 @@ def train(config: TrainConfig, run: Path | None) -> None:
             if average is not None:
                 average.update_parameters(raw)
             meter.add(loss, logits, target)
-            bar.update()
 
             steps_done += 1
-            if steps_done == config.max_steps:
-                stop.reason = "--max-steps"
-            if not (always_read or number % READ_EVERY == 0 or number == len(batches)):
-                continue
-            mean_loss, accuracy = meter.read()
-            if not math.isfinite(mean_loss):
-                raise ValueError(
-                    f"the loss is {mean_loss} in epoch {epoch + 1}, batch {number}: lower --lr or train without "
-                    f"--mixed-precision; the last good checkpoint is kept in {run}"
-                )
-            seconds = time.monotonic() - epoch_start
-            rate = f"{number * config.batch_size * accelerator.num_processes / seconds:.0f}"
-            drawn = ",".join(map(str, steps)) if config.learning == "random" else config.learning
-            shown = {"loss": f"{mean_loss:.3f}", "accuracy": f"{accuracy:.1f}%", "images/s": rate, "t": drawn}
-            bar.set_postfix(shown, refresh=False)
-            due = time.monotonic() - last_save > 60 * config.save_minutes
-            stopping = number < len(batches) and agreed(accelerator, stop.reason)
-            if stopping or (due and number < len(batches)):
-                at |= {"batch": number, "sums": meter.sums.tolist(), "seconds": seconds}
-                save()
-                last_save = time.monotonic()
-            if stopping:
-                bar.close()
-                accelerator.print(f"stopped by {stop.reason}, saved; continue with: train.py --resume {run}")
-                return
+            stop.asked |= steps_done == config.max_steps
+            if number % read_every == 0 or number == len(batches) or steps_done == config.max_steps:
+                sums, stopping = meter.read(stop.asked)
+                loss_sum, correct, count = sums
+                seconds = time.monotonic() - epoch_start
+                if not math.isfinite(loss_sum):
+                    raise ValueError(
+                        f"training diverged, the loss is {loss_sum / count} in epoch {epoch + 1}, batch {number}: "
+                        f"lower --lr; the last good checkpoint is in {run}"
+                    )
+                drawn = ",".join(map(str, steps)) if config.learning == "random" else config.learning
+                shown = {"loss": f"{loss_sum / count:.3f}", "accuracy": f"{100 * correct / count:.1f}%"}
+                bar.set_postfix({**shown, "images/s": f"{count / seconds:.0f}", "t": drawn}, refresh=False)
+                due = time.monotonic() - last_save >= 60 * config.save_minutes
+                if (stopping or due) and number < len(batches):
+                    at = {"epoch": epoch, "batch": number, "sums": sums, "seconds": seconds}
+                    save()
+                    last_save = time.monotonic()
+                    if stopping:
+                        break
+            bar.update()
         bar.close()
+        if number < len(batches):
+            break  # stopped within the epoch
 
         # test, record, save
-        average_norms(accelerator, evaluated)
-        seconds = time.monotonic() - epoch_start
-        loss_sum, correct, count = accelerator.reduce(meter.sums.to(accelerator.device), "sum").tolist()
+        average_norms(accelerator, raw)
+        if average is not None:
+            average_norms(accelerator, evaluated)
         with accelerator.autocast():
-            right = correct_per_step(evaluated, test_batches)
-        right = accelerator.reduce(right.to(accelerator.device), "sum").tolist()
+            right = over_processes(accelerator, correct_per_step(evaluated, test_batches)).tolist()
         history.append({
             "epoch": epoch + 1, "loss": loss_sum / count, "train_accuracy": 100 * correct / count,
             "accuracy": [100 * r / len(test_set) for r in right],
@@ -236,10 +266,8 @@ def train(config: TrainConfig, run: Path | None) -> None:
         at = {"epoch": epoch + 1, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
         save()
         last_save = time.monotonic()
+        save_results()
         record = history[-1]
-        if accelerator.is_main_process:
-            title = f"{config.dataset}: {config.arch} x{config.width:g}, {config.weights} weights, T = {config.T}"
-            runs.save_results(run, evaluated, history, f"{title}: {record['accuracy'][-1]:.2f} %")
         if config.tracker:
             scalars = {k: v for k, v in record.items() if isinstance(v, float)}
             accelerator.log(
@@ -250,36 +278,32 @@ def train(config: TrainConfig, run: Path | None) -> None:
             f"epoch {epoch + 1:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  "
             f"test after each step {per_step} %  {record['images_per_s']:.0f} images/s  {seconds:.1f} s"
         )
-        if agreed(accelerator, stop.reason) and at["epoch"] < config.epochs:
-            accelerator.print(f"stopped by {stop.reason}, saved; continue with: train.py --resume {run}")
-            return
-    accelerator.end_training()
-    if not runs.has_matplotlib():
-        accelerator.print("no curves.png without matplotlib: pip install 'empf[plot]'")
+        if stopping:
+            break
+    if at["epoch"] < config.epochs:
+        accelerator.print(f"stopped and saved; continue with: train.py --resume {run}")
+    else:
+        accelerator.print(f"finished; evaluate it with: eval.py {run}")
+        if not runs.has_matplotlib():
+            accelerator.print("no curves.png without matplotlib: pip install 'empf[plot]'")
 
 
-def agreed(accelerator: Accelerator, reason: str | None) -> bool:
-    """True if any process was asked to stop; all must call it at the same batch."""
-    if accelerator.num_processes == 1:
-        return reason is not None
-    asked = torch.tensor(float(reason is not None), device=accelerator.device)
-    return accelerator.reduce(asked, "sum").item() > 0
-
-
-def main() -> None:
-    given = vars(settings.parser().parse_args())
+def main(argv: list[str] | None = None) -> None:
+    given = vars(settings.parser().parse_args(argv))
     resumed = given.pop("resume", None)
     try:
         if resumed is not None:
-            train(settings.for_resume(runs.read_config(resumed)["train"], given), Path(resumed))
+            config, run = settings.for_resume(runs.read_config(resumed)["train"], given), Path(resumed)
         else:
-            config = settings.from_flags(given)
+            config, run = settings.from_flags(given), None
             if config.output_dir is not None and (Path(config.output_dir) / "config.json").exists():
                 raise ValueError(
                     f"{config.output_dir} already holds a run: continue it with --resume {config.output_dir} or choose "
                     "another --output-dir"
                 )
-            train(config, None)
+        accelerator = make_accelerator(config)
+        train(accelerator, config, run)
+        accelerator.end_training()
     except (ValueError, OSError) as error:  # bad flags, data, checkpoints, a full disk: one sentence
         sys.exit(f"error: {error}")
 

@@ -1,9 +1,9 @@
-"""What the compiler makes of each Triton kernel, for GPUs that need not be there: registers, spills, instructions of the loop.
+"""What the compiler makes of each Triton kernel, for GPUs that need not be there: registers, spills, the loop.
 
     python bench/aot.py matmul conv                   a line per kernel module, case and target
     python bench/aot.py matmul --targets sm_90 --json
 
-    compile_cases("matmul")                           the same from Python: a list of `Facts`
+    compile_cases("matmul")                                    the same from Python: a list of `Facts`
     compile_cases("matmul", targets=("sm_90",), only="bf16")   cases whose name contains `only`
 
 A kernel module (`empf.kernels.<module>`) takes part by defining `aot_cases()`, which returns a list of tuples
@@ -12,17 +12,17 @@ A kernel module (`empf.kernels.<module>`) takes part by defining `aot_cases()`, 
 
     name         str, unique in the module, e.g. "bf16 128x128x64"; tests select by it
     kernel       the `@triton.jit` function
-    types        {argument: Triton type}: "*bf16", "*i8", "*u8", "*i32", "*fp32", "i32", "i64", "fp32", ...; None for a pointer
-                 argument that the launcher passes as None
+    types        {argument: Triton type}: "*bf16", "*i8", "*u8", "*i32", "*fp32", "i32", "i64", "fp32", ...;
+                 None for a pointer argument that the launcher passes as None
     constexprs   {argument: value}; every argument of the kernel is in exactly one of the two
-    options      {"num_warps": 8, "num_stages": 3}, or a function of the target's backend, "cuda" | "hip", that returns this.
-                 Two more keys, both optional: "targets": a tuple that replaces all four, and "odd": names of arguments that are
-                 not multiples of 16 (by default every pointer and integer is taken as a multiple of 16, as the launcher would
-                 find it for friendly shapes)
+    options      {"num_warps": 8, "num_stages": 3}, or a function of the target's backend, "cuda" | "hip", that
+                 returns this. Two more keys, both optional: "targets": a tuple that replaces all four, and "odd":
+                 names of arguments that are not multiples of 16 (by default every pointer and integer is taken as
+                 a multiple of 16, as the launcher would find it for friendly shapes)
 
-It should list what the launcher can choose, from the launcher's own table. Compilation runs in a process of its own, because
-`TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that cannot be compiled.
-The disassembler and assembler are those inside the Triton wheel for Linux.
+It should list what the launcher can choose, from the launcher's own table. Compilation runs in a process of its own,
+because `TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that cannot be
+compiled. The disassembler and assembler are those inside the Triton wheel for Linux.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Facts:
 def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: str = "") -> list[Facts]:
     """Compile the cases of `empf.kernels.<module>` in a fresh process and return the facts, in order.
 
-    `only` keeps the cases whose name contains it. A case that does not compile raises RuntimeError with the compiler's message.
+    `only` keeps the cases whose name contains it. Raises RuntimeError, with the compiler's message, where one fails.
     """
     if unknown := [t for t in targets if t not in TARGETS]:
         raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {', '.join(unknown)}")
@@ -77,7 +77,7 @@ def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: str =
 
 
 def _compile(kernel, types, constexprs, options, target):
-    """The compiled kernel, with pointers and integers taken as multiples of 16 where `options` does not say otherwise."""
+    """The compiled kernel; pointers and integers are multiples of 16 unless `options` says otherwise."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,12 +1,14 @@
 """One frozen dataclass is the configuration of a training run, its command line and its metadata in the checkpoint."""
 
 import argparse
+import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 from empf.data import DATASETS
-from empf.models import ARCHS, NEURONS, WEIGHTS
+from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
 
@@ -67,11 +69,15 @@ class TrainConfig:
                 raise ValueError(f"{f.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} must be a finite number, got {value}")
         at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, limit=1, max_steps=1, seed=0, threads=0)
         at_least |= dict(weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0)
         for name, bound in at_least.items():
             if (value := getattr(self, name)) is not None and not value >= bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if not (self.lr > 0 and 0 <= self.label_smoothing < 1 and 0 <= self.ema < 1):
             raise ValueError(
                 "lr must be positive, label_smoothing and ema in [0, 1), "
@@ -79,6 +85,14 @@ class TrainConfig:
             )
         if self.steps_per_batch > self.T:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
+        self.model()  # checks the flags of the network before the data are read
+
+    def model(self) -> ModelConfig:
+        """The configuration of the network that fits the data set."""
+        spec = DATASETS[self.dataset]
+        shape = dict(num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(ModelConfig)}
+        return ModelConfig(**shape, **{name: getattr(self, name) for name in shared})
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -96,15 +110,27 @@ def field_types(cls, name: str) -> tuple[type, ...]:
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
+def cpu_threads(threads: int, processes: int = 1) -> int:
+    """`threads`, or if that is 0 the share of one of `processes` in the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or max(1, cores // processes)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a wrong flag with one sentence instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags of train.py. Flags that are not given are absent from the namespace."""
-    p = argparse.ArgumentParser(
-        description="Train a spiking network online.", argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    p = Parser(description="Train a spiking network online.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(TrainConfig):
         kind = next(t for t in field_types(TrainConfig, f.name) if t is not type(None))
         flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + f" (default: {f.default})"
+        recipes = "".join(f"; {name}: {values[f.name]}" for name, values in RECIPES.items() if f.name in values)
+        text = f.metadata["help"] + f" (default: {f.default}{recipes})"
         if kind is bool:
             p.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:

@@ -16,7 +16,7 @@ def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]])
     correct = torch.zeros(model.config.T, dtype=torch.int64)
     for images, labels in batches:
         reset(model)
-        predictions = model(images).cumsum(0).argmax(-1)  # T N
+        predictions = model(images).float().cumsum(0).argmax(-1)  # T N
         correct = correct.to(predictions.device) + (predictions == labels).sum(1)
     reset(model)
     model.train(was_training)

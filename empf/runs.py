@@ -15,8 +15,10 @@ import os
 import pickle
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import safetensors.torch
@@ -30,22 +32,34 @@ FORMAT = 1
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace the file by `data`, or leave it as it was. Raises OSError with one sentence where the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error.strerror}); the file of the last save is untouched") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(
+            f"could not write {path} ({error.strerror}): make room or choose another folder; what was saved before is "
+            "intact"
+        ) from error
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete the half-written files of a process that was killed while it saved."""
+    for folder in (run, run / "state"):
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple) -> None:
@@ -89,13 +103,15 @@ def read_config(run: str | Path) -> dict:
         )
     try:
         config = json.loads(path.read_text())
-        found = config["format"]
+        found, parts = config["format"], (config["model"], config["train"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
     if found != FORMAT:
         raise ValueError(
             f"{path} has format {found}, this version reads format {FORMAT}: use the version that wrote it"
         )
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path} is damaged (model and train must be objects): restore it from a copy of the run")
     return config
 
 
@@ -162,13 +178,13 @@ def load_weights(model: SpikingNetwork, tensors: dict, source: Path) -> None:
     model.load_state_dict(tensors)
 
 
-def free_folder(base: Path) -> Path:
-    """The first of base, base-2, base-3, ... that does not exist yet."""
-    folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+def new_folder(base: Path) -> Path:
+    """Make the first of base, base-2, base-3, ... that does not exist; runs that start together get different ones."""
+    for n in count(1):
+        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def has_matplotlib() -> bool:

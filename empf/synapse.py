@@ -64,10 +64,13 @@ class QuantizedWeight:
 
     def effective_weight(self) -> Tensor:
         w = self.weight
-        key = (w._version, w.data_ptr(), w.dtype)
-        if self._formed is None or self._formed[0] != key:
-            self._formed = (key, quantize_weight(w, self.kind, self.granularity))
-        effective = self._formed[1]
+        if torch.compiler.is_compiling():  # a version counter cannot be traced; the compiled graph forms the weight
+            effective = quantize_weight(w, self.kind, self.granularity)
+        else:
+            key = (w._version, w.data_ptr(), w.dtype)
+            if self._formed is None or self._formed[0] != key:
+                self._formed = (key, quantize_weight(w, self.kind, self.granularity))
+            effective = self._formed[1]
         return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
 
     def _check_kind(self, kind: str, granularity: str) -> None:

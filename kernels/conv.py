@@ -59,7 +59,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By bytes of an element of x, from the largest to the smallest; fp32 keeps the parts of x as well, hence one small tile.
+# By bytes of an element of x, from the largest to the smallest; fp32 keeps parts of x as well, hence one small tile.
 TILES = {
     1: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),
     2: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),

@@ -313,14 +313,14 @@ def binary_conv2d_neuron(
 ) -> tuple[Tensor, ...]:
     """Packed convolution, folded normalisation, residual and T neuron steps in one launch: (spikes, v[, current]).
 
-    I[t] = scale * conv2d(x[t], sign) + bias + residual[t] in fp32, then `neuron_update(I, v, leak, threshold, ...)`: see
-    there for gain, shift, bits, step, codes and parallel, and `binary_conv2d` for the convolution and its precision.
+    I[t] = scale * conv2d(x[t], sign) + bias + residual[t] in fp32, then `neuron_update(I, v, leak, threshold, ...)`;
+    see there for gain, shift, bits, step, codes and parallel, and `binary_conv2d` for the convolution and precision.
     x (T, N, C, H, W) may hold codes (uint8, int8) of value code * in_step. `codes=True` returns spikes as the uint8
     codes that the next layer reads; up to 7 bits it reads them faster as `spikes.view(torch.int8)`.
     `return_current=True` also returns I, which a pre-activation block needs as its next residual. Spikes and current
-    have the dtype of x (fp32 for codes) unless `out_dtype` names another; v is fp32, but a parallel neuron returns it as
-    given. channels_last x and residual are read as they are, other layouts are converted first; what the kernel returns
-    is channels_last.
+    have the dtype of x (fp32 for codes) unless `out_dtype` names another; v is fp32, but a parallel neuron returns it
+    as given. channels_last x and residual are read as they are, other layouts are converted first; what the kernel
+    returns is channels_last.
 
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
     """

@@ -5,15 +5,16 @@
     bias     (N,)         fp32 | fp16 | bf16, optional
     y        (..., N)     dtype of x (fp32 for codes) or `out_dtype`                        arXiv 2410.07547, sec. 4
 
-    x              product                       accumulated     error of the sum
-    fp16 | bf16    16-bit tensor cores           fp32            that of fp32 addition
-    codes          int8 tensor cores             int32           none
-    fp32           bf16 tensor cores, x split    fp32            2.5e-6; 5.7e-8 if torch.get_float32_matmul_precision() is
-                   in 2 or 3 bf16 terms                          'highest' (torch's default)
+    x              product                      accumulated    error of the sum
+    fp16 | bf16    16-bit tensor cores          fp32           that of fp32 addition
+    codes          int8 tensor cores            int32          none
+    fp32           bf16 tensor cores, x split   fp32           5.7e-8 in three terms, 2.5e-6 in two, used unless
+                   in 2 or 3 bf16 terms                        torch.get_float32_matmul_precision() is 'highest'
 
-The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: split over K. Many
-rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x takes the dense library with weights unpacked once per call.
-uint8 costs one more operation per element than int8: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
+The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: K is split.
+Many rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x takes the dense library, with weights unpacked once per
+call. The fast x has rows of a multiple of 16 elements and bytes; others are copied into such rows first. int8 saves
+uint8's passage through registers: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
 """
 
 import functools
@@ -43,8 +44,8 @@ class Config(NamedTuple):
     stages: int
 
 
-# By bytes per element of x: first for at most 16 rows, where K may be split; then from the largest tile to the smallest. Wide
-# tiles share each unpacked weight among more columns of the tensor core; 256 rows need Hopper's registers and shared memory.
+# By bytes per element of x: first for at most 16 rows, where K may be split; then from the largest tile to the
+# smallest. Wide tiles share each unpacked weight among more columns of the tensor core; 256 rows spill but on Hopper.
 CONFIGS = {
     1: (Config(16, 64, 256, 4, 4), Config(256, 128, 128, 8, 3), Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
     2: (Config(16, 64, 256, 4, 3), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
@@ -60,14 +61,11 @@ def binary_matmul_ref(
     step: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The definition of `binary_matmul` in plain torch: the sum in at least fp32 (exact for codes), rounded once at the end."""
+    """The definition of `binary_matmul` in plain torch: the sum in fp32 or wider, and exact for codes."""
     codes = x.dtype in CODES
     wide = torch.float64 if codes else torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ signs(packed).to(wide).t()
-    if codes:
-        y = y.float() * (packed.scale * step)
-    else:
-        y = y * packed.scale
+    y = y.float() * (packed.scale * step) if codes else y * packed.scale
     if bias is not None:
         y = y + bias
     return y.to(out_dtype or (torch.float32 if codes else x.dtype))
@@ -97,10 +95,10 @@ def _binary_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    X: tl.constexpr = x_ptr.dtype.element_ty
-    INTEGER: tl.constexpr = X == tl.uint8 or X == tl.int8
-    W: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if X == tl.float32 else X)
-    ZERO: tl.constexpr = 128 if X == tl.uint8 else 0
+    x_type: tl.constexpr = x_ptr.dtype.element_ty
+    INTEGER: tl.constexpr = x_type == tl.uint8 or x_type == tl.int8
+    w_type: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if x_type == tl.float32 else x_type)
+    ZERO: tl.constexpr = 128 if x_type == tl.uint8 else 0
     E: tl.constexpr = 16 if TERNARY else 32
     GROUP: tl.constexpr = 8  # tiles of x that share the words in L2
 
@@ -114,7 +112,7 @@ def _binary_matmul_kernel(
         k_last = tl.minimum(K, k_first + share)
     rk = tl.arange(0, BLOCK_K)
     rw = tl.arange(0, BLOCK_K // E)
-    mask = sign_mask(stride_w, W)
+    mask = sign_mask(stride_w, w_type)
 
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         first_m = tile // (GROUP * tiles_n) * GROUP
@@ -139,9 +137,9 @@ def _binary_matmul_kernel(
                 x = tl.load(x_first + x_at)
             else:
                 x = tl.load(x_first + x_at, mask=(k + rk < K)[:, None], other=ZERO)
-            if X == tl.uint8:
+            if x_type == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
-            w = unpack_words(tl.load(words_first + words_at), W, TERNARY, mask)  # BLOCK_N BLOCK_K
+            w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, mask)  # BLOCK_N BLOCK_K
             acc = dot_signs(w, x, acc, PARTS)
             x_first += BLOCK_K
             words_first += BLOCK_K // E * stride_w
@@ -157,17 +155,19 @@ def _binary_matmul_kernel(
                 acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
                 for part in range(splits):
                     acc += tl.load(parts_ptr + part * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
-                _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W, TERNARY)
+                _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type, TERNARY)
         else:
-            _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W, TERNARY)
+            _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type, TERNARY)
 
 
 @triton.jit
-def _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, W: tl.constexpr, TERNARY: tl.constexpr):
+def _store_tile(
+    acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type: tl.constexpr, TERNARY: tl.constexpr
+):
     """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
-    ONE: tl.constexpr = operand_scale(W, TERNARY)
+    ONE: tl.constexpr = operand_scale(w_type, TERNARY)
     scale = tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * tl.cast(step, tl.float32)
-    if W == tl.int8:
+    if w_type == tl.int8:
         acc = acc >> 6  # exact: every term is a multiple of 64
         if sums_ptr is not None:
             acc += 128 * tl.load(sums_ptr + rn, mask=rn < N, other=0)[:, None]
@@ -194,19 +194,19 @@ def _unpack_kernel(
 ):
     """The dense weight, times its scale where one is given, in the type of w."""
     E: tl.constexpr = 16 if TERNARY else 32
-    OUT: tl.constexpr = w_ptr.dtype.element_ty
-    W: tl.constexpr = tl.float16 if OUT == tl.float16 else tl.bfloat16
-    ONE: tl.constexpr = operand_scale(W, TERNARY)
+    out_type: tl.constexpr = w_ptr.dtype.element_ty
+    w_type: tl.constexpr = tl.float16 if out_type == tl.float16 else tl.bfloat16
+    ONE: tl.constexpr = operand_scale(w_type, TERNARY)
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     rw = tl.program_id(1) * (BLOCK_K // E) + tl.arange(0, BLOCK_K // E)
-    w = unpack_words(tl.load(words_ptr + rw[:, None] * stride_w + rn[None, :]), W, TERNARY).to(tl.float32)
+    w = unpack_words(tl.load(words_ptr + rw[:, None] * stride_w + rn[None, :]), w_type, TERNARY).to(tl.float32)
     if scale_ptr is not None:
         w *= (tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * (1.0 / ONE))[:, None]
     else:
         w *= 1.0 / ONE
     w_ptrs = w_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :]
-    tl.store(w_ptrs, w.to(OUT), mask=(rn < N)[:, None] & (rk < K)[None, :])
+    tl.store(w_ptrs, w.to(out_type), mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
 @functools.cache
@@ -219,7 +219,7 @@ def _device(device: torch.device) -> tuple[int, bool]:
 
 
 def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> tuple[Config, int]:
-    """The configuration and the number of parts that K is split into: the largest tile that occupies every processor."""
+    """The largest tile that occupies every processor, and the number of parts that K is split into."""
     few, *tiles = CONFIGS[itemsize]
     for config in [few] if m <= few.block_m else tiles:
         programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -229,14 +229,25 @@ def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool
     return config, max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
 
 
+def _aligned(x):
+    """x as the kernel reads it, in vectors of 16 bytes: x itself, or a copy padded with what counts as 0."""
+    k = x.shape[1]
+    aligned = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if aligned and k % 16 == 0 and x.stride(0) <= MAX_K:
+        return x
+    return torch.nn.functional.pad(x, (0, -k % 16), value=128 if x.dtype == torch.uint8 else 0).contiguous()
+
+
 def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
-    """x (M, K) with stride 1 along K -> y (M, N)."""
+    """x (M, K) -> y (M, N)."""
     (m, k), n = x.shape, scale.shape[0]
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if m == 0:
-        return y
+        return x.new_empty(m, n, dtype=out_dtype)
     if x.dtype == torch.bfloat16 and m >= DENSE_ROWS:
         return _dense(x, words, scale, bias, ternary, out_dtype)
+    x = _aligned(x)
+    k = x.shape[1]
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     processors, hopper = _device(x.device)
     config, splits = _choose(m, n, k, x.element_size(), processors, hopper)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -287,8 +298,8 @@ def _unpacked(words, scale, n, k, ternary, dtype):
 def _dense(x, words, scale, bias, ternary, out_dtype):
     """Unpack once, then the dense library.
 
-    The scale goes into the weights: in bf16 its rounding is no larger than that of y. (In fp16 it could underflow there, and
-    the sum could overflow without it.)
+    The scale goes into the weights: in bf16 its rounding is no larger than that of y. (In fp16 it could underflow
+    there, and the sum could overflow without it.)
     """
     w = _unpacked(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
     y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
@@ -353,19 +364,17 @@ def binary_matmul(
     step: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y[..., n] = scale[n] * sum_k x[..., k] * sign[n, k] + bias[n]; see the tables on top for shapes, types and errors.
+    """y[..., n] = scale[n] * sum_k x[..., k] * sign[n, k] + bias[n]; the tables on top give shapes, types and errors.
 
     Codes (uint8, int8) need `step`, the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias.
-    Gradients go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_matmul_ref`, unless
-    `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError where shapes, types, devices or
-    `step` do not fit.
+    Gradients go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_matmul_ref`,
+    unless `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError where shapes, types,
+    devices or `step` do not fit.
     """
     out_dtype = _check(x, packed, bias, step, out_dtype)
     if not use_triton(x):
         return binary_matmul_ref(x, packed, bias=bias, step=step, out_dtype=out_dtype)
     flat = x.reshape(-1, packed.k)  # M K
-    if flat.stride(1) != 1 or flat.stride(0) > MAX_K:
-        flat = flat.contiguous()
     words = packed.operand("quad" if x.dtype in CODES else "pair")
     sums = packed.row_sums() if x.dtype == torch.uint8 else None
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -401,7 +410,7 @@ def _check(x, packed, bias, step, out_dtype):
 
 
 def aot_cases() -> list[tuple]:
-    """Every configuration for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
+    """Every configuration, to be compiled ahead of time; bench/aot.py says what the tuples hold."""
     cases = []
 
     def add(x, config, ternary=False, ragged=False, targets=None):
@@ -419,7 +428,7 @@ def aot_cases() -> list[tuple]:
 
         def options(backend):
             stages = config.stages if backend == "cuda" else AMD_STAGES
-            odd = ("M", "N", "K", "stride_xm") if ragged else ("M",)
+            odd = ("M", "N") if ragged else ("M",)
             return dict(num_warps=config.warps, num_stages=stages, odd=odd) | ({"targets": targets} if targets else {})
 
         cases.append((name, _binary_matmul_kernel, types, constexprs, options))

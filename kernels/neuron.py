@@ -25,12 +25,13 @@ from .steps import (
     empty_like_steps,
     lay_out_like,
     programs,
+    stack_steps,
     steps_dense,
     tile_elements,
     tiling,
 )
 
-MAX_STEPS = 16  # steps per launch: they are unrolled and live in registers; longer sequences are cut
+MAX_STEPS = 10  # steps per launch: they are unrolled and live in registers; longer sequences are cut evenly
 
 
 def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
@@ -86,8 +87,8 @@ def neuron_update_ref(
             s = quantize_spikes(s, bits, step)
         spikes.append(s if codes else s.to(current.dtype))
     if parallel:
-        return torch.stack(spikes), v
-    return torch.stack(spikes), state.detach() if detach else state
+        return stack_steps(spikes, current), v
+    return stack_steps(spikes, current), state.detach() if detach else state
 
 
 @triton.jit
@@ -310,7 +311,9 @@ def _neuron_backward(
     view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), elements)
     blocks = channel_blocks(view, tile)
     rows = programs(tiles, blocks, current.device)
-    partial = current.new_empty((len(d_parameters), rows, len(current), view[1]), dtype=torch.float32) if parameters else None
+    partial = (
+        current.new_empty((len(d_parameters), rows, len(current), view[1]), dtype=torch.float32) if parameters else None
+    )
     LAUNCHES["neuron_update_backward"] += 1
     _neuron_backward_kernel[(rows, blocks)](
         current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
@@ -428,7 +431,7 @@ def neuron_update(
         gradient flows through time, also into v.
 
     Gradients for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from current and v.
-    Sequences longer than 16 steps take one launch per 16 steps. Raises ValueError where shapes, dtypes, devices or
+    More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes, devices or
     options do not fit.
     """
     check_neuron(
@@ -438,10 +441,11 @@ def neuron_update(
     if not use_triton(current) or current.dtype == torch.float64 or current.numel() == 0:
         return neuron_update_ref(current, v, leak, threshold, gain=gain, shift=shift, **options)
     if len(current) > MAX_STEPS:
+        pieces = -(-len(current) // MAX_STEPS)
+        parts = ([None] * pieces if p is None else p.chunk(pieces) for p in (current, leak, threshold, gain, shift))
         spikes = []
-        for a in range(0, len(current), MAX_STEPS):
-            part = [None if p is None else p[a : a + MAX_STEPS] for p in (current, leak, threshold, gain, shift)]
-            s, v = neuron_update(part[0], v, part[1], part[2], gain=part[3], shift=part[4], **options)
+        for i, leak_i, threshold_i, gain_i, shift_i in zip(*parts, strict=True):
+            s, v = neuron_update(i, v, leak_i, threshold_i, gain=gain_i, shift=shift_i, **options)
             spikes.append(s)
         return torch.cat(spikes), v
     leak, threshold, gain, shift = (None if p is None else p.contiguous() for p in (leak, threshold, gain, shift))
@@ -461,13 +465,13 @@ def neuron_update(
 def aot_cases() -> list[tuple]:
     """What the launchers choose for typical inputs, for compilation without a GPU: see bench/aot.py."""
     cases = []
-    for dtype, T, per_channel, last, folded, has_v, bits, codes, parallel in (
-        (torch.bfloat16, 4, False, False, False, False, 0, False, False),
-        (torch.bfloat16, 1, False, False, False, True, 4, False, False),
-        (torch.bfloat16, 4, True, True, True, True, 4, True, False),
-        (torch.float16, 10, True, True, False, True, 0, False, False),
-        (torch.float32, 4, True, False, True, False, 0, False, True),
-        (torch.float32, 16, True, False, True, True, 8, False, False),
+    for dtype, T, per_channel, last, folded, has_v, bits, parallel, backward in (
+        (torch.bfloat16, 4, False, False, False, False, 0, False, "online"),
+        (torch.bfloat16, 1, False, False, False, True, 4, False, "online"),
+        (torch.float32, 4, True, False, True, False, 0, True, "online"),
+        (torch.float16, 4, True, True, False, True, 0, False, "through time"),
+        (torch.bfloat16, 4, True, True, True, True, 4, False, None),
+        (torch.float32, MAX_STEPS, True, False, True, True, 8, False, "through time"),
     ):
         x = torch.empty((T, 64, 64, 32, 32), dtype=dtype, device="meta")
         x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
@@ -475,22 +479,24 @@ def aot_cases() -> list[tuple]:
         name = f"{str(dtype)[6:]} T={T}" + " (T, C)" * per_channel + " channels_last" * last + " gain" * folded
         name += f" {bits} bits" * (bits > 0) + " parallel" * parallel
         element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-        types = dict.fromkeys(("leak_ptr", "threshold_ptr"), "*fp32")
+        codes = backward is None
+        types = dict.fromkeys("ACB", "i32") | {"stride_t": "i64", "current_ptr": element}
+        types |= dict.fromkeys(("leak_ptr", "threshold_ptr"), "*fp32") | {"v_ptr": "*fp32" if has_v else None}
         types |= dict.fromkeys(("gain_ptr", "shift_ptr"), "*fp32" if folded else None)
-        types |= {"current_ptr": element, "v_ptr": "*fp32" if has_v else None}
-        types |= dict.fromkeys("ACB", "i32") | {"stride_t": "i64"}
         flags = _flags(x, p, p, bits, parallel)
         _, tile, _ = tiling(x, per_channel, tile_elements(x, 1))
-        forward = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
-        cases.append((f"forward {name}", _neuron_forward_kernel, types | forward, flags | tile | {"CODES": codes}, {}))
+        more = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
+        options = {"targets": ("sm_90",)} if T == MAX_STEPS else {}
+        cases.append(
+            (f"forward {name}", _neuron_forward_kernel, types | more, flags | tile | {"CODES": codes}, options)
+        )
         if codes:
             continue
-        for detach, parameters in ((True, True),) if parallel else ((True, True), (False, True), (True, False)):
-            _, tile, _ = tiling(x, per_channel, tile_elements(x, (4 if folded else 2) if parameters else 1))
-            backward = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element)
-            backward |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
-            backward |= {"partial_ptr": "*fp32" if parameters else None, "tiles": "i32", "stride_dt": "i64", "s_max": "fp32"}
-            constants = flags | tile | {"DETACH": detach, "PARAMETERS": parameters}
-            label = f"backward {name}" + " through time" * (not detach) + " input only" * (not parameters)
-            cases.append((label, _neuron_backward_kernel, types | backward, constants, {}))
+        detach = backward == "online"
+        _, tile, _ = tiling(x, per_channel, tile_elements(x, 4 if folded else 2))
+        more = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element) | {"partial_ptr": "*fp32", "tiles": "i32"}
+        more |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
+        more |= {"stride_dt": "i64", "s_max": "fp32"}
+        constants = flags | tile | {"DETACH": detach, "PARAMETERS": True}
+        cases.append((f"backward {name} {backward}", _neuron_backward_kernel, types | more, constants, options))
     return cases

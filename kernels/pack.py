@@ -2,14 +2,14 @@
 
     w        (N, K) | (N, C, kh, kw)      float; K = C * kh * kw in torch's own order for four dimensions
     bits     (N, ceil(K/32))              int32, binary:  bit j of word q = weight 32q + j, 1 -> -1, 0 -> +1
-             (N, ceil(K/16))              int32, ternary: bits 2j, 2j+1 of word q = weight 16q + j; low bit 1 -> not zero,
+             (N, ceil(K/16))              int32, ternary: bits 2j, 2j+1 of word q = weight 16q + j; low bit 1 -> not 0,
                                           high bit 1 -> minus (so 0 -> 0, 1 -> +1, 3 -> -1)
     scale    (N,)                         fp32; the weight is scale[n] * sign[n, k]
-    words    (ceil(K'/32), N')            int32, what kernels read (`PackedWeight.operand`): the same bits in the order of
-                                          the tensor-core operand, K' = K padded to a block, N' = N padded to 128
+    words    (K'/32 or K'/16, N')         int32, what kernels read (`PackedWeight.operand`): the same bits in the order
+                                          of the tensor-core operand, K' = K padded to a block, N' = N padded to 128
 
-A 1 is minus, as in a floating-point number, and 0.0 and -0.0 are plus. Bits past K are written as 0 and never matter, because
-kernels read zeros for x there. Only `bits`, `scale`, `shape` and `kind` are meant to be saved.
+A 1 is minus, as in a floating-point number, and 0.0 and -0.0 are plus. Bits past K are written as 0 and never matter,
+because kernels read zeros for x there. Only `bits`, `scale`, `shape` and `kind` are meant to be saved.
 
 Order of the weights of one word in `words`, for weight e of the word (32 of them binary, 16 ternary):
 
@@ -41,10 +41,10 @@ def weights_per_word(kind: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """Packed weights of a linear layer or a convolution; see the table on top for `bits`, `scale` and `shape`.
+    """Packed weights of a linear layer or a convolution; see the table on top for `bits` and `scale`.
 
-    `shape` is that of the dense weight, (N, K) or (N, C, kh, kw); `kind` is 'binary' or 'ternary'. Raises ValueError where
-    these do not fit together.
+    `shape` is that of the dense weight, (N, K) or (N, C, kh, kw); `kind` is 'binary' or 'ternary'. Raises ValueError
+    where these do not fit together.
     """
 
     bits: torch.Tensor
@@ -100,12 +100,12 @@ class PackedWeight:
         return other
 
     def operand(self, form: str, *, block: int = BLOCK, taps: bool = False) -> torch.Tensor:
-        """`words` in the order of a tensor-core operand: int32 (words, N padded to 128), built on first use, never saved.
+        """`words` in the order of a tensor-core operand, int32 (words, N padded to 128): built on first use, not saved.
 
-        `form` is 'pair' for 16-bit or 'quad' for int8 operands, see the table on top. With `taps` the weights of a convolution
-        are ordered (kh, kw, c) and the channels of each tap are padded to a multiple of `block`; without it K is in torch's
-        order and padded to a multiple of `block`. Raises RuntimeError if a CUDA graph is being captured and the buffer does
-        not exist yet: run the model once before.
+        `form` is 'pair' for 16-bit or 'quad' for int8 operands, see the table on top. With `taps` the weights of a
+        convolution are ordered (kh, kw, c) and the channels of each tap are padded to a multiple of `block`; without it
+        K is in torch's order and padded to a multiple of `block`. Raises RuntimeError if a CUDA graph is being captured
+        and the buffer does not exist yet: run the model once before.
         """
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
@@ -144,7 +144,7 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
     binary    sign = -1 where w < 0, else +1;                      scale = mean |w|
     ternary   sign = 0 where |w| <= 0.7 mean |w|, else as above;   scale = mean |w| over what is not 0
 
-    `scale` (N,) replaces the scale of these formulas. The result does not depend on `w` afterwards. Raises ValueError for
+    `scale` (N,) replaces the scale of these formulas. The result shares no memory with `w`. Raises ValueError for
     another kind, number of dimensions, or dtype.
     """
     if kind not in KINDS:
@@ -214,20 +214,20 @@ def _decode(codes, kind):
     return ((1 - 2 * codes) if kind == "binary" else (codes & 1) - (codes & 2)).to(torch.int8)
 
 
-# Inside kernels. The unpacked weight is meant to be the left operand of `tl.dot`: there it stays in registers (Hopper reads the
-# right operand from shared memory only), and splitting a register into 16-bit or 8-bit lanes, joining and reshaping compile to
-# nothing.
+# Inside kernels. The unpacked weight is meant to be the left operand of `tl.dot`: there it stays in registers (Hopper
+# reads the right operand from shared memory only), and splitting a register into 16-bit or 8-bit lanes, joining and
+# reshaping compile to nothing.
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def sign_mask(n, DTYPE: tl.constexpr):
+def sign_mask(n, dtype: tl.constexpr):
     """The mask of the sign bits for `unpack_words`, once per program; n is any runtime integer of at least 16.
 
-    A known constant would be moved into a register again for every use, a tenth of the loop; the compiler cannot know n.
+    A known constant is moved into a register again for every use, a tenth of the loop; the compiler cannot know n.
     """
-    if DTYPE == tl.int8:
+    if dtype == tl.int8:
         mask = tl.where(tl.arange(0, 8) < n, -2139062144, 0)  # 0x80808080
     else:
         mask = tl.where(tl.arange(0, 16) < n, -2147450880, 0)  # 0x80008000
@@ -235,19 +235,19 @@ def sign_mask(n, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def unpack_words(words, DTYPE: tl.constexpr, TERNARY: tl.constexpr, mask=None):
-    """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word): sign * operand_scale of the same arguments.
+def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, mask=None):
+    """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word): sign * operand_scale(dtype, TERNARY).
 
-    DTYPE tl.int8 reads form 'quad'; tl.float16 and tl.bfloat16 read form 'pair'. `mask` comes from `sign_mask`; without it the
-    sign bits are masked with a constant, which is as good outside a loop.
+    dtype tl.int8 reads form 'quad'; tl.float16 and tl.bfloat16 read form 'pair'. `mask` comes from `sign_mask`; without
+    it the sign bits are masked with a constant, which is as good outside a loop.
     """
     W: tl.constexpr = words.shape[0]
     R: tl.constexpr = words.shape[1]
     E: tl.constexpr = 16 if TERNARY else 32
     w = tl.trans(words)[:, :, None]  # R W 1
     if mask is None:
-        mask = sign_mask(16, DTYPE)
-    if DTYPE == tl.int8:
+        mask = sign_mask(16, dtype)
+    if dtype == tl.int8:
         if TERNARY:
             q = (w << (tl.arange(0, 4) * 2)[None, None, :]) & -1061109568  # 0xC0C0C0C0: four times 0, +-64
         else:
@@ -261,18 +261,18 @@ def unpack_words(words, DTYPE: tl.constexpr, TERNARY: tl.constexpr, mask=None):
         if TERNARY:
             p = (w << (tl.arange(0, 8) * 2)[None, None, :]) & -1073692672  # 0xC000C000: twice 0, +-2.0
         else:
-            ONES: tl.constexpr = 0x3C003C00 if DTYPE == tl.float16 else 0x3F803F80
+            ONES: tl.constexpr = 0x3C003C00 if dtype == tl.float16 else 0x3F803F80
             p = ((w << tl.arange(0, 16)[None, None, :]) & mask) | ONES  # twice +-1.0
-        low = (p & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-        high = (p >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        low = (p & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        high = (p >> 16).to(tl.int16).to(dtype, bitcast=True)
         lanes = tl.join(low, high)
     return tl.reshape(lanes, (R, W * E))
 
 
 @triton.jit
-def operand_scale(DTYPE: tl.constexpr, TERNARY: tl.constexpr):
+def operand_scale(dtype: tl.constexpr, TERNARY: tl.constexpr):
     """What `unpack_words` makes of a weight of +1: 64 in int8; 1 (binary) or 2 (ternary) in 16 bits."""
-    ONE: tl.constexpr = 64 if DTYPE == tl.int8 else (2 if TERNARY else 1)
+    ONE: tl.constexpr = 64 if dtype == tl.int8 else (2 if TERNARY else 1)
     return ONE
 
 
@@ -280,8 +280,8 @@ def operand_scale(DTYPE: tl.constexpr, TERNARY: tl.constexpr):
 def dot_signs(w, x, acc, PARTS: tl.constexpr = 2):
     """acc + w @ x for unpacked w (R, K) and x (K, C): int8 -> int32, 16 bits -> fp32, fp32 x with bf16 w -> fp32.
 
-    w is exact in bf16, so fp32 x is split into PARTS bf16 terms, one product each: relative error 2.5e-6 for 2 terms and
-    5.7e-8 for 3.
+    w is exact in bf16, so fp32 x is split into PARTS bf16 terms, one product each: relative error 2.5e-6 for 2 terms
+    and 5.7e-8 for 3.
     """
     if x.dtype == tl.int8:
         acc = tl.dot(w, x, acc, out_dtype=tl.int32)

@@ -40,10 +40,18 @@ def lay_out_like(y: Tensor, x: Tensor) -> Tensor:
     return y.movedim(2, -1).contiguous().movedim(-1, 2) if wanted else y.contiguous()
 
 
+def stack_steps(steps: list[Tensor], x: Tensor) -> Tensor:
+    """(T, N, C, ...) from its steps, laid out like those of x (contiguous where x is neither)."""
+    if is_channels_last(x):
+        return torch.stack([s.movedim(1, -1) for s in steps]).movedim(-1, 2)
+    return torch.stack(steps)
+
+
 def tile_elements(x: Tensor, sums: int) -> int:
-    """Elements of one step for a program of 4 warps that holds T steps, and `sums` sums per step, in registers."""
-    per_thread = max(1, 64 // (len(x) * sums))
-    widest = 16 // x.element_size()  # one load of 16 bytes per thread
+    """Elements of one step for a program of 4 warps that holds T steps of x, a gradient and `sums` sums per step."""
+    words = len(x) * (2 * x.element_size() // 4 + 1 + sums)  # registers for each element of a thread
+    per_thread = max(1, 96 // words)  # about 96 in all leaves room for enough warps
+    widest = 16 // x.element_size()  # one load of 16 bytes
     return 128 * min(widest, 1 << (per_thread.bit_length() - 1))
 
 

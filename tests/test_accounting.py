@@ -68,7 +68,9 @@ def test_additions_of_a_linear_layer(kind):
     assert spike_additions(linear, spikes) == want
 
 
-@pytest.mark.parametrize("kwargs", [dict(), dict(weights="ternary", spike_bits=4), dict(seca=1), dict(neuron="lif")], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(), dict(weights="ternary", spike_bits=4), dict(seca=1), dict(neuron="lif")], ids=str
+)
 def test_spike_account_of_a_small_network(kwargs):
     torch.manual_seed(0)
     model = empf.resnet18(**{**dict(num_classes=3, image_size=8, width=0.0625, T=3), **kwargs})

@@ -39,7 +39,7 @@ def test_golden_parallel():
 
 
 def test_golden_quantised():
-    # s = 0.625, 0, 0.25, 3.875; codes floor(4 s + 1/2) = 3, 0, 1, 16 -> clipped to 3 with 2 bits; v from the unquantised s
+    # s = 0.625, 0, 0.25, 3.875; codes floor(4 s + 1/2) = 3, 0, 1, 16 -> 3 with 2 bits; v from the unquantised s
     neuron = EMPFNeuron(4, spike_bits=2)
     assert trajectory(neuron, [1.125, 0.25, 0.5, 4.125]) == ([0.75, 0.0, 0.25, 0.75], [0.5, 0.5, 0.5, 0.5])
 

@@ -18,7 +18,9 @@ def lay_out(x, layout):
     return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "neither" else x.contiguous()
 
 
-def inputs(T, shape, *, per_channel=False, folded=False, v=True, layout="contiguous", dtype=torch.float32, device="cpu"):
+def inputs(
+    T, shape, *, per_channel=False, folded=False, v=True, layout="contiguous", dtype=torch.float32, device="cpu"
+):
     """Arguments of neuron_update by name; leaves that require gradients."""
     g = torch.Generator().manual_seed(T)
     C = shape[1]
@@ -108,7 +110,16 @@ def test_per_channel(layout, folded, detach, kernels_on, device):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (1, 1, 31, 33), (1, 1, 32, 32), (5, 205), (1, 2, 513), (9, 128, 2, 2), (2, 130, 3, 3), (33, 48, 2, 2)],
+    [
+        (1, 1, 1, 1),
+        (1, 1, 31, 33),
+        (1, 1, 32, 32),
+        (5, 205),
+        (1, 2, 513),
+        (9, 128, 2, 2),
+        (2, 130, 3, 3),
+        (33, 48, 2, 2),
+    ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_edges_of_tiles(shape, layout, kernels_on, device):
@@ -142,7 +153,9 @@ def test_parallel(per_channel, kernels_on, device):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_half_precision(dtype, layout, kernels_on, device):
-    check(inputs(4, (2, 24, 5, 7), per_channel=True, layout=layout, dtype=dtype, device=device), kernels_on, detach=False)
+    check(
+        inputs(4, (2, 24, 5, 7), per_channel=True, layout=layout, dtype=dtype, device=device), kernels_on, detach=False
+    )
 
 
 def test_more_steps_than_a_launch_holds(kernels_on, device):
@@ -245,7 +258,9 @@ def test_operators_are_registered_properly(kernels_on, device):
 
     x = inputs(2, (2, 3, 4), device=device)
     args = (*x.values(), 0, 0.25, False, False, False)
-    torch.library.opcheck(_neuron_forward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    torch.library.opcheck(
+        _neuron_forward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    )
 
 
 def test_float64_and_empty_batches_use_the_definition(kernels_on, device):

@@ -69,7 +69,9 @@ def test_too_many_steps(k):
 # ---- gradients
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(neuron="lif"), dict(parallel=0.5, seca=1)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [dict(), dict(neuron="mem_bn"), dict(neuron="lif"), dict(parallel=0.5, seca=1)], ids=str
+)
 def test_random_is_an_unbiased_estimate_of_every(kind):
     model = small(**kind)
     empf.freeze_norm(model)

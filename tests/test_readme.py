@@ -1,0 +1,47 @@
+"""What the README prints is true: its example runs, its flags, files and names exist."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import empf
+from empf.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (4, 8, 100)
+    assert names["loss"].isfinite()
+    assert all(p.grad is not None for p in names["model"].parameters())
+
+
+def test_online_backward_is_the_example_in_one_call():
+    model = empf.resnet18(num_classes=100, T=4, weights="binary", width=0.25)
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 100, (4,))
+    loss, _ = empf.online_backward(model, images, labels, torch.nn.functional.cross_entropy, steps=[3])
+    assert loss.isfinite()
+
+
+def test_flags_exist():
+    flags = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume"}
+    other = {"help", "json", "cpu", "num-processes"}  # of eval.py and of accelerate launch
+    named = {name.replace("_", "-") for name in re.findall(r"--([a-zA-Z][\w-]*)", README)}
+    assert named <= flags | other
+    assert len(named & flags) > 20
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_first_two_lines_install_and_run():
+    first, second = re.findall(r"^    (pip install .*)$", README, re.M)[:2]
+    assert first.endswith("accelerate launch train.py") and second.endswith("pytest")
