@@ -1,7 +1,10 @@
-"""Evaluate a run: accuracy per time step, firing density, size, operations, energy and speed.
+"""Evaluate a run or a packed network: accuracy per time step, firing density, size, operations, energy and speed.
 
 python eval.py runs/digits-resnet18
 python eval.py runs/cifar100-resnet18 --data FOLDER --json result.json
+python eval.py runs/cifar100-resnet18 --pack net.safetensors    pack it, and check the logits of the packed network
+python eval.py net.safetensors                                  the same table of a packed network
+python eval.py net.safetensors --image cat.png                  its five most probable classes
 """
 
 import json
@@ -16,31 +19,41 @@ import empf
 from empf import runs
 from empf.config import Parser, TrainConfig, cpu_threads
 from empf.data import Batches, load
+from empf.deploy import load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
 
 
-def evaluate(run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str) -> dict:
-    """Everything that eval.py reports, as plain values."""
-    config = runs.read_config(run)
-    model = empf.load(run, device)
-    train = TrainConfig.from_dict(config["train"])
-    _, test = load(train.dataset, data or train.data, limit=limit, device=device)
+def evaluate(
+    run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str, out: Path | None
+) -> dict:
+    """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
+    if run.is_file():
+        model, precision = load_packed(run, device), "no"
+        whole, dataset = unpack(model).to(device), model.origin.dataset
+        if dataset is None:
+            raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
+    else:
+        train = TrainConfig.from_dict(runs.read_config(run)["train"])
+        model = whole = empf.load(run, device)
+        dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
+    _, test = load(dataset, data, limit=limit, device=device)
     batches = Batches(test, batch_size, train=False)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=train.mixed_precision == "bf16"):
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
         correct_per_step(model, islice(batches, 1))  # warm-up
         start = time.perf_counter()
         correct = correct_per_step(model, batches).tolist()
         seconds = time.perf_counter() - start
-    counted = empf.spike_account(model, islice(batches, count_batches))
+    counted = empf.spike_account(whole, islice(batches, count_batches))
     return {
         "run": str(run),
-        "dataset": train.dataset,
-        "model": config["model"],
-        "mixed_precision": train.mixed_precision,
+        "dataset": dataset,
+        "model": model.config.to_dict(),
+        "mixed_precision": precision,
         "images": len(test),
         "accuracy": [100 * c / len(test) for c in correct],
-        "file_mb": (run / "model.safetensors").stat().st_size / 1e6,
+        "file_mb": (run if run.is_file() else run / "model.safetensors").stat().st_size / 1e6,
+        "packed": None if out is None else pack_to_file(model, out, batches),
         **counted,
         "counted_images": min(len(test), count_batches * batch_size),
         "images_per_s": len(test) / seconds,
@@ -53,7 +66,7 @@ def evaluate(run: Path, data: str | None, limit: int | None, batch_size: int, co
 def table(r: dict) -> str:
     """The result for people."""
     m = r["model"]
-    bits = "floating point" if m["spike_bits"] is None else f"{m['spike_bits']} bits"
+    bits = "floating-point" if m["spike_bits"] is None else f"{m['spike_bits']}-bit"
     rows = [
         ("run", r["run"]),
         ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
@@ -62,7 +75,7 @@ def table(r: dict) -> str:
         *((f"accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(r["accuracy"], 1)),
         ("parameters, full precision", f"{r['params_full_mb']:.3f} MB"),
         ("parameters, stored", f"{r['params_mb']:.3f} MB"),
-        ("model.safetensors on disk", f"{r['file_mb']:.3f} MB (latent weights, for training on)"),
+        *files(r),
         ("neurons", f"{r['neurons']:,}"),
         ("NOPs per image", f"{r['nops'] / 1e6:.3f} M"),
         ("SOPs per image", f"{r['sops'] / 1e6:.3f} M (first {r['counted_images']} images)"),
@@ -75,15 +88,33 @@ def table(r: dict) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def files(r: dict) -> list[tuple[str, str]]:
+    """The rows of the table about files."""
+    if Path(r["run"]).is_file():
+        return [("packed file on disk", f"{r['file_mb']:.3f} MB")]
+    rows = [("model.safetensors on disk", f"{r['file_mb']:.3f} MB (latent weights, for training on)")]
+    if p := r["packed"]:
+        agree = (
+            f"logits within {p['relative_difference']:.1e}, {100 * p['same_class']:.2f} % of the classes are the same"
+        )
+        rows += [
+            (f"{Path(p['file']).name} on disk", f"{p['file_mb']:.3f} MB (packed)"),
+            ("packed and not packed", agree),
+        ]
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(description="Evaluate a training run.", allow_abbrev=False)
-    p.add_argument("run", type=Path, help="run folder that train.py wrote")
+    p = Parser(description="Evaluate a training run or a packed network.", allow_abbrev=False)
+    p.add_argument("run", type=Path, help="run folder that train.py wrote, or packed file")
     p.add_argument("--data", help="local folder of the data set; default: where the run found it")
     p.add_argument("--limit", type=int, help="use only the first so many test images")
     p.add_argument("--batch-size", type=int, default=256, help="images per batch (default: 256)")
     p.add_argument("--count-batches", type=int, default=4, help="batches whose spikes are counted (default: 4)")
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
+    p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
+    p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = p.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,12 +126,27 @@ def main(argv: list[str] | None = None) -> None:
             )
         check_device(device)
         torch.set_num_threads(cpu_threads(args.threads))
-        result = evaluate(args.run, args.data, args.limit, args.batch_size, args.count_batches, device)
+        if args.image is not None:
+            classify(args.run, args.image, device)
+            return
+        if args.pack is not None and args.run.is_file():
+            raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
+        result = evaluate(
+            args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack
+        )  # fmt: skip
         print(table(result))
         if args.json is not None:
             runs.write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def classify(file: Path, image: Path, device: str) -> None:
+    """Print the most probable classes of a picture."""
+    if file.is_dir():
+        raise ValueError(f"--image takes a packed file, and {file} is a folder: make the file with --pack")
+    for name, probability in top_classes(load_packed(file, device), image):
+        print(f"{100 * probability:6.2f} %  {name}")
 
 
 def check_device(device: str) -> None:

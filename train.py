@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.tracking import LoggerType, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,6 +29,7 @@ from empf.config import TrainConfig
 from empf.data import Augment, Batches, load
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
+from empf.launch import start_processes
 
 READ_EVERY = 20  # batches between two looks at the loss where a look waits for the device or for other processes
 
@@ -82,12 +83,12 @@ def average_norms(accelerator: Accelerator, model: nn.Module) -> None:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes and tracker; raises ValueError where the tracker is unknown or not installed."""
-    if config.tracker is not None:
-        known = sorted(t.value for t in LoggerType if t != LoggerType.ALL)
-        if config.tracker not in known:
-            raise ValueError(f"unknown tracker {config.tracker!r}: choose one of {', '.join(known)}")
-        if LoggerType(config.tracker) not in get_available_trackers():
-            raise ValueError(f"the tracker is not installed: pip install {config.tracker}, or leave --tracker out")
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if config.tracker not in (None, *installed):
+        raise ValueError(
+            f"tracker {config.tracker!r} is unknown to Accelerate or not installed: install it or leave --tracker out; "
+            f"installed: {', '.join(installed) or 'none'}"
+        )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,
@@ -196,7 +197,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     accelerator.print(
         f"{config.arch}, {config.weights} weights, T = {config.T}: {account['params_mb']:.2f} MB "
         f"({account['params_full_mb']:.2f} MB full); {len(train_set)} training, {len(test_set)} test images\n"
-        f"{processes} x {device}{threads}, kernels: {backend(device)}, run: {run}"
+        f"{processes} x {device.type}{threads}, kernels: {backend(device)}, run: {run}"
     )
 
     # train
@@ -292,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     given = vars(settings.parser().parse_args(argv))
     resumed = given.pop("resume", None)
     try:
+        start_processes(sys.argv)
         if resumed is not None:
             config, run = settings.for_resume(runs.read_config(resumed)["train"], given), Path(resumed)
         else:
@@ -306,6 +308,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()
     except (ValueError, OSError) as error:  # bad flags, data, checkpoints, a full disk: one sentence
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # from the first batch on, Ctrl-C is for Stop
+        sys.exit("stopped before the first batch")
 
 
 if __name__ == "__main__":

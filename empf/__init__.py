@@ -2,7 +2,8 @@
 
 from empf.accounting import account, spike_account
 from empf.attention import SECA
-from empf.models import ModelConfig, build, resnet18, resnet19, resnet34, vgg_snn
+from empf.deploy import PackedModel, load_packed, pack, unpack
+from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.online import draw_steps, freeze_norm, online_backward, reset, set_online
 from empf.runs import load
@@ -10,7 +11,7 @@ from empf.synapse import BinaryConv2d, BinaryLinear
 
 __version__ = "0.1.0"
 __all__ = [
-    "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "account", "build", "draw_steps",
-    "freeze_norm", "load", "online_backward", "reset", "resnet18", "resnet19", "resnet34", "set_online",
-    "spike_account", "vgg_snn",
+    "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
+    "account", "build", "draw_steps", "freeze_norm", "load", "load_packed", "online_backward", "pack", "reset",
+    "resnet18", "resnet19", "resnet34", "set_online", "spike_account", "unpack", "vgg_snn",
 ]  # fmt: skip

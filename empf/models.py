@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from empf.attention import SECA
+from empf.hub import HubModel
 from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
 from empf.synapse import BinaryConv2d, BinaryLinear
 
@@ -220,7 +221,7 @@ class Stem(nn.Module):
         return x if self.pool is None else over_steps(self.pool, x)
 
 
-class SpikingNetwork(nn.Module):
+class SpikingNetwork(nn.Module, HubModel):
     """Base of the networks: time, input checks and the two orders of computation.
 
     `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state; `model(x, steps=k, past=p)`: p

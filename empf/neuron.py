@@ -12,6 +12,8 @@ v         (N, C, ...)
 leak, threshold, alpha, beta   (T,) or (T, C)    arXiv 2410.07547, sec. 4
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,11 @@ ACTIVATIONS = {
     "softplus": F.softplus,
     "gelu": F.gelu,
 }
+
+
+def logit(p: float) -> float:
+    """The free parameter whose sigmoid is p (`torch.logit` on the meta device would load the compiler)."""
+    return math.log(p / (1 - p))
 
 
 def per_channel(p: Tensor, dims: int) -> Tensor:
@@ -129,9 +136,9 @@ class EMPFNeuron(StatefulNeuron):
         self.spike_bits, self.spike_step, self.activation = spike_bits, spike_step, activation
         self.eps, self.momentum = eps, momentum
         shape = (T, channels) if per_channel else (T,)
-        self.threshold_logit = nn.Parameter(torch.logit(torch.full(shape, threshold)))
+        self.threshold_logit = nn.Parameter(torch.full(shape, logit(threshold)))
         if not parallel:
-            self.leak_logit = nn.Parameter(torch.logit(torch.full(shape, leak)))
+            self.leak_logit = nn.Parameter(torch.full(shape, logit(leak)))
         if mem_bn:
             self.alpha = nn.Parameter(torch.full(shape, float(alpha)))
             self.beta = nn.Parameter(torch.full(shape, float(beta)))

@@ -15,9 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from empf.models import SpikingNetwork, StepBatchNorm
+from empf.models import StepBatchNorm
 from empf.neuron import EMPFNeuron, StatefulNeuron
-from empf.synapse import QuantizedWeight
 
 LEARNING = ("random", "every", "stbp")
 
@@ -25,7 +24,7 @@ LEARNING = ("random", "every", "stbp")
 def reset(model: nn.Module) -> None:
     """Start a new batch: v = 0 and t = 0 everywhere. Also works on wrapped models (DDP)."""
     for module in model.modules():
-        if isinstance(module, SpikingNetwork | StatefulNeuron | QuantizedWeight):
+        if callable(getattr(module, "reset", None)):  # networks, also packed ones, neurons, synapses
             module.reset()
 
 

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import safetensors.torch
 import torch
@@ -87,7 +88,10 @@ def installed(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with "-dirty" behind it where files were changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():  # git would look further up, and find the repository of someone else
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -128,8 +132,12 @@ def load_state(run: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint in {run}, {path} is missing: start the run anew")
     try:
+        with ZipFile(path) as archive:
+            broken = archive.testzip()  # torch.load does not look at the checksums
+        if broken is not None:
+            raise BadZipFile(broken)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}): restore it from a copy or start anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version (format {FORMAT}): use the version that wrote it")
@@ -160,6 +168,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from error
     load_weights(model, tensors, path)
+    model.run = Path(run)
     return model.eval().to(device)
 
 

@@ -14,6 +14,13 @@ KINDS = ("binary", "ternary")
 GRANULARITIES = ("channel", "layer")
 
 
+def check_kind(kind: str, granularity: str) -> None:
+    if kind not in KINDS or granularity not in GRANULARITIES:
+        raise ValueError(
+            f"kind must be one of {KINDS} and granularity one of {GRANULARITIES}, got {kind}, {granularity}"
+        )
+
+
 @torch.no_grad()
 def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel") -> Tensor:
     """The effective weight of a latent weight (N, ...): Wb or Wt of the module's docstring, same shape and dtype.
@@ -21,10 +28,7 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
     `granularity` "layer" takes the means over the whole tensor instead of over each output channel.
     Raises ValueError for an unknown kind or granularity.
     """
-    if kind not in KINDS or granularity not in GRANULARITIES:
-        raise ValueError(
-            f"kind must be one of {KINDS} and granularity one of {GRANULARITIES}, got {kind}, {granularity}"
-        )
+    check_kind(kind, granularity)
     rows = w.flatten(1) if granularity == "channel" else w.reshape(1, -1)  # one row per scale
     magnitude = rows.abs()
     if kind == "binary":
@@ -74,7 +78,7 @@ class QuantizedWeight:
         return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
 
     def _check_kind(self, kind: str, granularity: str) -> None:
-        quantize_weight(torch.ones(1, 1), kind, granularity)
+        check_kind(kind, granularity)
         self.kind, self.granularity = kind, granularity
         self.reset()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
 from .matmul import CODES, FLOATS, MAX_K_CODES, _unpacked
-from .pack import ROWS, PackedWeight, dot_signs, operand_scale, signs, unpack_words
+from .pack import PackedWeight, dot_signs, sign_mask, signs, unpack_words
 
 DENSE_POSITIONS = 2**15  # output positions, see `dense_wins`
 CHANNELS = 32  # the channels of each tap are padded to a multiple of this in `words`
@@ -83,8 +83,8 @@ def pick_block(itemsize: int, channels: int) -> int:
 
 @triton.jit
 def conv_tile(
-    x_ptr, words_ptr, image, row, column, first, H, W,
-    OUT_PADDED: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr,
+    x_ptr, words_ptr, image, row, column, first, H, W, stride_w,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, TERNARY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def conv_tile(
     """
     x_type: tl.constexpr = x_ptr.dtype.element_ty
     INTEGER: tl.constexpr = x_type == tl.uint8 or x_type == tl.int8
-    DTYPE: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if x_type == tl.float32 else x_type)
+    w_type: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if x_type == tl.float32 else x_type)
     WORDS: tl.constexpr = BLOCK // (16 if TERNARY else 32)
     STEPS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     k = tl.arange(0, BLOCK)
@@ -102,7 +102,7 @@ def conv_tile(
     left = column * STRIDE - PADDING
     # int64: x may hold more than 2^31 elements, (4 * 512, 64, 128, 128) for one
     x_ptrs = x_ptr + (((image * H + top) * W + left) * C)[None, :] + k[:, None]
-    words_ptrs = words_ptr + tl.arange(0, WORDS)[:, None] * OUT_PADDED + (first + tl.arange(0, ROWS))[None, :]
+    words_ptrs = words_ptr + tl.arange(0, WORDS)[:, None] * stride_w + (first + tl.arange(0, ROWS))[None, :]
     if PADDING > 0:  # a bit for each row and column of the kernel that meets the image: no comparisons in the loop
         rows_inside = tl.zeros((COLUMNS,), tl.int32)
         columns_inside = tl.zeros((COLUMNS,), tl.int32)
@@ -110,6 +110,7 @@ def conv_tile(
             rows_inside |= ((top + y >= 0) & (top + y < H)).to(tl.int32) << y
         for x in tl.static_range(KW):
             columns_inside |= ((left + x >= 0) & (left + x < W)).to(tl.int32) << x
+    mask = sign_mask(stride_w, w_type)
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.int32 if INTEGER else tl.float32)
     for i in range(0, KH * KW * STEPS):
         kh = i // STEPS // KW
@@ -130,8 +131,8 @@ def conv_tile(
         if x_type == tl.uint8:
             tile = (tile ^ 128).to(tl.int8, bitcast=True)  # code - 128, which `current_tile` undoes
         words = tl.load(words_ptrs)
-        acc = dot_signs(unpack_words(words, DTYPE, TERNARY), tile, acc, PARTS)
-        words_ptrs += WORDS * OUT_PADDED
+        acc = dot_signs(unpack_words(words, w_type, TERNARY, mask), tile, acc, PARTS)
+        words_ptrs += WORDS * stride_w
     return acc
 
 
@@ -159,8 +160,8 @@ def current_tile(
             acc += 128 * (tl.load(sums_ptr + rows, mask=inside, other=0) + PADDED)[:, None]
         current = acc.to(tl.float32) * scale[:, None]
     else:
-        ONE: tl.constexpr = operand_scale(tl.float16, TERNARY)
-        current = acc * (scale * (1.0 / ONE))[:, None]
+        UNIT: tl.constexpr = 0.5 if TERNARY else 1.0  # an unpacked ternary weight is +-2
+        current = acc * (scale * UNIT)[:, None]
     if bias_ptr is not None:
         current += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     return current
@@ -181,7 +182,7 @@ def _binary_conv2d_kernel(
     W,
     OH,
     OW,
-    OUT_PADDED: tl.constexpr,
+    stride_w,
     C: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -196,24 +197,25 @@ def _binary_conv2d_kernel(
     # neighbouring programs read the same pixels and other weights: x comes from memory once, then from L2
     tiles = tl.cdiv(OUT, ROWS)
     first = tl.program_id(0) % tiles * ROWS
-    p = tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.program_id(0) // tiles * COLUMNS
+    p = start + tl.arange(0, COLUMNS)
     image, row, column = output_position(tl.minimum(p, P - 1), OH, OW)
     acc = conv_tile(
-        x_ptr, words_ptr, image, row, column, first, H, W,
-        OUT_PADDED, C, KH, KW, STRIDE, PADDING, TERNARY, PARTS, ROWS, COLUMNS, BLOCK,
+        x_ptr, words_ptr, image, row, column, first, H, W, stride_w,
+        C, KH, KW, STRIDE, PADDING, TERNARY, PARTS, ROWS, COLUMNS, BLOCK,
     )  # fmt: skip
     rows = first + tl.arange(0, ROWS)
     y = current_tile(acc, scale_ptr, bias_ptr, sums_ptr, step, rows, OUT, x_ptr.dtype.element_ty, KH * KW, C, TERNARY)
-    y_ptrs = y_ptr + p.to(tl.int64)[:, None] * OUT + rows[None, :]
+    # int64 where 2^31 may be exceeded, int32 within the tile
+    y_ptrs = y_ptr + (tl.cast(start, tl.int64) * OUT + first) + (p - start)[:, None] * OUT + (rows - first)[None, :]
     tl.store(y_ptrs, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=(p < P)[:, None] & (rows < OUT)[None, :])
 
 
-def constants(itemsize: int, padded: int, shape, ternary: bool, stride: int, padding: int, tile: Tile) -> dict:
+def constants(itemsize: int, shape, ternary: bool, stride: int, padding: int, tile: Tile) -> dict:
     """What a convolution kernel is compiled for."""
     _, c, kh, kw = shape
     return {
-        "OUT_PADDED": padded, "C": c, "KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding,
-        "TERNARY": ternary,
+        "C": c, "KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding, "TERNARY": ternary,
         "PARTS": 3 if torch.get_float32_matmul_precision() == "highest" else 2,
         "ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK": pick_block(itemsize, c),
         "num_warps": tile.warps, "num_stages": tile.stages if torch.version.hip is None else 2,
@@ -249,8 +251,8 @@ def _launch(
     if p:
         LAUNCHES["binary_conv2d"] += 1
         _binary_conv2d_kernel[(triton.cdiv(o, tile.rows) * triton.cdiv(p, tile.columns),)](
-            x, words, scale, bias, sums, y, step, o, p, *x.shape[2:], oh, ow,
-            **constants(x.element_size(), words.shape[1], shape, ternary, stride, padding, tile),
+            x, words, scale, bias, sums, y, step, o, p, *x.shape[2:], oh, ow, words.shape[1],
+            **constants(x.element_size(), shape, ternary, stride, padding, tile),
         )  # fmt: skip
     return y
 
@@ -275,8 +277,9 @@ def _d_x_op(
     stride: int,
     padding: int,
 ) -> Tensor:
-    """The transposed convolution of d_y with the unpacked weights, which are as dense as d_y: left to cuDNN."""
-    weight = _unpacked(dense, scale, shape[0], math.prod(shape[1:]), ternary, d_y.dtype).view(shape)
+    """The transposed convolution with the unpacked weights, which are as dense as d_y: left to cuDNN."""
+    weight = _unpacked(dense, None, shape[0], math.prod(shape[1:]), ternary, d_y.dtype).view(shape)
+    d_y = (d_y * scale[:, None, None]).to(d_y.dtype)
     d_x = torch.nn.grad.conv2d_input(size, weight, d_y, stride, padding)
     return d_x.contiguous(memory_format=torch.channels_last)
 
@@ -347,15 +350,15 @@ def conv_operands(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor | Non
 def dense_wins(x: Tensor, packed: PackedWeight, stride: int, padding: int) -> bool:
     """Whether to unpack the weights and leave the convolution to cuDNN.
 
-    It wins for floats with a few input channels, of which the kernel pads each tap to 32; and for 16-bit x with so many
+    It wins for floats with a few input channels, of which the kernel pads each tap to 32; and for bf16 with so many
     output positions that tensor cores are the limit of both: then reading fewer bytes of weights gains nothing. Codes
-    stay (torch has no dense product of int8 images), and so does fp32, which cuDNN multiplies on slower units or rounds
-    to TF32.
+    stay (torch has no dense product of int8 images), fp32 with more channels too, which cuDNN multiplies on slow units
+    or rounds to TF32, and fp16, in which scaled weights could underflow.
     """
-    if x.dtype in CODES:
+    if x.dtype in CODES or x.dtype == torch.float16:
         return False
     oh, ow = output_size(x.shape[2:], packed.shape[2:], stride, padding)
-    return x.shape[1] <= CHANNELS // 4 or (x.dtype != torch.float32 and x.shape[0] * oh * ow >= DENSE_POSITIONS)
+    return x.shape[1] <= CHANNELS // 4 or (x.dtype == torch.bfloat16 and x.shape[0] * oh * ow >= DENSE_POSITIONS)
 
 
 def output_size(size, kernel, stride: int, padding: int) -> tuple[int, int]:
@@ -395,8 +398,8 @@ def check_conv(x, packed, *, stride, padding, bias=None, step=None, out_dtype=No
         )
     if max(packed.shape[2:]) > 31:
         raise ValueError(f"kernels are at most 31 x 31, got {packed.shape[2:]}")
-    if math.prod(x.shape[:-3]) * oh * ow >= 2**31:
-        raise ValueError(f"x {tuple(x.shape)} has 2^31 output positions or more: split the batch")
+    if math.prod(x.shape[:-3]) * oh * ow >= 2**31 - 2**8:  # int32 up to the end of the last tile
+        raise ValueError(f"x {tuple(x.shape)} has about 2^31 output positions or more: split the batch")
     k = (packed.shape[1] + -packed.shape[1] % CHANNELS) * math.prod(packed.shape[2:])  # as in the kernel, padded
     if x.dtype in CODES and k > MAX_K_CODES:
         raise ValueError(f"the int32 sum of codes holds for up to {MAX_K_CODES} weights, got {k} for {packed.shape}")
@@ -433,8 +436,8 @@ def aot_arguments(x, shape, ternary, stride, padding, tile) -> tuple:
     size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(x, 1)
     types = {"x_ptr": f"*{x}", "words_ptr": "*i32", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "step": "fp32"}
     types |= {"sums_ptr": "*i32" if x == "u8" else None, "y_ptr": "*bf16" if size == 1 else f"*{x}"}
-    types |= dict.fromkeys(("OUT", "P", "H", "W", "OH", "OW"), "i32")
-    constexprs = constants(size, ROWS, shape, ternary, stride, padding, tile)
+    types |= dict.fromkeys(("OUT", "P", "H", "W", "OH", "OW", "stride_w"), "i32")
+    constexprs = constants(size, shape, ternary, stride, padding, tile)
     warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
 
     def options(backend):

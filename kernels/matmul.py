@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
-from .pack import PackedWeight, dot_signs, operand_scale, sign_mask, signs, unpack_words
+from .pack import PackedWeight, dot_signs, signs, unpack_words
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.uint8, torch.int8)
@@ -47,9 +47,14 @@ class Config(NamedTuple):
 # By bytes per element of x: first for at most 16 rows, where K may be split; then from the largest tile to the
 # smallest. Wide tiles share each unpacked weight among more columns of the tensor core; 256 rows spill but on Hopper.
 CONFIGS = {
-    1: (Config(16, 64, 256, 4, 4), Config(256, 128, 128, 8, 3), Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
-    2: (Config(16, 64, 256, 4, 3), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
-    4: (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 8, 3)),
+    1: (
+        Config(16, 128, 256, 8, 4),
+        Config(256, 128, 128, 8, 3),
+        Config(128, 128, 128, 8, 3),
+        Config(64, 64, 128, 4, 4),
+    ),
+    2: (Config(16, 128, 128, 4, 6), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    4: (Config(16, 128, 64, 4, 6), Config(64, 128, 32, 8, 3)),
 }
 
 
@@ -112,7 +117,6 @@ def _binary_matmul_kernel(
         k_last = tl.minimum(K, k_first + share)
     rk = tl.arange(0, BLOCK_K)
     rw = tl.arange(0, BLOCK_K // E)
-    mask = sign_mask(stride_w, w_type)
 
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         first_m = tile // (GROUP * tiles_n) * GROUP
@@ -139,7 +143,7 @@ def _binary_matmul_kernel(
                 x = tl.load(x_first + x_at, mask=(k + rk < K)[:, None], other=ZERO)
             if x_type == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
-            w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, mask)  # BLOCK_N BLOCK_K
+            w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, stride_w)  # BLOCK_N BLOCK_K
             acc = dot_signs(w, x, acc, PARTS)
             x_first += BLOCK_K
             words_first += BLOCK_K // E * stride_w
@@ -165,7 +169,6 @@ def _store_tile(
     acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type: tl.constexpr, TERNARY: tl.constexpr
 ):
     """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
-    ONE: tl.constexpr = operand_scale(w_type, TERNARY)
     scale = tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * tl.cast(step, tl.float32)
     if w_type == tl.int8:
         acc = acc >> 6  # exact: every term is a multiple of 64
@@ -173,7 +176,7 @@ def _store_tile(
             acc += 128 * tl.load(sums_ptr + rn, mask=rn < N, other=0)[:, None]
         y = acc.to(tl.float32) * scale[:, None]
     else:
-        y = acc * (scale * (1.0 / ONE))[:, None]
+        y = acc * (scale * (0.5 if TERNARY else 1.0))[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -196,15 +199,14 @@ def _unpack_kernel(
     E: tl.constexpr = 16 if TERNARY else 32
     out_type: tl.constexpr = w_ptr.dtype.element_ty
     w_type: tl.constexpr = tl.float16 if out_type == tl.float16 else tl.bfloat16
-    ONE: tl.constexpr = operand_scale(w_type, TERNARY)
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     rw = tl.program_id(1) * (BLOCK_K // E) + tl.arange(0, BLOCK_K // E)
     w = unpack_words(tl.load(words_ptr + rw[:, None] * stride_w + rn[None, :]), w_type, TERNARY).to(tl.float32)
+    if TERNARY:
+        w *= 0.5
     if scale_ptr is not None:
-        w *= (tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * (1.0 / ONE))[:, None]
-    else:
-        w *= 1.0 / ONE
+        w *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
     w_ptrs = w_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :]
     tl.store(w_ptrs, w.to(out_type), mask=(rn < N)[:, None] & (rk < K)[None, :])
 
@@ -219,14 +221,19 @@ def _device(device: torch.device) -> tuple[int, bool]:
 
 
 def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> tuple[Config, int]:
-    """The largest tile that occupies every processor, and the number of parts that K is split into."""
+    """The largest tile that occupies nearly every processor, and the number of parts that K is split into.
+
+    For few rows two programs per processor are wanted, to have enough words in flight from memory.
+    """
     few, *tiles = CONFIGS[itemsize]
+    wanted = (2 if m <= few.block_m else 1) * processors
     for config in [few] if m <= few.block_m else tiles:
         programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        if programs >= processors and (config.block_m <= 128 or hopper):
+        if 8 * programs >= 7 * wanted and (config.block_m <= 128 or hopper):
             return config, 1
     steps = triton.cdiv(k, config.block_k)
-    return config, max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
+    splits = max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
+    return config, triton.cdiv(steps, triton.cdiv(steps, splits))  # and no part without any
 
 
 def _aligned(x):
@@ -256,32 +263,36 @@ def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
         kind = torch.int32 if x.dtype in CODES else torch.float32
         partial = torch.empty(tiles * splits * config.block_m * config.block_n, dtype=kind, device=x.device)
         arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    programs = tiles
+    if m >= PERSISTENT_ROWS and splits == 1:  # as many as fit at a time, by their accumulators
+        programs = min(tiles, processors * max(1, 128 * 128 // (config.block_m * config.block_n)))
     LAUNCHES["binary_matmul"] += 1
-    _binary_matmul_kernel[(min(tiles, processors) if m >= PERSISTENT_ROWS else tiles, splits)](
-        x,
-        words,
-        scale,
-        bias,
-        sums,
-        y,
-        partial,
-        arrived,
-        step,
-        m,
-        n,
-        k,
-        x.stride(0),
-        words.stride(0),
-        TERNARY=ternary,
-        PARTS=3 if torch.get_float32_matmul_precision() == "highest" else 2,
-        EVEN_K=k % config.block_k == 0,
-        SPLIT=splits > 1,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.warps,
-        num_stages=config.stages if torch.version.hip is None else AMD_STAGES,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
+        _binary_matmul_kernel[(programs, splits)](
+            x,
+            words,
+            scale,
+            None if bias is None else bias.contiguous(),
+            sums,
+            y,
+            partial,
+            arrived,
+            step,
+            m,
+            n,
+            k,
+            x.stride(0),
+            words.stride(0),
+            TERNARY=ternary,
+            PARTS=3 if torch.get_float32_matmul_precision() == "highest" else 2,
+            EVEN_K=k % config.block_k == 0,
+            SPLIT=splits > 1,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.warps,
+            num_stages=config.stages if torch.version.hip is None else AMD_STAGES,
+        )
     return y
 
 
@@ -289,9 +300,10 @@ def _unpacked(words, scale, n, k, ternary, dtype):
     """The dense weight (N, K) in `dtype` from words of form 'pair', times `scale` where it is not None."""
     w = torch.empty(n, k, dtype=dtype, device=words.device)
     LAUNCHES["binary_unpack"] += 1
-    _unpack_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 128))](
-        words, scale, w, n, k, words.stride(0), TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
-    )
+    with torch.cuda.device_of(words):
+        _unpack_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 128))](
+            words, scale, w, n, k, words.stride(0), TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
+        )
     return w
 
 
@@ -414,7 +426,7 @@ def aot_cases() -> list[tuple]:
     cases = []
 
     def add(x, config, ternary=False, ragged=False, targets=None):
-        codes, split = x in ("u8", "i8"), config.block_m <= 16
+        codes, split = x in ("u8", "i8"), config.block_m <= 16 or ragged
         types = dict(x_ptr=f"*{x}", words_ptr="*i32", scale_ptr="*fp32", bias_ptr="*fp32")
         types |= dict(sums_ptr="*i32" if x == "u8" else None, y_ptr="*fp32" if codes else f"*{x}")
         types |= dict(

@@ -248,8 +248,7 @@ def _per_channel(leak, threshold, gain):
     return gain is not None or threshold.dim() == 2 or (leak is not None and leak.dim() == 2)
 
 
-@torch.library.custom_op(f"{OPS}::neuron_update", mutates_args=())
-def _neuron_forward(
+def _launch_forward(
     current: Tensor,
     v: Tensor | None,
     leak: Tensor | None,
@@ -267,12 +266,16 @@ def _neuron_forward(
     v = None if v is None or parallel else lay_out_like(v[None], current)
     view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), tile_elements(current, 1))
     LAUNCHES["neuron_update"] += 1
-    _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
-        current, v, leak, threshold, gain, shift, spikes, v_out,
-        *view, current.stride(0), 1 / step, step,
-        **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes,
-    )  # fmt: skip
+    with torch.cuda.device_of(current):  # Triton launches on the current device, whatever the tensors are on
+        _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
+            current, v, leak, threshold, gain, shift, spikes, v_out,
+            *view, current.stride(0), 1 / step, step,
+            **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes,
+        )  # fmt: skip
     return spikes, v_out
+
+
+_neuron_forward = torch.library.custom_op(f"{OPS}::neuron_update", _launch_forward, mutates_args=())
 
 
 @_neuron_forward.register_fake
@@ -315,12 +318,13 @@ def _neuron_backward(
         current.new_empty((len(d_parameters), rows, len(current), view[1]), dtype=torch.float32) if parameters else None
     )
     LAUNCHES["neuron_update_backward"] += 1
-    _neuron_backward_kernel[(rows, blocks)](
-        current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
-        *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
-        **tile, **_flags(current, leak, threshold, bits, parallel),
-        DETACH=detach, PARAMETERS=parameters,
-    )  # fmt: skip
+    with torch.cuda.device_of(current):
+        _neuron_backward_kernel[(rows, blocks)](
+            current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
+            *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
+            **tile, **_flags(current, leak, threshold, bits, parallel),
+            DETACH=detach, PARAMETERS=parameters,
+        )  # fmt: skip
     return d_current, d_v, partial.sum(1) if parameters else d_parameters
 
 
@@ -450,13 +454,10 @@ def neuron_update(
         return torch.cat(spikes), v
     leak, threshold, gain, shift = (None if p is None else p.contiguous() for p in (leak, threshold, gain, shift))
     leak = None if parallel else leak
-    if codes:
-        current, leak, threshold, gain, shift = (
-            None if p is None else p.detach() for p in (current, leak, threshold, gain, shift)
-        )
-    spikes, v_out = _neuron_forward(
-        current, v, leak, threshold, gain, shift, bits or 0, float(step), codes, parallel, detach
-    )
+    tensors = [p.detach() if p is not None and codes else p for p in (current, v, leak, threshold, gain, shift)]
+    wants_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors)
+    run = _neuron_forward if wants_grad or torch.compiler.is_compiling() else _launch_forward  # the operator costs time
+    spikes, v_out = run(*tensors, bits or 0, float(step), codes, parallel, detach)
     if parallel:
         return spikes, v
     return spikes, v_out.detach() if detach else v_out
@@ -486,7 +487,7 @@ def aot_cases() -> list[tuple]:
         flags = _flags(x, p, p, bits, parallel)
         _, tile, _ = tiling(x, per_channel, tile_elements(x, 1))
         more = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
-        options = {"targets": ("sm_90",)} if T == MAX_STEPS else {}
+        options = {"targets": ("sm_90",)} if T in (1, MAX_STEPS) else {}
         cases.append(
             (f"forward {name}", _neuron_forward_kernel, types | more, flags | tile | {"CODES": codes}, options)
         )

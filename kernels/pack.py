@@ -69,6 +69,8 @@ class PackedWeight:
         _check_scale(self.scale, shape[0])
         if self.scale.device != self.bits.device:
             raise ValueError(f"bits are on {self.bits.device}, scale is on {self.scale.device}")
+        object.__setattr__(self, "bits", self.bits.detach())
+        object.__setattr__(self, "scale", self.scale.detach().contiguous())  # kernels read it with stride 1
 
     def __reduce__(self):  # derived buffers are neither pickled nor deep-copied
         return PackedWeight, (self.bits, self.scale, self.shape, self.kind)
@@ -222,36 +224,24 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def sign_mask(n, dtype: tl.constexpr):
-    """The mask of the sign bits for `unpack_words`, once per program; n is any runtime integer of at least 16.
+def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, n=16):
+    """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word), 1, 2 or 64 times their sign.
 
-    A known constant is moved into a register again for every use, a tenth of the loop; the compiler cannot know n.
-    """
-    if dtype == tl.int8:
-        mask = tl.where(tl.arange(0, 8) < n, -2139062144, 0)  # 0x80808080
-    else:
-        mask = tl.where(tl.arange(0, 16) < n, -2147450880, 0)  # 0x80008000
-    return mask[None, None, :]
-
-
-@triton.jit
-def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, mask=None):
-    """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word): sign * operand_scale(dtype, TERNARY).
-
-    dtype tl.int8 reads form 'quad'; tl.float16 and tl.bfloat16 read form 'pair'. `mask` comes from `sign_mask`; without
-    it the sign bits are masked with a constant, which is as good outside a loop.
+    dtype tl.int8 reads form 'quad' (64); tl.float16 and tl.bfloat16 read 'pair' (1 binary, 2 ternary). Inside a loop, n
+    should be a runtime integer of at least 16, such as the row stride of the words: the mask then is unknown to the
+    compiler, which otherwise moves the constant into a register again for each use, a tenth of the loop.
     """
     W: tl.constexpr = words.shape[0]
     R: tl.constexpr = words.shape[1]
     E: tl.constexpr = 16 if TERNARY else 32
     w = tl.trans(words)[:, :, None]  # R W 1
-    if mask is None:
-        mask = sign_mask(16, dtype)
     if dtype == tl.int8:
         if TERNARY:
-            q = (w << (tl.arange(0, 4) * 2)[None, None, :]) & -1061109568  # 0xC0C0C0C0: four times 0, +-64
+            mask = tl.where(tl.arange(0, 4) < n, -1061109568, 0)  # 0xC0C0C0C0
+            q = (w << (tl.arange(0, 4) * 2)[None, None, :]) & mask[None, None, :]  # four times 0, +-64
         else:
-            q = ((w << tl.arange(0, 8)[None, None, :]) & mask) | 0x40404040  # four times +-64
+            mask = tl.where(tl.arange(0, 8) < n, -2139062144, 0)  # 0x80808080
+            q = ((w << tl.arange(0, 8)[None, None, :]) & mask[None, None, :]) | 0x40404040  # four times +-64
         b0 = q.to(tl.int8)
         b1 = (q >> 8).to(tl.int8)
         b2 = (q >> 16).to(tl.int8)
@@ -259,10 +249,12 @@ def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, mask=None):
         lanes = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # the last two axes read b0 b1 b2 b3
     else:
         if TERNARY:
-            p = (w << (tl.arange(0, 8) * 2)[None, None, :]) & -1073692672  # 0xC000C000: twice 0, +-2.0
+            mask = tl.where(tl.arange(0, 8) < n, -1073692672, 0)  # 0xC000C000
+            p = (w << (tl.arange(0, 8) * 2)[None, None, :]) & mask[None, None, :]  # twice 0, +-2.0
         else:
             ONES: tl.constexpr = 0x3C003C00 if dtype == tl.float16 else 0x3F803F80
-            p = ((w << tl.arange(0, 16)[None, None, :]) & mask) | ONES  # twice +-1.0
+            mask = tl.where(tl.arange(0, 16) < n, -2147450880, 0)  # 0x80008000
+            p = ((w << tl.arange(0, 16)[None, None, :]) & mask[None, None, :]) | ONES  # twice +-1.0
         low = (p & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
         high = (p >> 16).to(tl.int16).to(dtype, bitcast=True)
         lanes = tl.join(low, high)
@@ -270,10 +262,9 @@ def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, mask=None):
 
 
 @triton.jit
-def operand_scale(dtype: tl.constexpr, TERNARY: tl.constexpr):
-    """What `unpack_words` makes of a weight of +1: 64 in int8; 1 (binary) or 2 (ternary) in 16 bits."""
-    ONE: tl.constexpr = 64 if dtype == tl.int8 else (2 if TERNARY else 1)
-    return ONE
+def sign_mask(n, dtype: tl.constexpr):
+    """`n` for `unpack_words`."""
+    return n
 
 
 @triton.jit

@@ -197,28 +197,26 @@ def test_gradient_against_float64(dtype, kind, c, stride, dense, device, kernels
     binary_conv2d_ref(x64, packed, stride=stride, padding=1, bias=bias64).backward(d_y.double())
     ones = torch.zeros_like(x64).requires_grad_()
     binary_conv2d_ref(ones, absolute(packed), stride=stride, padding=1).backward(d_y.double().abs())
-    eps = max(1e-6, 2 * torch.finfo(dtype).eps)  # two roundings, of the weight and of the result
+    eps = max(1e-6, torch.finfo(dtype).eps)  # two roundings: of d_y * scale and of the result
     assert ((x.grad - x64.grad).abs() <= eps * ones.grad + 1e-30).all() and x.grad.dtype == dtype
     assert ((bias.grad - bias64.grad).abs() <= eps * d_y.double().abs().sum((0, 2, 3))).all()
     assert x64.grad.abs().max() > 0.1
 
 
 def test_dense_route(device, kernels_on, monkeypatch):
-    """A few channels, or 16-bit x and many positions, go to cuDNN with unpacked weights; codes and fp32 never do."""
+    """A few channels, or bf16 and many positions, go to cuDNN with unpacked weights; codes and fp16 never do."""
     few, many = weight((4, 8, 3, 3), device=device), weight((4, 48, 3, 3), device=device)
-    x, _ = integers((2, 48, 5, 5), torch.float16, device)
-    for y, want in [
-        (binary_conv2d(x[:, :8].float(), few, padding=1), exact(x[:, :8], few, padding=1)),
-        (binary_conv2d(x[:, :8], few, padding=1), exact(x[:, :8], few, padding=1).half()),
-    ]:
-        assert torch.equal(y, want) and y.is_contiguous(memory_format=torch.channels_last)
-    assert kernels_on == {"binary_unpack": 2}
-    monkeypatch.setattr(conv, "DENSE_POSITIONS", 50)
-    assert dense_wins(x, many, 1, 1) and not dense_wins(x, many, 1, 0)
-    assert not dense_wins(x.float(), many, 1, 1) and not dense_wins(x.byte(), few, 1, 1)
+    x, _ = integers((2, 48, 5, 5), torch.bfloat16, device)
     bias = torch.ones(4, device=device)
+    y = binary_conv2d(x[:, :8].float(), few, padding=1, bias=bias)
+    assert torch.equal(y, exact(x[:, :8], few, padding=1, bias=bias))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(conv, "DENSE_POSITIONS", 50)
+    assert dense_wins(x, many, 1, 1) and not dense_wins(x, many, 1, 0) and not dense_wins(x.float(), many, 1, 1)
+    assert not dense_wins(x.half(), few, 1, 1) and not dense_wins(x.byte(), few, 1, 1)
     y = binary_conv2d(x, many, padding=1, bias=bias, out_dtype=torch.float32)
-    assert torch.equal(y, exact(x, many, padding=1, bias=bias, out_dtype=torch.float16).float())
+    assert torch.equal(y, exact(x, many, padding=1, bias=bias, out_dtype=torch.bfloat16).float())
+    assert kernels_on == {"binary_unpack": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
@@ -335,4 +333,4 @@ def test_ahead_of_time(compiled):
         loop = hopper[case].loop
         assert loop["HGMMA" if case.startswith("bf16") else "IGMMA"] == 4, case
         assert not {"STS", "STSM", "LDL", "STL"} & set(loop), case
-        assert hopper[case].loop_instructions <= 210, case  # 189 and 171 when this was written
+        assert hopper[case].loop_instructions <= 190, case  # 181 and 163 when this was written

@@ -31,7 +31,7 @@ def integers(m, k, dtype, device, seed=0):
 
 
 def weights(n, k, kind, device, seed=1):
-    """Packed weights with rows of 0.0, -0.0, all plus and all minus; scales are powers of two, so products are exact."""
+    """Weights with rows of 0.0, -0.0, all plus and all minus; the scales are powers of two, so products are exact."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=generator)
     for row, value in enumerate((0.0, -0.0, 0.5, -0.5)[: n - 1]):
@@ -71,7 +71,7 @@ def machine(monkeypatch):
 def test_exact_on_integers(m, n, k, kind, dtype, device, kernels_on, poisoned):
     x, packed = integers(m, k, dtype, device), weights(n, k, kind, device)
     step = 0.25 if dtype in INTEGERS else None
-    bias = None if m == 7 else integers(1, n, torch.float32, device, seed=2)[0]
+    bias = None if m == 7 else integers(2, n, torch.float32, device, seed=2).T[:, 0]  # not contiguous
     y = binary_matmul(x, packed, bias=bias, step=step, out_dtype=torch.float32)
     assert kernels_on["binary_matmul"] == 1
     want = exact(x, packed, bias, step)
@@ -95,17 +95,19 @@ def test_every_bit_position(kind, dtype, device, kernels_on):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("dtype", X_TYPES)
-@pytest.mark.parametrize("index", range(4))
-def test_every_configuration(index, dtype, device, kernels_on, poisoned, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        pytest.param(dtype, config, marks=pytest.mark.gpu if dtype == torch.bfloat16 else ())
+        for dtype in (*FLOATS, *INTEGERS)
+        for config in CONFIGS[dtype.itemsize]
+    ],
+)
+def test_every_configuration(dtype, config, device, kernels_on, poisoned, monkeypatch):
     """Ragged in M, N and K, with more than one tile and step each way."""
-    itemsize = dtype.itemsize
-    if index >= len(CONFIGS[itemsize]):
-        pytest.skip(f"{dtype} has {len(CONFIGS[itemsize])} configurations")
-    config = CONFIGS[itemsize][index]
     if config.block_m > 128 and device == "cuda" and not matmul._device(torch.device("cuda"))[1]:
         pytest.skip(f"{config} is for Hopper")
-    monkeypatch.setitem(CONFIGS, itemsize, (config,) * 2)
+    monkeypatch.setitem(CONFIGS, dtype.itemsize, (config,) * 2)
     m, n, k = config.block_m + (config.block_m > 16), config.block_n + 5, 2 * config.block_k + 16
     x, packed = integers(m, k, dtype, device), weights(n, k, "binary", device)
     step = 0.5 if dtype in INTEGERS else None
@@ -116,7 +118,7 @@ def test_every_configuration(index, dtype, device, kernels_on, poisoned, monkeyp
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", X_TYPES)
-@pytest.mark.parametrize(("m", "k"), [(1, 4608), (16, 1040), (70, 784)])
+@pytest.mark.parametrize(("m", "k"), [(1, 4864), (16, 1552), (70, 784)])
 def test_split_k(m, k, dtype, device, kernels_on, poisoned, machine):
     """Many processors and few tiles; steps that the parts cannot share evenly; the bias is added once."""
     machine(64)
@@ -132,11 +134,11 @@ def test_split_k(m, k, dtype, device, kernels_on, poisoned, machine):
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
 def test_persistent_grid(dtype, device, kernels_on, poisoned, machine, monkeypatch):
-    """Three programs for 40 tiles: groups of tiles, the last of them incomplete."""
-    machine(3)
+    """Few programs for many tiles: groups of tiles, the last of them incomplete."""
+    machine(1)
     monkeypatch.setattr(matmul, "PERSISTENT_ROWS", 1)
     monkeypatch.setitem(CONFIGS, dtype.itemsize, CONFIGS[dtype.itemsize][-1:] * 2)
-    x, packed = integers(600, 48, dtype, device), weights(200, 48, "binary", device)
+    x, packed = integers(600, 48, dtype, device), weights(300, 48, "binary", device)
     step = 0.5 if dtype in INTEGERS else None
     y = binary_matmul(x, packed, step=step, out_dtype=torch.float32)
     assert kernels_on["binary_matmul"] == 1
@@ -152,8 +154,9 @@ def test_choice_of_configuration(itemsize):
                 assert (config.block_m == 16) == (m <= 16)
                 assert hopper or config.block_m <= 128
                 assert 1 <= splits <= 16 and (splits == 1 or splits * 2 * config.block_k <= k + config.block_k)
-    assert matmul._choose(1, 16384, 16384, itemsize, 132, True)[1] == 1
-    assert matmul._choose(1, 4096, 4096, itemsize, 132, True)[1] == 4
+    assert matmul._choose(1, 32768, 16384, itemsize, 132, True)[1] == 1
+    assert matmul._choose(1, 16384, 16384, itemsize, 132, True)[1] == 2
+    assert matmul._choose(1, 4096, 4096, itemsize, 132, True)[1] == 8
     assert matmul._choose(4096, 4096, 4096, itemsize, 132, True)[0] == CONFIGS[itemsize][1]
 
 
@@ -189,14 +192,15 @@ def test_codes_are_exact_where_fp32_is_not(device, kernels_on):
 @pytest.mark.parametrize(
     ("dtype", "precision", "bound"),
     [
-        (torch.float32, "highest", 1e-6),
-        (torch.float32, "high", 5e-6),
+        (torch.float32, "highest", 1e-5),
+        (torch.float32, "high", 2e-5),
         (torch.float16, "highest", 1e-3),
         pytest.param(torch.bfloat16, "highest", 8e-3, marks=pytest.mark.gpu),
     ],
 )
 def test_error_on_random_numbers(dtype, precision, bound, kind, device, kernels_on):
-    """The largest error, relative to sqrt(K), the size of a sum."""
+    """The largest error, relative to sqrt(K), the size of a sum. For fp32 it is that of tensor cores, which truncate
+    after each of the K/16 additions to the accumulator, times the number of terms."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(37, 1000, generator=generator).to(dtype).to(device)
     packed = pack(torch.randn(50, 1000, generator=generator), kind, torch.rand(50, generator=generator)).to(device)
@@ -213,7 +217,22 @@ def test_error_on_random_numbers(dtype, precision, bound, kind, device, kernels_
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("out_dtype", [None, *FLOATS])
+@pytest.mark.parametrize(("precision", "bits"), [("highest", 24), ("high", 16)])
+def test_bits_of_fp32_that_count(precision, bits, device, kernels_on):
+    """Odd integers of all the bits that the bf16 terms hold together come out unchanged."""
+    x = (2**bits - 1 - 2 * torch.arange(16, device=device)).float().diag()
+    packed = pack(torch.ones(3, 16), scale=torch.ones(3)).to(device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        y = binary_matmul(x, packed)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert kernels_on["binary_matmul"] == 1 and torch.equal(y, x.diag()[:, None].expand(16, 3))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
 def test_out_dtype(dtype, out_dtype, device, kernels_on):
     x, packed = integers(5, 32, dtype, device), weights(6, 32, "binary", device)
@@ -250,7 +269,7 @@ def test_strides_and_leading_dimensions(dtype, device, kernels_on):
 
 @pytest.mark.kernel
 def test_many_rows_of_bf16_take_the_dense_library(device, kernels_on, poisoned, monkeypatch):
-    """Conversions to bf16 are right in the interpreter; only its sums are not, and those are the library's here."""
+    """The sums are the library's, so the interpreter can do this one: all it makes in bf16 are powers of two."""
     monkeypatch.setattr(matmul, "DENSE_ROWS", 33)
     x, packed = integers(33, 70, torch.bfloat16, device), weights(67, 70, "ternary", device)
     for bias in (None, integers(1, 67, torch.float32, device)[0]):
@@ -341,7 +360,7 @@ def test_runs_in_a_cuda_graph(kernels_on):
     """Split over K, whose counters must be zero again at every replay."""
     packed = weights(64, 4096, "binary", "cuda")
     x = integers(1, 4096, torch.float16, "cuda")
-    binary_matmul(x, packed)
+    binary_matmul(x, packed, out_dtype=torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = binary_matmul(x, packed, out_dtype=torch.float32)

@@ -1,8 +1,11 @@
 """The fused neuron against float64 autograd of its definition: forward and every gradient, layouts, edges, errors."""
 
+import sys
+
 import pytest
 import torch
 
+from bench.aot import TARGETS, compile_cases
 from empf.kernels.neuron import MAX_STEPS, neuron_update, neuron_update_ref, quantize_spikes
 
 pytestmark = pytest.mark.kernel
@@ -296,3 +299,13 @@ def test_errors(change, message):
     neuron_update(**good)
     with pytest.raises(ValueError, match=message):
         neuron_update(**{**good, **change})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux")
+def test_compiles_for_every_target_without_spills():
+    pytest.importorskip("triton", reason="needs Triton")
+    facts = compile_cases("neuron")
+    assert {f.target for f in facts} == set(TARGETS)
+    for f in facts:
+        assert f.spills == 0 and f.stack == 0, f
+        assert f.registers <= 255 and f.shared <= 8192, f

@@ -9,9 +9,7 @@ import torch
 from empf.kernels.dispatch import tl, triton
 from empf.kernels.pack import (
     PackedWeight,
-    operand_scale,
     pack,
-    sign_mask,
     signs,
     unpack,
     unpack_words,
@@ -92,32 +90,32 @@ def test_own_scale(kind):
 
 @triton.jit
 def _unpack_tile_kernel(
-    words_ptr, out_ptr, stride, dtype: tl.constexpr, TERNARY: tl.constexpr, WORDS: tl.constexpr, MASK: tl.constexpr
+    words_ptr, out_ptr, stride, dtype: tl.constexpr, TERNARY: tl.constexpr, WORDS: tl.constexpr, RUNTIME: tl.constexpr
 ):
     r = tl.arange(0, 128)
     words = tl.load(words_ptr + tl.arange(0, WORDS)[:, None] * stride + r[None, :])
-    w = unpack_words(words, dtype, TERNARY, sign_mask(stride, dtype) if MASK else None)
+    w = unpack_words(words, dtype, TERNARY, stride if RUNTIME else 16)
     K: tl.constexpr = w.shape[1]
-    w = w.to(tl.float32) / operand_scale(dtype, TERNARY)
+    w = w.to(tl.float32) / (64 if dtype == tl.int8 else (2 if TERNARY else 1))
     tl.store(out_ptr + r[:, None] * K + tl.arange(0, K)[None, :], w)
 
 
-def unpack_in_kernel(words, form, kind, mask):
+def unpack_in_kernel(words, form, kind, runtime):
     """Every weight of a derived buffer of up to 128 rows, as the kernels see it."""
     k = words.shape[0] * weights_per_word(kind)
     padded = torch.zeros(triton.next_power_of_2(words.shape[0]), 128, dtype=torch.int32, device=words.device)
     padded[: words.shape[0]] = words
     out = torch.full((128, padded.shape[0] * weights_per_word(kind)), float("nan"), device=words.device)
     dtype = tl.int8 if form == "quad" else tl.float16
-    _unpack_tile_kernel[(1,)](padded, out, 128, dtype, kind == "ternary", padded.shape[0], mask)
+    _unpack_tile_kernel[(1,)](padded, out, 128, dtype, kind == "ternary", padded.shape[0], runtime)
     return out[:, :k]
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("runtime", [True, False])
 @pytest.mark.parametrize("form", ["pair", "quad"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernel_unpacks_every_position(kind, form, mask, device):
+def test_kernel_unpacks_every_position(kind, form, runtime, device):
     w = torch.ones(128, 128) - 2 * torch.eye(128)
     if kind == "ternary":
         w *= torch.randint(0, 2, w.shape, generator=torch.Generator().manual_seed(1)) * 2
@@ -125,7 +123,7 @@ def test_kernel_unpacks_every_position(kind, form, mask, device):
     words = packed.operand(form, block=128)
     assert words.dtype == torch.int32 and words.shape == (128 // weights_per_word(kind), 128)
     assert words.is_contiguous()
-    assert torch.equal(unpack_in_kernel(words, form, kind, mask), signs(packed).float())
+    assert torch.equal(unpack_in_kernel(words, form, kind, runtime), signs(packed).float())
 
 
 @pytest.mark.kernel

@@ -19,8 +19,8 @@ from empf import runs
 
 SETTINGS = {
     "plain": [],
-    "mixed": "--mixup 0.8 --cutmix 1 --label-smoothing 0.1 --cutout 2".split(),
-    "average": "--ema 0.9 --neuron mem_bn --learning every".split(),
+    "mixed": ["--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1", "--cutout", "2"],
+    "average": ["--ema", "0.9", "--neuron", "mem_bn", "--learning", "every"],
 }
 SAVE_ALWAYS = ("--save-minutes", "0")
 
@@ -35,7 +35,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("batches", [(1,), (2, 2), (3,), (4, 1)], ids=str)  # 3 is the end of an epoch
+@pytest.mark.parametrize("batches", [(2, 2), (3,)], ids=str)  # 3 is the end of an epoch
 def test_continues_exactly_after_max_steps(uninterrupted, tmp_path, capsys, name, batches):
     run = tmp_path / "run"
     run_train(*SETTINGS[name], "--output-dir", run, "--max-steps", batches[0])
@@ -46,6 +46,20 @@ def test_continues_exactly_after_max_steps(uninterrupted, tmp_path, capsys, name
     assert f"continue with: train.py --resume {run}" in capsys.readouterr().out
     resume(run)
     assert trace(run) == trace(uninterrupted[name])
+
+
+def test_random_numbers_of_torch_continue(tmp_path, monkeypatch):
+    """Nothing in the library draws any while it trains; what a user adds, say dropout, does."""
+    backward = train.empf.online_backward
+
+    def noisy(model, images, *args, **kwargs):
+        return backward(model, images + torch.randn_like(images), *args, **kwargs)
+
+    monkeypatch.setattr(train.empf, "online_backward", noisy)
+    run_train("--output-dir", tmp_path / "whole")
+    run_train("--output-dir", tmp_path / "stopped", "--max-steps", "2")
+    resume(tmp_path / "stopped")
+    assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
 
 
 def test_the_settings_of_the_test_leave_traces(uninterrupted):
@@ -83,17 +97,15 @@ class Died(BaseException):
     """Stands for `kill -9`: nothing catches it, nothing is cleaned up."""
 
 
-def die_at(monkeypatch, call: int, moment: str) -> None:
-    """Die at the given call of os.replace, before or after the file has taken its place."""
+def die_at(monkeypatch, call: int) -> None:
+    """Die when the given file is written, but has not taken its place: after that, only the next file is missing."""
     real, calls = os.replace, []
 
     def replace(source, target):
         calls.append(target)
-        if len(calls) < call:
-            return real(source, target)
-        if moment == "after":
-            real(source, target)
-        raise Died(target)
+        if len(calls) == call:
+            raise Died(target)
+        return real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
 
@@ -101,27 +113,26 @@ def die_at(monkeypatch, call: int, moment: str) -> None:
 WRITES = 12  # state, config; then per epoch the state after each of 3 batches, weights and metrics
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("call", range(1, WRITES + 1))
-def test_survives_death_at_every_write(uninterrupted, tmp_path, monkeypatch, call, moment):
+def test_survives_death_at_every_write(uninterrupted, tmp_path, monkeypatch, call):
     run = tmp_path / "run"
-    die_at(monkeypatch, call, moment)
+    die_at(monkeypatch, call)
     with pytest.raises(Died):
         run_train("--output-dir", run, *SAVE_ALWAYS)
     monkeypatch.undo()
-    assert bool(leftovers(run)) == (moment == "before")  # the test has left a half-written file
-    if (run / "config.json").exists():
-        resume(run, *SAVE_ALWAYS)
-    else:  # nothing was trained yet
+    (half_written,) = leftovers(run)
+    (run / half_written).rename((run / half_written).with_suffix(".1.tmp"))  # of a process that is gone
+    if call <= 2:  # nothing was trained, and nothing stands in the way of a new run
         run_train("--output-dir", run, *SAVE_ALWAYS)
-    assert trace(run) == trace(uninterrupted["plain"])
-    if call > 2:
+    else:
+        resume(run, *SAVE_ALWAYS)
         assert leftovers(run) == []
+    assert trace(run) == trace(uninterrupted["plain"])
 
 
 def test_number_of_writes(tmp_path, monkeypatch):
-    """The test above has covered them all."""
-    die_at(monkeypatch, WRITES + 1, "before")
+    """The test above covers them all: there is no further one to die at."""
+    die_at(monkeypatch, WRITES + 1)
     run_train("--output-dir", tmp_path / "run", *SAVE_ALWAYS)
 
 
@@ -134,34 +145,39 @@ def test_resuming_a_complete_run_restores_its_results(uninterrupted, tmp_path):
     assert trace(run) == trace(uninterrupted["plain"])
 
 
-STORM = ["--epochs", "12", *SAVE_ALWAYS]
+STORM = ["--epochs", "8", "--limit", "288", *SAVE_ALWAYS]  # more than can be done between the signals
+SIGNALS = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, None]
 
 
 def storm(run: str) -> None:
     """Kill the run in this folder at random moments; print the exit statuses of its processes.
 
-    The processes are forked from this one, which has never trained: it imports torch once for all of them.
+    The processes are forked from this one, which has never trained: it imports everything once for all of them.
     """
+    train.load("digits")
+    train.make_optimizer(torch.nn.Linear(1, 1), train.TrainConfig())
     statuses, rng = [], random.Random(0)
-    for number in [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, None]:
-        started = Path(run, "config.json").exists()
+    config, state = Path(run, "config.json"), Path(run, "state", "state.pt")
+    for number in SIGNALS:
+        started = config.exists()
         process = os.fork()
         if process == 0:
             if started:
                 resume(Path(run), *SAVE_ALWAYS)
             else:
                 run_train("--output-dir", run, *STORM)
+            sys.stdout.flush()
             os._exit(0)
-        before = Path(run, "state/state.pt").stat().st_mtime_ns if started else 0
-        while not started and not Path(run, "config.json").exists():
-            time.sleep(0.01)
+        before = state.stat().st_mtime_ns if started else 0
         if number is not None:
-            while Path(run, "state/state.pt").stat().st_mtime_ns == before:  # until it saves for the first time
+            while not (config.exists() and state.stat().st_mtime_ns > before):  # until it saves for the first time
+                if os.waitpid(process, os.WNOHANG)[0]:
+                    sys.exit("the run ended before it was signalled")
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.06))
             os.kill(process, number)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-        torch.load(Path(run, "state/state.pt"), weights_only=True)
+        runs.load_state(Path(run))
     print(json.dumps(statuses), file=sys.stderr)
 
 
@@ -171,11 +187,11 @@ def test_survives_kill_9_at_random_moments(tmp_path):
     paths = os.pathsep.join((str(Path(__file__).parent), str(Path(train.__file__).parent)))
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "killed")],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     statuses = json.loads(result.stderr.splitlines()[-1])
-    assert statuses == [-9] * 6 + [0, 0, -9, 0]
+    assert statuses == [-9 if number == signal.SIGKILL else 0 for number in SIGNALS]
     assert result.stdout.count("stopped and saved") == 2 and result.stdout.count("finished") == 1
     assert leftovers(tmp_path / "killed") == []
     run_train("--output-dir", tmp_path / "whole", *STORM)

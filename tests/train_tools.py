@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 import train
 from empf import runs
 
-TINY = "--width 0.0625 --T 2 --epochs 2 --limit 96 --batch-size 32 --threads 1 --warmup-epochs 0".split()  # 3 batches
+TINY = ["--width", "0.0625", "--T", "2", "--epochs", "2", "--limit", "96", "--batch-size", "32"]  # 3 batches
+TINY += ["--warmup-epochs", "0", "--threads", "1"]
 
 
 @contextmanager

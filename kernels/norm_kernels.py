@@ -1,0 +1,383 @@
+"""Triton kernels of norm_neuron.py and their launchers.
+
+statistics, finish      mean and variance of x[t] for all steps at once: one read of x
+bn fire                 normalise, fire, reset, for all steps at once: one read of x, one write of the spikes
+mem step                Mem-BN: fire step t - 1 and charge step t in one pass, with the statistics of step t
+backward                two passes (sums, then gradients) that recompute everything from the input
+
+p (6, T, C)             leak, threshold, alpha, beta, weight, bias in fp32; partial (slots, programs, T, C) sums
+"""
+
+import torch
+
+from .dispatch import tl, triton
+from .neuron import _neuron_step, _spike_codes
+from .steps import (
+    _store_sum,
+    _tile,
+    channel_blocks,
+    empty_like_steps,
+    is_channels_last,
+    programs,
+    tile_elements,
+    tiling,
+)
+
+MAX_STEPS = 5  # steps per launch, as in neuron.py, but here each step needs twice the registers
+
+
+@triton.jit
+def _row(p_ptr, slot, t, channel, C, T: tl.constexpr):
+    """p[slot, t] of p (slots, T, C) at the tile's channels."""
+    return tl.load(p_ptr + (slot * T + t) * C + channel, mask=channel < C, other=0)
+
+
+@triton.jit
+def _statistics_kernel(
+    x_ptr, partial_ptr, A, C, B, tiles, stride_t,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of d and d^2, d = x - the channel's first number: with that, large means cost no digits."""
+    t = tl.program_id(2)
+    x_ptr += t * tl.cast(stride_t, tl.int64)
+    sum_1 = tl.zeros((X, Y), tl.float32)
+    sum_2 = tl.zeros((X, Y), tl.float32)
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
+        first = tl.load(x_ptr + channel * tl.cast(B, tl.int64), mask=channel < C, other=0).to(tl.float32)
+        d = tl.where(mask, tl.load(x_ptr + offsets, mask=mask, other=0).to(tl.float32) - first, 0.0)
+        sum_1 += d
+        sum_2 += d * d
+    _store_sum(partial_ptr, 0, t, sum_1, C, T, X, Y, CHANNELS_LAST)
+    _store_sum(partial_ptr, 1, t, sum_2, C, T, X, Y, CHANNELS_LAST)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr, x_ptr, mean_ptr, var_ptr, rows, count, C, B, stride_t, T: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Partial sums (2, rows, T, C) -> mean and variance (T, C)."""
+    t = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < C
+    first = tl.load(x_ptr + t * tl.cast(stride_t, tl.int64) + channel * tl.cast(B, tl.int64), mask=mask, other=0)
+    sum_1 = tl.zeros((BLOCK,), tl.float32)
+    sum_2 = tl.zeros((BLOCK,), tl.float32)
+    for row in range(rows):
+        sum_1 += tl.load(partial_ptr + (row * T + t) * C + channel, mask=mask, other=0)
+        sum_2 += tl.load(partial_ptr + ((rows + row) * T + t) * C + channel, mask=mask, other=0)
+    d = sum_1 / count
+    tl.store(mean_ptr + t * C + channel, first.to(tl.float32) + d, mask=mask)
+    tl.store(var_ptr + t * C + channel, tl.maximum(sum_2 / count - d * d, 0.0), mask=mask)
+
+
+@triton.jit
+def _bn_fire_kernel(
+    x_ptr, v_ptr, p_ptr, mean_ptr, var_ptr, spikes_ptr, v_out_ptr, A, C, B, stride_t, eps, inv_step, step,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    offsets, mask, channel = _tile(tl.program_id(0), A, C, B, X, Y, CHANNELS_LAST)
+    size = tl.cast(A, tl.int64) * C * B
+    xs = ()
+    for t in tl.static_range(T):
+        xs = xs + (tl.load(x_ptr + t * tl.cast(stride_t, tl.int64) + offsets, mask=mask, other=0),)
+    v = tl.zeros((X, Y), tl.float32)
+    if v_ptr is not None:
+        v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    for t in tl.static_range(T):
+        rstd = tl.rsqrt(_row(var_ptr, 0, t, channel, C, T) + eps)
+        current = (xs[t].to(tl.float32) - _row(mean_ptr, 0, t, channel, C, T)) * rstd
+        current = current * _row(p_ptr, 4, t, channel, C, T) + _row(p_ptr, 5, t, channel, C, T)
+        leak, threshold = _row(p_ptr, 0, t, channel, C, T), _row(p_ptr, 1, t, channel, C, T)
+        m, mh, s = _neuron_step(current, v, leak, threshold, 0.0, 0.0, False, False)
+        v = mh - s
+        if BITS:
+            s = _spike_codes(s, inv_step, BITS) * step
+        tl.store(spikes_ptr + t * size + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_out_ptr + offsets, v, mask=mask)
+
+
+@triton.jit
+def _mem_fire(m, p_ptr, mean_ptr, var_ptr, t, channel, C, eps, T: tl.constexpr):
+    """(v, s) of step t from m."""
+    rstd = tl.rsqrt(_row(var_ptr, 0, t, channel, C, T) + eps)
+    normed = (m - _row(mean_ptr, 0, t, channel, C, T)) * rstd
+    normed = normed * _row(p_ptr, 4, t, channel, C, T) + _row(p_ptr, 5, t, channel, C, T)
+    mh = _row(p_ptr, 2, t, channel, C, T) * m + _row(p_ptr, 3, t, channel, C, T) * normed
+    s = tl.maximum(mh - _row(p_ptr, 1, t, channel, C, T), 0.0)
+    return mh - s, s
+
+
+@triton.jit(do_not_specialize=["t"])
+def _mem_step_kernel(
+    current_ptr, v_ptr, m_ptr, p_ptr, mean_ptr, var_ptr, spikes_ptr, v_out_ptr, m_out_ptr, partial_ptr,
+    A, C, B, tiles, t, eps, inv_step, step,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Fires step t - 1 from m (unless m is None), then charges step t (unless m_out is None) and sums its statistics.
+
+    One pass serves both, because m[t] needs only the same element of v[t - 1]: each step reads m and I once.
+    """
+    sum_1 = tl.zeros((X, Y), tl.float32)
+    sum_2 = tl.zeros((X, Y), tl.float32)
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
+        origin = channel * tl.cast(B, tl.int64)  # the channel's first number, subtracted as in `_statistics_kernel`
+        inside = channel < C
+        v = tl.zeros((X, Y), tl.float32)
+        v_origin = tl.zeros(channel.shape, tl.float32)
+        if m_ptr is not None:
+            m = tl.load(m_ptr + offsets, mask=mask, other=0)
+            v, s = _mem_fire(m, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
+            if BITS:
+                s = _spike_codes(s, inv_step, BITS) * step
+            tl.store(spikes_ptr + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
+            if m_out_ptr is not None:
+                m_origin = tl.load(m_ptr + origin, mask=inside, other=0)
+                v_origin, _ = _mem_fire(m_origin, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
+        elif v_ptr is not None:
+            v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+            v_origin = tl.load(v_ptr + origin, mask=inside, other=0).to(tl.float32)
+        if m_out_ptr is not None:
+            leak = _row(p_ptr, 0, t, channel, C, T)
+            m = leak * v + tl.load(current_ptr + offsets, mask=mask, other=0).to(tl.float32)
+            first = leak * v_origin + tl.load(current_ptr + origin, mask=inside, other=0).to(tl.float32)
+            tl.store(m_out_ptr + offsets, m, mask=mask)
+            d = tl.where(mask, m - first, 0.0)
+            sum_1 += d
+            sum_2 += d * d
+        else:
+            tl.store(v_out_ptr + offsets, v, mask=mask)
+    if m_out_ptr is not None:
+        _store_sum(partial_ptr, 0, 0, sum_1, C, 1, X, Y, CHANNELS_LAST)
+        _store_sum(partial_ptr, 1, 0, sum_2, C, 1, X, Y, CHANNELS_LAST)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    d_spikes_ptr, d_v_out_ptr, x_ptr, v_ptr, p_ptr, mean_ptr, var_ptr, means_ptr, d_x_ptr, d_v_ptr, partial_ptr,
+    A, C, B, tiles, stride_t, stride_dt, eps, s_max,
+    T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr, BITS: tl.constexpr,
+    MEM: tl.constexpr, DETACH: tl.constexpr, APPLY: tl.constexpr,
+):  # fmt: skip
+    """Two passes over the input and the gradient of the spikes, all else recomputed.
+
+    APPLY False: sums of d_mh, d_mh * normalised input (and of d_threshold where it is not the negative of the first).
+    APPLY True: with their means over the batch, d_x, and the sums of d_leak.
+    """
+    size = tl.cast(A, tl.int64) * C * B
+    P: tl.constexpr = 1 if APPLY else (2 if DETACH else 3)
+    sums = ()
+    for k in tl.static_range(P * T):  # noqa: B007
+        sums = sums + (tl.zeros((X, Y), tl.float32),)
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
+        xs = ()
+        d_spikes = ()
+        for t in tl.static_range(T):
+            x = tl.load(x_ptr + t * tl.cast(stride_t, tl.int64) + offsets, mask=mask, other=0)
+            d_s = tl.load(d_spikes_ptr + t * tl.cast(stride_dt, tl.int64) + offsets, mask=mask, other=0)
+            xs = xs + (x,)
+            d_spikes = d_spikes + (d_s,)
+        v_start = tl.zeros((X, Y), tl.float32)
+        if v_ptr is not None:
+            v_start = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        v = v_start
+        mhs = ()
+        for t in tl.static_range(T):
+            leak, weight, bias = (
+                _row(p_ptr, 0, t, channel, C, T), _row(p_ptr, 4, t, channel, C, T), _row(p_ptr, 5, t, channel, C, T)
+            )  # fmt: skip
+            y = xs[t].to(tl.float32)
+            if MEM:
+                y = leak * v + y
+            rstd = tl.rsqrt(_row(var_ptr, 0, t, channel, C, T) + eps)
+            normed = (y - _row(mean_ptr, 0, t, channel, C, T)) * rstd * weight + bias
+            mh = leak * v + normed
+            if MEM:
+                mh = _row(p_ptr, 2, t, channel, C, T) * y + _row(p_ptr, 3, t, channel, C, T) * normed
+            mhs = mhs + (mh,)
+            v = mh - tl.maximum(mh - _row(p_ptr, 1, t, channel, C, T), 0.0)
+        d_v = tl.zeros((X, Y), tl.float32)
+        if d_v_out_ptr is not None:
+            d_v = tl.load(d_v_out_ptr + offsets, mask=mask, other=0)
+        new = ()
+        for t in tl.static_range(T - 1, -1, -1):
+            leak = _row(p_ptr, 0, t, channel, C, T)
+            s = mhs[t] - _row(p_ptr, 1, t, channel, C, T)
+            d_s = d_spikes[t].to(tl.float32)
+            if BITS:
+                d_s = tl.where(s <= s_max, d_s, 0.0)
+            d_mh = tl.where(s > 0, d_s, d_v)
+            v = v_start
+            if t > 0:
+                v = mhs[t - 1] - tl.maximum(mhs[t - 1] - _row(p_ptr, 1, t - 1, channel, C, T), 0.0)
+            y = xs[t].to(tl.float32)
+            if MEM:
+                y = leak * v + y
+            rstd = tl.rsqrt(_row(var_ptr, 0, t, channel, C, T) + eps)
+            hat = (y - _row(mean_ptr, 0, t, channel, C, T)) * rstd
+            d_m = d_mh
+            if APPLY:
+                inner = d_mh - _row(means_ptr, 0, t, channel, C, T) - hat * _row(means_ptr, 1, t, channel, C, T)
+                d_x = _row(p_ptr, 4, t, channel, C, T) * rstd * inner
+                if MEM:
+                    d_x = _row(p_ptr, 2, t, channel, C, T) * d_mh + _row(p_ptr, 3, t, channel, C, T) * d_x
+                    d_m = d_x
+                new = (tl.where(mask, d_m * v, 0.0),) + new
+                tl.store(d_x_ptr + t * size + offsets, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+            elif DETACH:
+                new = (d_mh, d_mh * hat) + new
+            else:
+                new = (d_mh, d_mh * hat, tl.where(s > 0, d_v - d_s, 0.0)) + new
+            if not DETACH:
+                d_v = d_m * leak
+        if APPLY and d_v_ptr is not None:
+            tl.store(d_v_ptr + offsets, d_v, mask=mask)
+        added = ()
+        for k in tl.static_range(P * T):
+            added = added + (sums[k] + new[k],)
+        sums = added
+    for t in tl.static_range(T):
+        for slot in tl.static_range(P):
+            _store_sum(partial_ptr, slot, t, sums[P * t + slot], C, T, X, Y, CHANNELS_LAST)
+
+
+def _finish(partial, x, stride_t, mean, var):
+    """Mean and variance of each step and channel from the partial sums, on the device."""
+    _, rows, T, C = partial.shape
+    count = x[0, :, 0].numel()
+    origin = 1 if is_channels_last(x) else x[0, 0, 0].numel()
+    _finish_kernel[(triton.cdiv(C, 128), T)](
+        partial, x, mean, var, rows, float(count), C, origin, stride_t, T=T, BLOCK=128
+    )  # fmt: skip
+
+
+def _tiles(x, sums):
+    view, tile, tiles = tiling(x, True, min(4 * 128, tile_elements(x, sums)))  # each element brings six parameters
+    blocks = channel_blocks(view, tile)
+    return view, tile, tiles, blocks, programs(tiles, blocks, x.device)
+
+
+def launch_bn(x, v, p, eps, bits, step):
+    T, _, C = x.shape[:3]
+    view, tile, tiles, blocks, rows = _tiles(x[:1], 2)
+    mean, var = (x.new_empty((T, C), dtype=torch.float32) for _ in range(2))
+    partial = x.new_empty((2, rows, T, C), dtype=torch.float32)
+    _statistics_kernel[(rows, blocks, T)](x, partial, *view, tiles, x.stride(0), T=T, **tile)
+    _finish(partial, x, x.stride(0), mean, var)
+    spikes = empty_like_steps(x, x.dtype)
+    v_out = empty_like_steps(x, torch.float32, one_step=True)
+    view, tile, tiles, blocks, _ = _tiles(x, 1)
+    _bn_fire_kernel[(tiles, blocks)](
+        x, v, p, mean, var, spikes, v_out, *view, x.stride(0), eps, 1 / step, step, T=T, **tile, BITS=bits
+    )  # fmt: skip
+    return spikes, v_out, mean, var
+
+
+def launch_mem_bn(current, v, p, eps, bits, step):
+    T, _, C = current.shape[:3]
+    view, tile, tiles, blocks, rows = _tiles(current[:1], 24)  # m, v and their sums in fp32, all parameters twice
+    mean, var = (current.new_empty((T, C), dtype=torch.float32) for _ in range(2))
+    partial = current.new_empty((2, rows, 1, C), dtype=torch.float32)
+    spikes = empty_like_steps(current, current.dtype)
+    v_out, m, m_next = (empty_like_steps(current, torch.float32, one_step=True) for _ in range(3))
+    for t in range(T + 1):
+        _mem_step_kernel[(rows, blocks)](
+            current[t] if t < T else None, v, m if t else None, p, mean, var, spikes[t - 1] if t else None,
+            None if t < T else v_out, m_next if t < T else None, partial, *view, tiles, t, eps, 1 / step, step,
+            T=T, **tile, BITS=bits,
+        )  # fmt: skip
+        if t < T:
+            _finish(partial, m_next[None], 0, mean[t], var[t])
+        m, m_next = m_next, m
+    return spikes, v_out, mean, var
+
+
+def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem, detach):
+    """(d_x, d_v or None, d_leak (T, C), sums (2 or 3, T, C)), the sums as described in the kernel."""
+    T, _, C = x.shape[:3]
+    d_x = empty_like_steps(x, x.dtype)
+    d_v = None if v is None or detach else empty_like_steps(x, torch.float32, one_step=True)
+    means, result = None, []
+    for apply, slots in ((False, 2 if detach else 3), (True, 1)):
+        view, tile, tiles, blocks, rows = _tiles(x, 4)
+        partial = x.new_empty((slots, rows, T, C), dtype=torch.float32)
+        _norm_backward_kernel[(rows, blocks)](
+            d_spikes, d_v_out, x, v, p, mean, var, means, d_x if apply else None, d_v if apply else None, partial,
+            *view, tiles, x.stride(0), d_spikes.stride(0), eps, (2**bits - 1) * step,
+            T=T, **tile, BITS=bits, MEM=mem, DETACH=detach, APPLY=apply,
+        )  # fmt: skip
+        result.append(partial.sum(1))
+        means = result[0][:2] / x[0, :, 0].numel()
+    return d_x, d_v, result[1][0], result[0]
+
+
+def aot_cases() -> list[tuple]:
+    """What the launchers choose for typical inputs, for compilation without a GPU: see bench/aot.py."""
+    cases = []
+    for dtype, T, last, bits, mem, detach in (
+        (torch.bfloat16, 1, True, 4, False, True),
+        (torch.bfloat16, 1, True, 0, True, True),
+        (torch.float16, 4, False, 0, False, False),
+        (torch.float32, MAX_STEPS, True, 0, True, True),
+    ):
+        options = {"targets": ("sm_90",)} if T > 1 else {}
+        x = torch.empty((T, 64, 64, 32, 32), dtype=dtype, device="meta")
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
+        name = (
+            f"{'mem_bn' if mem else 'bn'} {str(dtype)[6:]} T={T}"
+            + " channels_last" * last
+            + f" {bits} bits" * (bits > 0)
+        )
+        element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+        common = (
+            dict.fromkeys(("p_ptr", "mean_ptr", "var_ptr"), "*fp32") | {"eps": "fp32"} | dict.fromkeys("ACB", "i32")
+        )
+        fire = common | {
+            "v_ptr": "*fp32",
+            "spikes_ptr": element,
+            "v_out_ptr": "*fp32",
+            "inv_step": "fp32",
+            "step": "fp32",
+        }
+        if mem:
+            _, tile, *_ = _tiles(x[:1], 24)
+            both = {
+                "current_ptr": element,
+                "m_ptr": "*fp32",
+                "m_out_ptr": "*fp32",
+                "partial_ptr": "*fp32",
+                "tiles": "i32",
+            }
+            odd = options | {"odd": ("t",)}
+            cases.append(
+                (f"step {name}", _mem_step_kernel, fire | both | {"t": "i32"}, tile | {"T": T, "BITS": bits}, odd)
+            )
+        else:
+            _, tile, *_ = _tiles(x[:1], 2)
+            types = {"x_ptr": element, "partial_ptr": "*fp32", "tiles": "i32", "stride_t": "i64"} | dict.fromkeys(
+                "ACB", "i32"
+            )
+            cases.append((f"statistics {name}", _statistics_kernel, types, tile | {"T": T}, options))
+            _, tile, *_ = _tiles(x, 1)
+            types = fire | {"x_ptr": element, "stride_t": "i64"}
+            cases.append((f"fire {name}", _bn_fire_kernel, types, tile | {"T": T, "BITS": bits}, options))
+        for apply in (False, True):
+            _, tile, *_ = _tiles(x, 4)
+            types = (
+                common
+                | dict.fromkeys(("d_spikes_ptr", "x_ptr"), element)
+                | {"d_v_out_ptr": None if detach else "*fp32"}
+            )
+            types |= {"v_ptr": "*fp32", "means_ptr": "*fp32" if apply else None, "d_x_ptr": element if apply else None}
+            types |= {"d_v_ptr": None if detach or not apply else "*fp32", "partial_ptr": "*fp32", "tiles": "i32"}
+            types |= {"stride_t": "i64", "stride_dt": "i64", "s_max": "fp32"}
+            constants = tile | {"T": T, "BITS": bits, "MEM": mem, "DETACH": detach, "APPLY": apply}
+            label = f"backward {name} {'apply' if apply else 'sums'}"
+            cases.append((label, _norm_backward_kernel, types, constants, options))
+    types = dict.fromkeys(("partial_ptr", "x_ptr", "mean_ptr", "var_ptr"), "*fp32") | dict.fromkeys(
+        ("rows", "C", "B"), "i32"
+    )
+    cases.append(("finish", _finish_kernel, types | {"count": "fp32", "stride_t": "i64"}, {"T": 1, "BLOCK": 128}, {}))
+    return cases

@@ -1,0 +1,163 @@
+"""The one dataclass is the command line, the recipes and the metadata; a wrong setting is one sentence."""
+
+import argparse
+import os
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from train_tools import run_train
+
+from empf.config import TrainConfig, cpu_threads, for_resume, from_flags, parser
+from empf.models import ModelConfig
+
+
+def parse(*flags: str) -> TrainConfig:
+    given = vars(parser().parse_args(flags))
+    return from_flags(given)
+
+
+def test_round_trip_through_a_dict():
+    config = TrainConfig(T=2, spike_bits=4, data="folder", limit=10, crop=False)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert set(config.to_dict()) == {f.name for f in fields(TrainConfig)}
+
+
+def test_unknown_key_is_named():
+    with pytest.raises(ValueError, match="unknown setting epoch, wieght"):
+        TrainConfig.from_dict({"wieght": 1, "epochs": 3, "epoch": 3})
+
+
+def test_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        TrainConfig().lr = 1.0
+
+
+# A value of each field that is neither the default nor that of a recipe, as on the command line.
+VALUES = {
+    "dataset": "cifar100", "data": "folder", "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
+    "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu", "learning": "stbp",
+    "steps_per_batch": "2", "epochs": "7", "batch_size": "33", "lr": "0.3", "weight_decay": "0.2",
+    "warmup_epochs": "1.5", "crop": False, "flip": False, "cutout": "3", "mixup": "0.7", "cutmix": "0.6",
+    "label_smoothing": "0.2", "ema": "0.9", "seed": "11", "limit": "99", "mixed_precision": "bf16", "threads": "3",
+    "output_dir": "out", "save_minutes": "2.5", "max_steps": "8", "tracker": "tensorboard",
+}  # fmt: skip
+
+
+def test_every_field_is_a_flag():
+    assert list(VALUES) == [f.name for f in fields(TrainConfig)]
+    flags = []
+    for name, value in VALUES.items():
+        flag = name.replace("_", "-")
+        flags += [f"--no-{flag}"] if value is False else [f"--{flag}", value]
+    config = parse(*flags)
+    for f in fields(TrainConfig):
+        assert getattr(config, f.name) != f.default
+        expected = VALUES[f.name] if isinstance(VALUES[f.name], bool) else type(getattr(config, f.name))(VALUES[f.name])
+        assert getattr(config, f.name) == expected, f.name
+
+
+def test_every_flag_is_explained():
+    for action in parser()._actions:
+        assert action.help and (isinstance(action, argparse._HelpAction) or "%" not in action.help)
+    assert "(default: 300; digits: 30)" in " ".join(parser().format_help().split())
+
+
+def test_cifar_has_the_recipe_of_the_authors():
+    config = parse("--dataset", "cifar100")
+    recipe = dict(
+        arch="resnet18", width=1.0, T=4, weights="binary", learning="random", steps_per_batch=1, lr=0.01, batch_size=64,
+        epochs=300, warmup_epochs=5.0, weight_decay=5e-4, mixup=0.8, cutmix=1.0, label_smoothing=0.1, crop=True,
+        flip=True,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in recipe} == recipe
+    assert parse("--dataset", "cifar10").to_dict() == config.to_dict() | {"dataset": "cifar10"}
+
+
+def test_digits_have_a_short_recipe_that_flags_override():
+    assert parse() == parse("--dataset", "digits")
+    assert (parse().epochs, parse().width, parse().mixup, parse().flip) == (30, 0.25, 0.0, False)
+    config = parse("--epochs", "3", "--flip")
+    assert (config.epochs, config.width, config.flip) == (3, 0.25, True)
+
+
+def test_model_fits_the_data_set():
+    model = parse("--dataset", "imagenet200", "--T", "2", "--seca", "1").model()
+    assert model == ModelConfig(num_classes=200, in_channels=3, image_size=64, T=2, seca=1)
+    digits = parse().model()
+    assert (digits.num_classes, digits.in_channels, digits.image_size, digits.width) == (10, 1, 8, 0.25)
+
+
+WRONG = [
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    (["--lr", "1,0"], "argument --lr: invalid float value: '1,0'"),
+    (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
+    (["--neuron", "hh"], "argument --neuron: invalid choice: 'hh'"),
+    (["--mixed-precision", "fp16"], "argument --mixed-precision: invalid choice: 'fp16'"),
+    (["--seca", "3"], "argument --seca: invalid choice: 3"),
+    (["--T"], "argument --T: expected one argument"),
+    (["--T", "0"], "T must be at least 1, got 0"),
+    (["--steps-per-batch", "3"], "steps_per_batch = 3 is more than T = 2 time steps"),
+    (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+    (["--limit", "0"], "limit must be at least 1, got 0"),
+    (["--seed", "-1"], "seed must be at least 0, got -1"),
+    (["--seed", str(2**63)], "seed must be below 2^63"),
+    (["--mixup", "-0.1"], "mixup must be at least 0, got -0.1"),
+    (["--lr", "0"], "lr must be positive"),
+    (["--lr", "nan"], "lr must be a finite number, got nan"),
+    (["--width", "inf"], "width must be a finite number, got inf"),
+    (["--width", "0"], "width must be positive, got 0.0"),
+    (["--label-smoothing", "1"], "label_smoothing and ema in [0, 1)"),
+    (["--ema", "1"], "label_smoothing and ema in [0, 1)"),
+    (["--parallel", "1.5"], "parallel is a share and must lie in 0..1, got 1.5"),
+    (["--spike-bits", "9"], "spike_bits must be one of"),
+    (["--neuron", "lif", "--spike-bits", "4"], "the LIF baseline has binary spikes"),
+    (["--tracker", "notebook"], "tracker 'notebook' is unknown to Accelerate or not installed"),
+    (["--arch", "vgg_snn"], "vgg_snn pools four times and needs images of at least 16x16, got 8"),
+    (["--data", "no/such/folder"], "no folder no/such/folder"),
+    (["--batch-size", "97"], "96 training images do not fill one batch of 97"),
+    (["--resume", "no/such/run"], "no/such/run is not a run folder"),
+    (["--resume", ""], "is not a run folder"),
+]
+
+
+@pytest.mark.parametrize("flags, sentence", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_wrong_flag_is_one_sentence(tmp_path, monkeypatch, capsys, flags, sentence):
+    """On stderr, with exit code 1 or 2, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_train(*flags)
+    code = stop.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err  # a string: printed at exit, code 1
+    assert code not in (0, None)
+    assert message.startswith("error: ") and sentence in message
+    assert message.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, value", [("T", "4"), ("T", 4.0), ("T", True), ("crop", 1), ("data", 3), ("lr", None)])
+def test_a_wrong_type_is_named(name, value):
+    """As a damaged config.json may have it."""
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+        TrainConfig(**{name: value})
+
+
+def test_whole_numbers_are_fine_where_fractions_are():
+    assert TrainConfig(lr=1, warmup_epochs=0).lr == 1
+
+
+def test_resume_takes_stored_settings_and_may_change_those_without_effect():
+    stored = TrainConfig(T=2, max_steps=5, threads=1).to_dict()
+    assert for_resume(stored, {}) == TrainConfig(T=2, threads=1)  # max_steps was for that call
+    harmless = dict(data="elsewhere", threads=2, save_minutes=1.0, max_steps=3, tracker="wandb")
+    assert for_resume(stored, {"T": 2, **harmless}) == TrainConfig(T=2, **harmless)
+    with pytest.raises(ValueError, match="started with batch_size = 64, not 32: leave --batch-size out"):
+        for_resume(stored, {"batch_size": 32})
+
+
+def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert [cpu_threads(0), cpu_threads(0, 2), cpu_threads(0, 4), cpu_threads(0, 9), cpu_threads(5, 9)] == [
+        6, 3, 1, 1, 5,
+    ]  # fmt: skip

@@ -1,0 +1,274 @@
+"""Packed networks: the logits of the model, streams, errors, and what stands in their tensors."""
+
+import copy
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from deploy_tools import logits, trained
+from PIL import Image
+from torch import nn
+
+import empf
+from empf.deploy import PackedModel, load_packed, pack, read_picture, top_classes, unpack, verify
+from empf.hub import Origin
+from empf.kernels import set_backend
+from empf.neuron import StatefulNeuron
+from empf.packed_layers import PackedNeuron, PackedSynapse
+
+NEURONS = {"vanilla": {}, "mem_bn": {"neuron": "mem_bn"}, "half parallel": {"parallel": 0.5}}
+EVERY = [NEURONS[n] | {"weights": w, "seca": s} for n, w, s in product(NEURONS, ("binary", "ternary"), (0, 1, 2))]
+OTHERS = [
+    dict(arch="resnet19", parallel=0.5), dict(arch="resnet34", weights="ternary"), dict(arch="resnet18", image_size=64),
+    dict(arch="resnet18", width=0.1), dict(arch="vgg_snn"), dict(arch="vgg_snn", neuron="mem_bn", seca=2),
+    dict(activation="sigmoid"), dict(activation="tanh", neuron="mem_bn"), dict(activation="softplus", parallel=0.5),
+    dict(activation="gelu", neuron="mem_bn"),
+]  # fmt: skip
+ROUNDED = [
+    dict(), dict(neuron="mem_bn", seca=1), dict(parallel=0.5, weights="ternary"), dict(arch="vgg_snn"),
+    dict(arch="vgg_snn", spike_bits=7), dict(arch="resnet19"), dict(activation="sigmoid"),
+    dict(neuron="lif", spike_bits=None), dict(arch="vgg_snn", neuron="lif", spike_bits=None),
+]  # fmt: skip
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("settings", EVERY + OTHERS, ids=str)
+def test_packed_logits_equal_those_of_the_model(settings, tmp_path):
+    model, x = trained(**settings)
+    wanted = logits(model, x)
+    pack(model).save(tmp_path / "net.safetensors")
+    packed = load_packed(tmp_path / "net.safetensors")
+    assert wanted.std() > 1e-3
+    assert relative(logits(packed, x), wanted) < 2e-5
+    assert relative(logits(unpack(packed), x), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("settings", ROUNDED, ids=str)
+def test_rounded_spikes_are_integers_and_differ_at_boundaries_only(settings):
+    model, x = trained(**{"spike_bits": 4, **settings})
+    packed = pack(model)
+    seen = {"model": [], "packed": []}
+    handles = [
+        m.register_forward_hook(lambda module, inputs, y, where=where: seen[where].append(y))
+        for where, net, kind in (("model", model, StatefulNeuron), ("packed", packed, PackedNeuron))
+        for m in net.modules()
+        if isinstance(m, kind)
+    ]
+    wanted, found = logits(model, x), logits(packed, x)
+    for handle in handles:
+        handle.remove()
+    step = 1.0 if model.config.neuron == "lif" else 0.25
+    assert all(codes.dtype == torch.uint8 for codes in seen["packed"])
+    assert max(codes.max() for codes in seen["packed"]) > (0 if step == 1 else 2)
+    equal, flips, count = torch.ones(wanted.shape[1], dtype=torch.bool), 0, 0
+    for a, b in zip(*seen.values(), strict=True):  # T N ...
+        off = ((a / step).long() - b).abs().transpose(0, 1).flatten(1)[equal]  # images that no flip has changed so far
+        assert off.max() <= 1
+        flips, count = flips + int((off > 0).sum()), count + off.numel()
+        equal[equal.clone()] = off.amax(1) == 0
+    assert flips <= 1e-4 * count and equal.sum() > 50
+    assert relative(found[:, equal], wanted[:, equal]) < 2e-5
+
+
+def test_sums_of_codes_are_exact():
+    model, _ = trained(spike_bits=4, weights="ternary")
+    synapse = pack(model).body.blocks[7].conv2.synapse
+    codes = torch.randint(0, 16, (2, 3, 64, 5, 5), dtype=torch.uint8)
+    sums = nn.functional.conv2d(codes.flatten(0, 1).double(), synapse.dense(torch.uint8).double(), padding=1)
+    y = torch.addcmul(synapse.bias.view(-1, 1, 1), sums.float(), (synapse.scale * 0.25).view(-1, 1, 1))
+    assert torch.equal(synapse(codes, 0.25).flatten(0, 1), y)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(neuron="mem_bn"), dict(parallel=0.5, spike_bits=4, weights="ternary"), dict(seca=2), dict(arch="vgg_snn"),
+        dict(arch="resnet19", spike_bits=8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_kernels_give_the_same_logits(settings, kernels_on, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the stem
+    set_backend("off")  # training on the interpreter would take long
+    model, x = trained(**settings, width=0.0625, T=2)
+    x = x[..., :2, :, :, :]
+    packed = pack(model).to(device)
+    set_backend("on")
+    found = logits(packed, x.to(device)).cpu()
+    launched = {name for name, count in kernels_on.items() if count} - {"binary_unpack"}
+    wanted = {"binary_conv2d", "neuron_update"}
+    if not settings.get("seca"):  # a convolution and the neurons behind it are one launch; shortcuts have no neurons
+        wanted |= {"binary_conv2d_neuron"}
+    if model.config.arch == "vgg_snn":
+        wanted -= {"binary_conv2d"}
+    if model.config.arch == "resnet19":  # the hidden layer of its head
+        wanted |= {"binary_matmul"}
+    assert launched == wanted
+    set_backend("off")
+    assert relative(found, logits(packed.cpu(), x)) < 2e-5
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu():
+    model, x = trained()
+    wanted = logits(model, x)
+    found = logits(pack(model).cuda(), x.cuda().bfloat16()).float().cpu()
+    assert relative(found, wanted) < 0.05
+
+
+@pytest.mark.parametrize("settings", [dict(neuron="mem_bn", seca=1), dict(spike_bits=4), dict(neuron="lif")], ids=str)
+def test_frame_by_frame_equals_the_sequence(settings):
+    model, x = trained(**settings)
+    packed = pack(model)
+    events = torch.stack([x * scale for scale in (1.0, 0.5, -1.0)])  # T N C H W
+    wanted = logits(packed, events)
+    assert relative(torch.stack([packed.step(frame) for frame in events]), wanted) < 1e-6
+    packed.reset()
+    assert relative(torch.cat([packed(events[:2], steps=2), packed(events[2:], steps=1)]), wanted) < 1e-6
+    assert relative(logits(packed, x.expand(3, *x.shape)), logits(packed, x)) < 1e-6
+
+
+def same_error(model, packed, call):
+    messages = []
+    for net in (model, packed):
+        with pytest.raises(ValueError) as error:
+            call(net)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+def test_misuse_is_refused_with_the_words_of_the_model():
+    model, x = trained()
+    model, packed = copy.deepcopy(model), pack(model)
+    assert "(N, 1, 8, 8)" in same_error(model, packed, lambda net: net(x[..., :4]))
+    assert "2 frames" in same_error(model, packed, lambda net: net(x.expand(2, *x.shape)))
+    for net in (model, packed):
+        net(x, steps=1)
+    assert "empf.reset(model)" in same_error(model, packed, lambda net: net(x[:5]))
+    for net in (model, packed):
+        net(x)
+    assert "T = 3" in same_error(model, packed, lambda net: net(x, steps=1))
+    assert "steps asked" in same_error(model, packed, lambda net: net(x))
+
+
+def test_a_failed_call_changes_nothing():
+    model, x = trained()
+    packed = pack(model)
+    wanted = logits(packed, x)
+    first = packed(x, steps=1)
+    with pytest.raises(ValueError):
+        packed(x[:5])
+    assert torch.equal(torch.cat([first, packed(x)]), wanted)
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="full precision, there is nothing to pack"):
+        pack(empf.resnet18(weights="full", width=0.0625))
+    with pytest.raises(ValueError, match="only networks of empf.models can be packed, got Linear"):
+        pack(nn.Linear(2, 2))
+    model = empf.resnet18(width=0.0625)
+    model.blocks[1].conv1.conv = nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="altered"):
+        pack(model)
+    model = empf.resnet18(width=0.0625)
+    model.head.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="head.bias is not finite"):
+        pack(model)
+
+
+def test_packing_leaves_the_model_alone_and_shares_no_memory_with_it():
+    model, x = trained(seca=1, neuron="mem_bn")
+    model = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    packed = pack(model)
+    wanted = logits(packed, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for p in model.state_dict().values():
+            p.add_(1)
+    assert torch.equal(logits(packed, x), wanted)
+
+
+def test_signs_and_sizes():
+    """One bit per weight in memory, signs those of the latent weights, and no dense copy in the state."""
+    model, _ = trained(weights="ternary")
+    packed = pack(model)
+    state = packed.state_dict()
+    for name, (shape, kind) in packed.packed_weights().items():
+        assert state[name].dtype == torch.int32 and kind == "ternary"
+        assert state[name].shape == (shape[0], -(-int(np.prod(shape[1:])) // 16))
+    synapses = [m for m in packed.modules() if isinstance(m, PackedSynapse)]
+    layers = [m for m in model.modules() if isinstance(m, empf.BinaryConv2d)]
+    assert len(synapses) == len(layers) == 19
+    for synapse, layer in zip(synapses, layers, strict=True):
+        assert torch.equal(synapse.dense(torch.uint8), layer.effective_weight().sign())
+
+
+def test_what_was_derived_is_dropped_when_the_weights_change_or_move():
+    model, x = trained()
+    packed = pack(model)
+    wanted = logits(packed, x)
+    synapse = packed.body.blocks[0].conv1.synapse
+    assert synapse._dense and not packed.to("cpu").body.blocks[0].conv1.synapse._dense
+    assert torch.equal(logits(packed, x), wanted)
+    other, _ = trained(seca=0, neuron="empf", weights="binary")
+    packed.load_state_dict({name: p + 1 if "bits" in name else p for name, p in pack(other).state_dict().items()})
+    assert not synapse._dense and not torch.equal(logits(packed, x), wanted)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(spike_bits=4)], ids=str)
+def test_verify_sees_a_wrong_network(settings):
+    model, x = trained(**settings)
+    packed = pack(model)
+    found = verify(model, packed, [(x, None), (x[:5], None)])
+    assert found["images"] == 69 and found["same_class"] == 1
+    packed.body.blocks[3].conv1.synapse.bits.neg_()
+    packed.to("cpu")
+    with pytest.raises(ValueError, match="of 69 classes agree; do not use it"):
+        verify(model, packed, [(x, None), (x[:5], None)])
+
+
+def picture_network() -> PackedModel:
+    packed = pack(trained()[0])
+    packed.origin = Origin("digits", tuple("abcdefghij"), (0.3,), (0.4,))
+    return packed
+
+
+def test_top_classes_of_a_picture(tmp_path):
+    packed = picture_network()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    found = top_classes(packed, tmp_path / "cat.png")
+    x = (torch.from_numpy(pixels)[None, None] / 255 - 0.3) / 0.4
+    wanted = logits(packed, x).mean(0).softmax(-1)[0]
+    assert [name for name, _ in found] == ["abcdefghij"[i] for i in wanted.argsort(descending=True)[:5]]
+    assert [p for _, p in found] == pytest.approx(wanted.sort(descending=True).values[:5].tolist())
+    assert packed.t == 0
+
+
+def test_pictures_are_cut_to_their_middle_and_resized(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = (200, 100, 50)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    found = read_picture(tmp_path / "wide.png", 3, 8)
+    assert found.shape == (3, 8, 8)
+    assert torch.equal(found[:, 4, 4], torch.tensor([200, 100, 50], dtype=torch.uint8))
+    assert read_picture(tmp_path / "wide.png", 1, 8).shape == (1, 8, 8)
+
+
+def test_pictures_that_cannot_be_classified(tmp_path):
+    packed = picture_network()
+    with pytest.raises(FileNotFoundError, match="no image"):
+        top_classes(packed, tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match="as an image"):
+        top_classes(packed, tmp_path / "text.png")
+    packed.origin = Origin()
+    with pytest.raises(ValueError, match="pack it from a run folder"):
+        top_classes(packed, tmp_path / "text.png")

@@ -1,0 +1,160 @@
+"""eval.py: the numbers of the run, its parts of the table, and one sentence for what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from make_data import image_folder
+from train_tools import metrics, run_train
+
+import empf
+from empf.data import Batches, load
+from empf.evaluate import correct_per_step
+from eval import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run_train("--width", "0.125", "--epochs", "1", "--lr", "0.2", "--spike-bits", "4", "--output-dir", folder)
+    return folder
+
+
+def run_eval(*flags: str | Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        main([*map(str, flags), "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def result(run, tmp_path_factory) -> dict:
+    file = tmp_path_factory.mktemp("results") / "result.json"
+    run_eval(run, "--limit", "96", "--batch-size", "40", "--json", file)  # batches of 40, 40 and 16
+    return json.loads(file.read_text())
+
+
+def test_accuracy_is_that_of_the_last_epoch(run, result):
+    assert result["accuracy"] == metrics(run)[-1]["accuracy"]
+    assert len(result["accuracy"]) == 2 and result["images"] == 96
+
+
+def test_sizes_and_operations(run, result):
+    model = empf.load(run)
+    account = empf.account(model)
+    assert {name: result[name] for name in account} == account
+    assert result["file_mb"] == (run / "model.safetensors").stat().st_size / 1e6
+    images, labels = next(iter(Batches(load("digits", limit=96)[1], 96, train=False)))
+    counted = empf.spike_account(model, [(images, labels)])
+    assert result["sops"] == counted["sops"] > 0
+    assert result["energy_mj"] == pytest.approx(result["sops"] * 0.9e-9 * 4 / 32)  # 4-bit spikes
+    assert result["energy_full_mj"] == pytest.approx(result["macs"] * 4.6e-9)
+    assert result["density"] == counted["density"]
+    assert set(result["density"]) == {f"blocks.{b}.conv{c}.neuron" for b in range(8) for c in (1, 2)}
+    assert result["counted_images"] == 96 and result["images_per_s"] > 0
+
+
+def test_spikes_are_counted_on_so_many_batches(run, tmp_path):
+    run_eval(run, "--limit", "96", "--batch-size", "40", "--count-batches", "2", "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["counted_images"] == 80 and found["images"] == 96
+
+
+def test_the_table_has_every_part(run, result, capsys):
+    run_eval(run, "--limit", "96")
+    printed = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in printed.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["run"] == str(run)
+    assert rows["network"] == "resnet18 x0.125, binary weights, empf neurons, T = 2"
+    assert rows["test images"] == "96 of digits"
+    assert rows["accuracy after step 2"] == f"{result['accuracy'][1]:.2f} %"
+    assert rows["parameters, full precision"] == f"{result['params_full_mb']:.3f} MB"
+    assert rows["parameters, stored"] == f"{result['params_mb']:.3f} MB"
+    assert rows["model.safetensors on disk"].startswith(f"{result['file_mb']:.3f} MB")
+    assert rows["NOPs per image"] == f"{result['nops'] / 1e6:.3f} M"
+    assert rows["SOPs per image"] == f"{result['sops'] / 1e6:.3f} M (first 96 images)"
+    assert rows["energy of the SOPs"] == f"{result['energy_mj']:.6f} mJ per image (4-bit spikes)"
+    assert rows["density of blocks.0.conv1.neuron"] == f"{100 * result['density']['blocks.0.conv1.neuron']:.1f} %"
+    assert rows["speed"].endswith("images/s")
+
+
+def test_a_bf16_run_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
+    kept = []
+
+    def in_bf16(*args):
+        kept.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        return correct_per_step(*args)
+
+    monkeypatch.setattr("train.correct_per_step", in_bf16)
+    monkeypatch.setattr("eval.correct_per_step", in_bf16)
+    flags = ["--width", "0.125", "--mixed-precision", "bf16", "--ema", "0.5", "--lr", "0.2"]
+    run_train(*flags, "--epochs", "1", "--output-dir", tmp_path / "run")
+    run_eval(tmp_path / "run", "--limit", "96", "--json", tmp_path / "result.json")
+    assert kept == [True] * 3  # train.py once, eval.py twice: it warms up
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["mixed_precision"] == "bf16"
+    assert found["accuracy"] == metrics(tmp_path / "run")[-1]["accuracy"]
+
+
+def test_predictions_are_those_of_the_summed_logits():
+    """Checked against a loop over images and steps; the mode of the model is given back."""
+    torch.manual_seed(1)
+    model = empf.resnet18(num_classes=3, in_channels=1, image_size=8, T=3, width=0.125).train()
+    batches = [(torch.randn(n, 1, 8, 8), torch.randint(3, (n,))) for n in (5, 2)]
+    found = correct_per_step(model, batches).tolist()
+    assert model.training and model.t == 0
+    model.eval()
+    expected = [0, 0, 0]
+    for images, labels in batches:
+        for image, label in zip(images, labels, strict=True):
+            empf.reset(model)
+            total = torch.zeros(3)
+            for t in range(3):
+                with torch.no_grad():
+                    total += model(image[None], steps=1)[0, 0]
+                expected[t] += int(total.argmax() == label)
+    assert found == expected and 0 < found[0] < 7
+
+
+def test_data_from_another_folder(run, tmp_path):
+    folder = image_folder(tmp_path / "data", "digits", train=10, test=20)
+    run_eval(run, "--data", folder, "--json", tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["images"] == 20
+
+
+def another_architecture(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["width"] = 0.25
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage, flags, sentence",
+    [
+        (shutil.rmtree, [], "is not a run folder, it has no config.json"),
+        (another_architecture, [], "belongs to another architecture than the configured resnet18"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"1234"), [], "model.safetensors is damaged"),
+        (lambda run: (run / "config.json").write_text("{"), [], "config.json is damaged"),
+        (None, ["--batch-size", "0"], "--batch-size and --count-batches must be at least 1"),
+        (None, ["--limit", "0"], "limit must be at least 1"),
+        (None, ["--limit", "x"], "argument --limit: invalid int value: 'x'"),
+        (None, ["--fast"], "unrecognized arguments: --fast"),
+        (None, ["--device", "toaster"], "cannot use --device toaster ("),
+        (None, ["--data", "no/such/folder"], "no folder no/such/folder"),
+        (None, ["--json", "/dev/null/result.json"], "could not write /dev/null/result.json ("),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sentence):
+    copy = shutil.copytree(run, tmp_path / "run")
+    if damage is not None:
+        damage(copy)
+    with pytest.raises(SystemExit) as stop:
+        run_eval(copy, "--limit", "32", *flags)
+    code = stop.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err  # a string: printed at exit, code 1
+    assert code not in (0, None)
+    assert message.startswith("error: ") and sentence in message and message.strip().count("\n") == 0

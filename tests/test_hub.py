@@ -1,0 +1,154 @@
+"""Hub methods on local folders: what is written, that it can be read again, and what the model card says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.hub_mixin
+import pytest
+import torch
+from deploy_tools import logits, trained
+from huggingface_hub import ModelCard
+
+import empf
+from empf.deploy import PackedModel, load_packed, pack
+from empf.hub import Origin
+from empf.models import SpikingNetwork
+from empf.runs import load, save_config, save_results
+
+CLASSES = [f"digit {i}" for i in range(10)]
+HISTORY = [
+    {"epoch": e, "loss": 1.0 / e, "accuracy": [70.0 + e, 80.0 + e, 90.0 + e / 3], "images_per_s": 1.0} for e in (1, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    model, _ = trained(neuron="mem_bn", seca=1)
+    save_config(folder, model.config, {"dataset": "digits", "data": None, "seed": 0}, CLASSES, (0.25,), (0.5,))
+    save_results(folder, model, HISTORY, "test")
+    return folder
+
+
+def test_a_run_gives_the_packed_network_its_names_and_numbers(run):
+    wanted = Origin("digits", tuple(CLASSES), (0.25,), (0.5,), tuple(HISTORY[-1]["accuracy"]), 2)
+    assert pack(load(run)).origin == wanted
+    assert pack(trained()[0]).origin == Origin()
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '{"accuracy": ["x"]}'])
+def test_damaged_metrics_are_one_sentence(run, tmp_path, text):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"run is damaged \(.*\): restore it from a copy of the run"):
+        pack(load(tmp_path / "run"))
+
+
+def test_a_model_survives_save_and_from_pretrained(run, tmp_path):
+    _, x = trained(neuron="mem_bn", seca=1)
+    model = load(run)
+    model.save_pretrained(tmp_path / "model")
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "README.md"}
+    assert {p.name for p in (tmp_path / "model").iterdir()} == names
+    again = SpikingNetwork.from_pretrained(tmp_path / "model")
+    assert type(again) is type(model) and again.config == model.config and not again.training
+    assert torch.equal(logits(again, x), logits(model, x))
+    assert Origin.of(again) == Origin.of(model)
+    assert load(tmp_path / "model").config == model.config  # it is a run folder
+
+
+def test_a_model_without_a_run_can_be_saved_too(tmp_path):
+    model, x = trained()
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(SpikingNetwork.from_pretrained(str(tmp_path / "model")), x), logits(model, x))
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "accuracy" not in card.text and card.data.eval_results is None
+
+
+def test_a_packed_model_survives_save_and_from_pretrained(run, tmp_path):
+    _, x = trained(neuron="mem_bn", seca=1)
+    packed = pack(load(run))
+    packed.save_pretrained(tmp_path / "packed")
+    assert {p.name for p in (tmp_path / "packed").iterdir()} == {"packed.safetensors", "config.json", "README.md"}
+    again = PackedModel.from_pretrained(tmp_path / "packed")
+    assert again.origin == packed.origin
+    assert torch.equal(logits(again, x), logits(packed, x))
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["origin"]["classes"] == CLASSES
+    assert load_packed(tmp_path / "packed" / "packed.safetensors").config == packed.config
+
+
+@pytest.mark.parametrize("kind", ["model", "packed"])
+def test_the_card_says_what_the_run_recorded(run, tmp_path, kind):
+    model = load(run)
+    (model if kind == "model" else pack(model)).save_pretrained(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "empf" and "spiking-neural-network" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("digits", "accuracy")
+    assert result.metric_value == pytest.approx(HISTORY[-1]["accuracy"][-1], abs=1e-3)
+    for step, accuracy in enumerate(HISTORY[-1]["accuracy"], 1):
+        assert f"| test accuracy after step {step} | {accuracy:.2f} % |" in card.text
+    assert f"{empf.account(model)['params_mb']:.2f} MB" in card.text
+    assert "Trained for 2 epochs on digits." in card.text and "[0.25]" in card.text
+    assert (
+        "empf.SpikingNetwork.from_pretrained" if kind == "model" else "empf.PackedModel.from_pretrained"
+    ) in card.text
+
+
+def test_the_card_names_the_data_set_as_the_hub_does():
+    packed = pack(trained()[0])
+    packed.origin = Origin("cifar100", accuracy=(50.0,))
+    card = packed.generate_model_card()
+    assert card.data.datasets == ["uoft-cs/cifar100"] and card.data.model_name == "resnet18 on cifar100"
+
+
+@pytest.mark.parametrize("kind", ["model", "packed"])
+def test_push_to_hub_uploads_the_folder(run, monkeypatch, kind):
+    sent = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            sent[repo_id] = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
+            return "https://huggingface.co/commit"
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    model = load(run) if kind == "model" else pack(load(run))
+    assert model.push_to_hub("someone/net") == "https://huggingface.co/commit"
+    files = {"model": {"model.safetensors", "metrics.jsonl"}, "packed": {"packed.safetensors"}}[kind]
+    assert set(sent["someone/net"]) == files | {"config.json", "README.md"} and min(sent["someone/net"].values()) > 0
+
+
+def test_a_repository_is_downloaded_file_by_file(run, tmp_path, monkeypatch):
+    """From the Hub the mixin hands on the options of the user; metrics may be missing."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    load(run).save_pretrained(tmp_path / "snapshot")
+    (tmp_path / "snapshot" / "metrics.jsonl").unlink()
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options.get("revision")))
+        if not (tmp_path / "snapshot" / filename).is_file():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / "snapshot" / filename)
+
+    monkeypatch.setattr(empf.hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", download)
+    model = SpikingNetwork.from_pretrained("someone/net", revision="v1")
+    assert model.config.neuron == "mem_bn"
+    names = {"config.json", "model.safetensors", "metrics.jsonl"}
+    assert {(repository, revision) for repository, _, revision in asked} == {("someone/net", "v1")}
+    assert {name for _, name, _ in asked} == names
+
+
+@pytest.mark.parametrize("cls", [SpikingNetwork, PackedModel])
+def test_a_folder_without_a_network(cls, tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        cls.from_pretrained(tmp_path)

@@ -1,0 +1,223 @@
+"""BN + neuron and Mem-BN in training: kernels, and the torch path, against float64 autograd of the definitions."""
+
+import sys
+
+import pytest
+import torch
+
+from bench.aot import TARGETS, compile_cases
+from empf.kernels import dispatch
+from empf.kernels.norm_kernels import MAX_STEPS
+from empf.kernels.norm_neuron import bn_neuron, bn_neuron_ref, mem_bn_neuron, mem_bn_neuron_ref
+
+pytestmark = pytest.mark.kernel
+
+FORMS = {"bn": (bn_neuron, bn_neuron_ref), "mem_bn": (mem_bn_neuron, mem_bn_neuron_ref)}
+HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # the interpreter is wrong for bf16
+EPS = {torch.float32: 2e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # rounding of one number
+
+
+def lay_out(x, layout):
+    """x (T, N, C, ...) with contiguous steps, channels_last steps, or steps that are neither."""
+    if layout == "channels_last":
+        return x.movedim(2, -1).contiguous().movedim(-1, 2)
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "neither" else x.contiguous()
+
+
+def inputs(
+    form, T, shape, *, per_channel=False, v=True, layout="contiguous", dtype=torch.float32, device="cpu", mean=1.0
+):
+    """Arguments in order; leaves that require gradients."""
+    g = torch.Generator().manual_seed(T)
+    C = shape[1]
+    per = (T, C) if per_channel else (T,)
+    norm = (C,) if form == "bn" else (T, C)
+    x = [
+        lay_out((mean + torch.randn(T, *shape, generator=g)).to(dtype), layout),
+        lay_out(torch.randn(1, *shape, generator=g), layout)[0] if v else None,
+        0.3 + 0.5 * torch.rand(per, generator=g),
+        0.2 + 0.5 * torch.rand(per, generator=g),
+    ]
+    if form == "mem_bn":
+        x += [0.5 + torch.rand(per, generator=g), 0.5 + torch.rand(per, generator=g)]
+    x += [0.5 + torch.rand(norm, generator=g), 0.3 * torch.randn(norm, generator=g)]
+    return [None if p is None else p.to(device).requires_grad_() for p in x]
+
+
+def loss(spikes, v):
+    """A weighted sum in which every spike, and the last potential, has another weight."""
+    w = torch.linspace(-3, 3, spikes.numel(), dtype=torch.float64, device=spikes.device).cos().view(spikes.shape)
+    total = (spikes.double() * w).sum()
+    return total if v is None or not v.requires_grad else total + (v.double() * w[0]).sum()
+
+
+def check(form, x, **options):
+    """Outputs, statistics and all gradients against float64 autograd of the definition."""
+    function, ref = FORMS[form]
+    y = [None if p is None else p.detach().double().requires_grad_() for p in x]
+    got, want = function(*x, **options), ref(*y, **options)
+    eps = EPS[x[0].dtype]
+    terms = x[0][0, :, 0].numel()
+    assert got[0].dtype == x[0].dtype
+    for name, a, b in zip(("spikes", "v", "mean", "var"), got, want, strict=True):
+        if name == "v" and options.get("parallel"):
+            assert a is x[1]
+            continue
+        bound = (4 if name == "spikes" else 0) * eps * (b.abs() + 1) + 2e-6 * (b.abs() + 1)
+        assert ((a.double() - b).abs() <= bound).all(), f"{name}: off by {(a.double() - b).abs().max()}"
+    names = ["x", "v", "leak", "threshold", "alpha", "beta", "weight", "bias"]
+    names = names if form == "mem_bn" else names[:4] + names[6:]
+    wanted = [i for i, p in enumerate(x) if p is not None]
+    d_got = torch.autograd.grad(loss(got[0], None if options.get("parallel") else got[1]), [x[i] for i in wanted],
+                                allow_unused=True)  # fmt: skip
+    d_want = torch.autograd.grad(loss(want[0], None if options.get("parallel") else want[1]), [y[i] for i in wanted],
+                                 allow_unused=True)  # fmt: skip
+    for i, a, b in zip(wanted, d_got, d_want, strict=True):
+        if b is None:
+            assert a is None or not a.any(), names[i]
+            continue
+        scale = (b.abs() + 1) * (1 if i < 2 else terms**0.5)
+        bound = 4 * (eps if i == 0 else EPS[torch.float32] * 8 if i == 1 else max(eps / 4, 2e-6)) * scale + 2e-6 * scale
+        assert ((a.double() - b).abs() <= bound).all(), f"d_{names[i]}: off by {(a.double() - b).abs().max()}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh tensors hold NaN, so an element that is not written is seen."""
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        return plain(self, *args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def path(request):
+    """Both implementations of the operators: the Triton kernels, and the torch path with the same memory."""
+    launches = request.getfixturevalue("kernels_on")
+    if request.param == "torch":
+        dispatch.set_backend("off")
+    yield request.param
+    assert (len(launches) > 0) == (request.param == "kernel"), launches
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 8, 10])
+def test_steps(form, T, path, device):
+    check(form, inputs(form, T, (2, 5, 3, 7), v=T != 2, device=device))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "neither"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_per_channel(form, layout, detach, path, device):
+    x = inputs(form, 3, (3, 6, 5, 7), per_channel=True, layout=layout, device=device)
+    check(form, x, detach=detach, bits=3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1, 31, 33), (1, 2, 513), (9, 128, 2, 2), (17, 20, 2, 2), (3, 6, 9, 23)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_edges_of_tiles(form, shape, layout, kernels_on, device):
+    check(form, inputs(form, 2, shape, layout=layout, device=device))
+    assert len(kernels_on) == 2  # forward and backward
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision(form, dtype, path, device):
+    check(form, inputs(form, 2, (2, 24, 5, 7), layout="channels_last", dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_parallel(detach, path, device):
+    x = inputs("bn", 3, (2, 5, 3, 7), device=device)
+    check("bn", x, parallel=True, detach=detach)
+    check("bn", [*x[:2], None, *x[3:]], parallel=True, detach=detach)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_mean(form, path, device):
+    """A mean of 1000 standard deviations costs the digits that the input itself lacks, no more."""
+    x = inputs(form, 2, (4, 3, 9, 9), v=False, mean=1000.0, device=device)
+    *_, mean, var = FORMS[form][0](*x)
+    *_, want_mean, want_var = FORMS[form][1](*[None if p is None else p.detach().double() for p in x])
+    assert ((mean - want_mean) / want_mean).abs().max() < 1e-6 and ((var - want_var) / want_var).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_more_steps_than_a_launch_holds(form, kernels_on, device):
+    check(form, inputs(form, MAX_STEPS + 1, (2, MAX_STEPS + 1, 4), device=device))  # C = T: (C,) is not taken for (T,)
+
+
+def test_bn_as_torch_has_it(path, device):
+    """Mean, variance and normalisation are those of torch's batch norm in training."""
+    x, _, leak, threshold, weight, bias = inputs("bn", 1, (4, 6, 5, 5), device=device)
+    spikes, v, mean, var = bn_neuron(x, None, leak, threshold, weight, bias)
+    running = torch.zeros(6, device=device), torch.ones(6, device=device)
+    current = torch.nn.functional.batch_norm(x[0], *running, weight, bias, training=True, momentum=1.0)
+    assert torch.allclose(spikes[0] + v, current, atol=1e-5)
+    assert torch.allclose(mean[0], running[0], atol=1e-6) and torch.allclose(var[0] * 100 / 99, running[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_is_half_of_what_modules_keep(form, path, device):
+    x = inputs(form, 4, (2, 8, 8, 8), device=device)
+
+    def saved(function):
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t
+        ):
+            function(*x)
+        return sum(storages.values())
+
+    vectors = sum(p.numel() for p in x[2:]) + 2 * 4 * 8
+    assert saved(FORMS[form][0]) <= 4 * (x[0].numel() + x[1].numel() + vectors)
+    assert saved(FORMS[form][0]) <= saved(FORMS[form][1]) / 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(form, path, device):
+    x = inputs(form, 2, (2, 4, 5, 5), layout="channels_last", device=device)
+    compiled = torch.compile(FORMS[form][0], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    plain, fast = FORMS[form][0](*x), compiled(*x)
+    assert torch.equal(plain[0], fast[0]) and fast[0].stride() == plain[0].stride()
+    d_plain, d_fast = (torch.autograd.grad(loss(*out[:2]), [x[0], x[3]]) for out in (plain, fast))
+    assert all(torch.equal(a, b) for a, b in zip(d_plain, d_fast, strict=True))
+
+
+@pytest.mark.parametrize(
+    "form, change, message",
+    [
+        ("bn", {0: torch.zeros(2, 1, 4), 1: None}, r"more than one value.*\(2, 1, 4\)"),
+        ("bn", {0: torch.zeros(2, 3)}, r"\(2, 3\)"),
+        ("bn", {4: torch.zeros(2, 4)}, r"weight.*\(4,\).*\(2, 4\)"),
+        ("bn", {5: torch.zeros(3)}, r"bias.*\(4,\).*\(3,\)"),
+        ("mem_bn", {0: torch.zeros(2, 3)}, r"\(2, 3\)"),
+        ("mem_bn", {4: torch.zeros(3)}, r"alpha.*\(2,\) or \(2, 4\).*\(3,\)"),
+        ("mem_bn", {5: torch.zeros(2, dtype=torch.int64)}, "beta.*int64"),
+        ("mem_bn", {6: torch.zeros(4)}, r"weight.*\(2, 4\).*\(4,\)"),
+        ("mem_bn", {7: torch.zeros(2, 4, device="meta")}, "bias.*meta"),
+    ],
+)
+def test_errors(form, change, message):
+    x = inputs(form, 2, (3, 4))
+    with pytest.raises(ValueError, match=message):
+        FORMS[form][0](*[change.get(i, p) for i, p in enumerate(x)])
+
+
+def test_eps_must_be_positive():
+    with pytest.raises(ValueError, match="got 0"):
+        bn_neuron(*inputs("bn", 2, (3, 4)), eps=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux")
+def test_compiles_for_every_target_without_spills():
+    pytest.importorskip("triton", reason="needs Triton")
+    facts = compile_cases("norm_kernels")
+    assert {f.target for f in facts} == set(TARGETS)
+    for f in facts:
+        assert f.spills == 0 and f.stack == 0, f
+        assert f.registers <= 255 and f.shared <= 8192, f

@@ -1,0 +1,44 @@
+"""The exported graph gives the logits of the packed network, in another runtime."""
+
+import json
+import re
+
+import pytest
+import torch
+from deploy_tools import logits, trained
+
+from empf import onnx as empf_onnx
+from empf.deploy import pack
+from empf.hub import Origin
+from empf.onnx import export_onnx
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about its own packages
+@pytest.mark.parametrize(
+    "settings",
+    [dict(weights="ternary"), dict(arch="vgg_snn", neuron="mem_bn", seca=2, spike_bits=4, parallel=0.5)],
+    ids=str,
+)
+def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    model, x = trained(**settings, width=0.0625, T=2)  # x: digits
+    packed = pack(model)
+    packed.origin = Origin("digits", tuple("abcdefghij"), (0.3,), (0.4,))
+    export_onnx(packed, tmp_path / "net.onnx")
+    session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    for part in (x, x[..., :1, :, :, :]):  # batches of another size than the one that was traced
+        found = torch.from_numpy(session.run(None, {"x": part.numpy()})[0])
+        wanted = logits(packed, part)
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    operators = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    assert "Conv" in operators and not {"BitShift", "BitwiseAnd", "Loop", "If"} & operators
+    assert json.loads(session.get_modelmeta().custom_metadata_map["origin"])["classes"] == list("abcdefghij")
+
+
+def test_without_the_packages_the_export_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(empf_onnx, "installed", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape("needs onnx and onnxscript: pip install 'empf[onnx]'")):
+        export_onnx(pack(trained()[0]), tmp_path / "net.onnx")

@@ -1,0 +1,256 @@
+"""The packed file: identity, size, and refusal of everything that is not a whole and unaltered file."""
+
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from deploy_tools import logits, trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import empf
+from empf import packed_file
+from empf.deploy import load_packed, pack
+from empf.hub import Origin
+from empf.kernels.pack import PackedWeight, signs
+from empf.kernels.pack import pack as pack_weight
+
+SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def weights(draw):
+    shape = draw(st.one_of(st.tuples(*[st.integers(1, 70)] * 2), st.tuples(*[st.integers(1, 9)] * 4)))
+    values = np.random.default_rng(draw(st.integers(0, 2**32))).normal(size=shape)
+    return torch.tensor(values, dtype=torch.float32), draw(st.sampled_from(["binary", "ternary"]))
+
+
+@settings(max_examples=100, **SETTINGS)
+@given(st.lists(weights(), min_size=1, max_size=3))
+def test_pack_write_read_unpack_is_the_identity(tmp_path, layers):
+    packed = {f"layer{i}": pack_weight(w, kind) for i, (w, kind) in enumerate(layers)}
+    state = {f"{n}.{part}": getattr(p, part) for n, p in packed.items() for part in ("bits", "scale")}
+    about = {f"{name}.bits": (p.shape, p.kind) for name, p in packed.items()}
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(packed_file.to_bytes(packed_file.encode(state, about), {"names": ["é", '"sha256":"', "0" * 64]}))
+    read, arrays = packed_file.read(path)
+    found = packed_file.decode(arrays, state, about)
+    assert read == {"names": ["é", '"sha256":"', "0" * 64]}
+    for name, p in packed.items():
+        again = PackedWeight(found[f"{name}.bits"], found[f"{name}.scale"], p.shape, p.kind)
+        assert torch.equal(signs(again), signs(p)) and torch.equal(again.scale, p.scale)
+        bits = p.bits if p.kind == "binary" else p.bits & ~(~p.bits << 1 & -1431655766)  # minus zero is stored as zero
+        assert torch.equal(again.bits, bits)
+
+
+def test_ternary_weights_take_a_fifth_of_a_byte():
+    for k, size in ((1, 1), (5, 1), (6, 2), (576, 116)):
+        array = packed_file._encode_bits(pack_weight(torch.randn(3, k), "ternary").bits, (3, k), "ternary")
+        assert array.shape == (3, size) and array.dtype == np.uint8
+    codes = torch.tensor([[0, 1, 3, 1, 3, 3]], dtype=torch.int32)  # zero, plus, minus, plus, minus, minus
+    words = (codes << 2 * torch.arange(6)).sum(1, keepdim=True, dtype=torch.int32)
+    assert packed_file._encode_bits(words, (1, 6), "ternary").tolist() == [[0 + 3 + 2 * 9 + 27 + 2 * 81, 2]]
+
+
+def test_binary_weights_are_bits_in_order():
+    w = -torch.ones(1, 11)
+    w[0, [0, 9]] = 1
+    assert packed_file._encode_bits(pack_weight(w).bits, (1, 11), "binary").tolist() == [[0b11111110, 0b101]]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("kind, limit", [("binary", 1.75e6), ("ternary", 2.6e6)])
+def test_a_resnet18_is_25_times_smaller_on_the_disk(kind, limit, classes, tmp_path):
+    """With Mem-BN and channel attention, which have the most parameters; all of them as irregular as can be."""
+    torch.manual_seed(0)
+    model = empf.resnet18(num_classes=classes, weights=kind, neuron="mem_bn", seca=1)
+    with torch.no_grad():
+        for name, p in model.state_dict().items():
+            if p.dim() <= 2 and "head" not in name:
+                p.copy_(torch.randn_like(p).exp() if "running_var" in name else torch.randn_like(p))
+    pack(model).save(tmp_path / "net.safetensors")
+    size = (tmp_path / "net.safetensors").stat().st_size
+    assert 0.9 * limit < size + (0.2e6 if classes == 10 else 0) < limit
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """(folder, bytes, state dict, bytes of another network with a header of the same length)."""
+    folder = tmp_path_factory.mktemp("packed")
+    packed = pack(trained(neuron="mem_bn", width=0.0625, T=2)[0])
+    other = pack(trained(neuron="mem_bn", width=0.0625, T=2, weights="ternary")[0])
+    return folder, packed.to_bytes(), packed.state_dict(), other.to_bytes()
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[:end], data[end:]
+
+
+def corrupt(data: bytes, other: bytes, how: str, at: float, bit: int, junk: bytes) -> bytes:
+    header, body = split(data)
+    place = int(at * len(data))
+    flip = {"header": int(at * len(header)), "length": int(at * 8), "anywhere": place}
+    if how in flip:
+        i = flip[how]
+        return data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :]
+    return {
+        "truncate": data[:place],
+        "other header": split(other)[0] + body,
+        "other body": header + split(other)[1],
+        "overwrite": data[:place] + junk + data[place + len(junk) :],
+        "insert": data[:place] + junk + data[place:],
+        "append": data + junk,
+        "delete": data[:place] + data[place + len(junk) :],
+        "only junk": junk,
+    }[how]
+
+
+HOW = ["header", "length", "anywhere", "truncate", "other header", "other body", "overwrite", "insert", "append"]
+HOW += ["delete", "only junk"]
+
+
+@settings(max_examples=1000, **SETTINGS)
+@given(
+    st.sampled_from(HOW), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.binary(min_size=1, max_size=200)
+)  # fmt: skip
+def test_a_corrupt_file_is_an_error_and_never_another_network(example, how, at, bit, junk):
+    folder, data, state, other = example
+    broken = corrupt(data, other, how, at, bit, junk)
+    path = folder / "broken.safetensors"
+    path.write_bytes(broken)
+    if broken == data:
+        found = load_packed(path).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+        return
+    with pytest.raises(ValueError) as error:
+        load_packed(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
+
+
+def resign(data: bytes, about=None, arrays=None) -> bytes:
+    """A file with a right checksum whose content was changed."""
+    header = json.loads(split(data)[0][8:])["__metadata__"]
+    return packed_file.to_bytes(
+        safetensors.numpy.load(data) if arrays is None else arrays,
+        json.loads(header["about"]) if about is None else about,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"T": "x"}, {"T": 10**30}, {"T": 3}, {"T": None}, {"T": -1}, {"width": 1e308}, {"width": float("nan")},
+        {"width": 10**9}, {"arch": "vgg_snn"}, {"arch": ["resnet18"]}, {"weights": "ternary"}, {"weights": "full"},
+        {"num_classes": 10**18}, {"num_classes": 2.5}, {"neuron": "empf"}, {"spike_bits": {}}, {"seca": 1},
+        {"unknown": 1}, {"parallel": 0.5}, {"in_channels": 2**40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_made_up_with_a_right_checksum_is_refused_too(example, changes):
+    folder, data, _, _ = example
+    about = json.loads(json.loads(split(data)[0][8:])["__metadata__"]["about"])
+    about["model"] |= changes
+    path = folder / "made_up.safetensors"
+    path.write_bytes(resign(data, about))
+    with pytest.raises(ValueError, match="made_up.safetensors does not hold a network of this version"):
+        load_packed(path)
+
+
+@pytest.mark.parametrize(
+    "about", [[], {}, {"model": 3, "origin": {}}, {"model": {}, "origin": {"mean": "x"}}, "[" * 10]
+)
+def test_a_description_of_another_kind_is_refused(example, about):
+    folder, data, _, _ = example
+    path = folder / "about.safetensors"
+    path.write_bytes(resign(data, about))
+    with pytest.raises(ValueError, match="about.safetensors"):
+        load_packed(path)
+
+
+def test_arrays_that_do_not_fit_are_refused(example):
+    folder, data, state, _ = example
+    arrays = safetensors.numpy.load(data)
+    numbers = zlib.decompress(arrays["parameters"])
+    some = next(name for name in arrays if name.endswith(".bits"))
+    as_bytes = lambda data: np.frombuffer(data, np.uint8)  # noqa: E731
+    wrong = [
+        {name: a for name, a in arrays.items() if name != some},
+        arrays | {"more": arrays[some]},
+        arrays | {some: arrays[some][:-1]},
+        arrays | {some: arrays[some].astype(np.int32)},
+        arrays | {"parameters": as_bytes(zlib.compress(numbers[:-4]))},
+        arrays | {"parameters": as_bytes(zlib.compress(numbers + bytes(10**7)))},  # is not inflated to its end
+        arrays | {"parameters": as_bytes(zlib.compress(numbers)[:-1])},
+        arrays | {"parameters": as_bytes(zlib.compress(numbers) + b"1")},
+        arrays | {"parameters": as_bytes(b"no zlib")},
+    ]
+    for i, changed in enumerate(wrong):
+        path = folder / f"wrong{i}.safetensors"
+        path.write_bytes(resign(data, arrays=changed))
+        with pytest.raises(ValueError, match=f"wrong{i}.safetensors (does not hold|is not a packed network)"):
+            load_packed(path)
+
+
+def test_a_byte_above_242_is_no_ternary_weight(example):
+    folder, _, _, data = example
+    arrays = {name: a.copy() for name, a in safetensors.numpy.load(data).items()}
+    next(a for name, a in arrays.items() if name.endswith(".bits")).flat[0] = 243
+    (folder / "trits.safetensors").write_bytes(resign(data, arrays=arrays))
+    with pytest.raises(ValueError, match="243"):
+        load_packed(folder / "trits.safetensors")
+
+
+def test_foreign_and_newer_files(example):
+    folder, data, _, _ = example
+    path = folder / "foreign.safetensors"
+    safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="is not a packed network"):
+        load_packed(path)
+    torch.save({"w": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="is not a packed network"):
+        load_packed(path)
+    path.write_bytes(data.replace(b'"version":"1"', b'"version":"2"'))
+    with pytest.raises(ValueError, match="version '2' of the packed format .* reads 1: update empf"):
+        load_packed(path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_packed(folder / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_packed(folder)
+
+
+def test_what_is_known_about_a_network_is_in_its_file(tmp_path):
+    packed = pack(trained()[0])
+    packed.origin = Origin("digits", ("zéro", "one"), (0.3,), (0.4,), (90.0, 91.25, 92.5), 3)
+    packed.save(tmp_path / "deep" / "net.safetensors")
+    found = load_packed(tmp_path / "deep" / "net.safetensors")
+    assert found.origin == packed.origin and found.config == packed.config
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "net.safetensors"]  # nothing half-written
+
+
+def test_saving_twice_gives_the_same_file():
+    packed = pack(trained()[0])
+    assert packed.to_bytes() == packed.to_bytes()
+
+
+def test_parameters_survive_to_the_last_bit():
+    """Also those that are not numbers one would expect: tiny, infinite, minus zero."""
+    values = torch.tensor([math.inf, -0.0, 1e-45, 3.4e38, -1.0, 1 / 3])
+    state = {"w.bits": pack_weight(torch.ones(1, 1)).bits, "values": values}
+    about = {"w.bits": ((1, 1), "binary")}
+    found = packed_file.decode(packed_file.encode(state, about), state, about)
+    assert torch.equal(found["values"].view(torch.int32), values.view(torch.int32))
+
+
+def test_a_loaded_network_runs_and_can_be_saved_again(tmp_path):
+    model, x = trained(weights="ternary", seca=2)
+    packed = pack(model)
+    packed.save(tmp_path / "a.safetensors")
+    again = load_packed(tmp_path / "a.safetensors")
+    assert torch.equal(logits(again, x), logits(packed, x))
+    assert again.to_bytes() == packed.to_bytes()

@@ -1,0 +1,231 @@
+"""The run folder: whole files or the old ones, and one sentence for everything that can be wrong with it."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from train_tools import leftovers, run_train
+
+import empf
+from empf import runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    run_train("--epochs", "1", "--output-dir", run)
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+# ---- writing
+
+
+def test_write_atomic_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    for data in (b"long content", b"short"):
+        runs.write_atomic(path, data)
+        assert path.read_bytes() == data
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "file"
+    runs.write_atomic(path, b"old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OSError, match=r"could not write .*file \(No space left on device\): make room .* is intact"):
+        runs.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_size_limit_leaves_the_old_file(tmp_path):
+    """The real thing: the kernel refuses in the middle of the write."""
+    path = tmp_path / "file"
+    runs.write_atomic(path, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            runs.write_atomic(path, bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"could not write .*file/run/config.json \(Not a directory\)"):
+        runs.write_atomic(tmp_path / "file" / "run" / "config.json", b"")
+
+
+def test_new_folder_takes_the_next_free_name(tmp_path):
+    base = tmp_path / "runs" / "digits-resnet18"
+    folders = [runs.new_folder(base) for _ in range(3)]
+    assert [folder.name for folder in folders] == ["digits-resnet18", "digits-resnet18-2", "digits-resnet18-3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_leftovers_go_and_files_stay(run):
+    for name in (".config.json.123.tmp", "state/.state.pt.456.tmp"):
+        (run / name).touch()
+    (run / "notes.tmp").touch()
+    runs.remove_leftovers(run)
+    assert leftovers(run) == ["notes.tmp"]
+
+
+# ---- reading
+
+
+def test_load_rebuilds_the_trained_network(run):
+    model = empf.load(run)
+    assert not model.training and model.config.T == 2 and model.config.width == 0.0625
+    state = runs.load_state(run)
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in model.state_dict().items())
+
+
+def test_config_says_what_ran(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == config["train"]["seed"] == 0
+    assert config["model"] == empf.load(run).config.to_dict()
+    assert config["classes"] == [str(digit) for digit in range(10)]
+    assert config["normalisation"] == {"mean": [0.3054], "std": [0.3760]}
+    assert config["versions"]["torch"] == torch.__version__ and config["versions"]["empf"] == empf.__version__
+    assert {"triton", "accelerate", "datasets", "numpy", "python"} < set(config["versions"])
+
+
+def test_git_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Not of the repository in which someone has installed it."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    code = tmp_path / "empf" / "runs.py"
+    monkeypatch.setattr(runs, "__file__", str(code))
+    code.parent.mkdir()
+    code.write_text("first")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert runs.git_commit() == head
+    code.write_text("changed")
+    assert runs.git_commit() == f"{head}-dirty"
+    installed = tmp_path / "venv" / "site-packages" / "empf"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(installed / "runs.py"))
+    assert runs.git_commit() is None
+
+
+def edit_config(run: Path, change) -> None:
+    config = json.loads((run / "config.json").read_text())
+    change(config)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def cut(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+DAMAGES = {
+    "no folder": (lambda run: shutil.rmtree(run), "is not a run folder, it has no config.json"),
+    "no config": (lambda run: (run / "config.json").unlink(), "is not a run folder, it has no config.json"),
+    "config cut": (lambda run: cut(run / "config.json", 0.5), "config.json is damaged"),
+    "config empty": (lambda run: cut(run / "config.json", 0), "config.json is damaged"),
+    "config binary": (lambda run: (run / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
+    "config a list": (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
+    "config without model": (lambda run: edit_config(run, lambda c: c.pop("model")), "config.json is damaged"),
+    "config of text": (lambda run: edit_config(run, lambda c: c.update(model="x")), "config.json is damaged"),
+    "config of the future": (
+        lambda run: edit_config(run, lambda c: c.update(format=99)),
+        "has format 99, this version",
+    ),
+}
+MODEL_DAMAGES = {
+    "no weights": (
+        lambda run: (run / "model.safetensors").unlink(),
+        "model.safetensors is missing: train for at least",
+    ),
+    "weights cut": (lambda run: cut(run / "model.safetensors", 0.7), "model.safetensors is damaged"),
+    "weights empty": (lambda run: cut(run / "model.safetensors", 0), "model.safetensors is damaged"),
+    "weights noise": (lambda run: (run / "model.safetensors").write_bytes(bytes(99)), "model.safetensors is damaged"),
+    "another width": (
+        lambda run: edit_config(run, lambda c: c["model"].update(width=0.125)),
+        "belongs to another architecture than the configured resnet18: blocks.0.conv1.bn.bias differs",
+    ),
+    "another neuron": (
+        lambda run: edit_config(run, lambda c: c["model"].update(neuron="lif")),
+        "belongs to another architecture than the configured resnet18: blocks.0.conv1.neuron.leak_logit is not part",
+    ),
+    "another attention": (
+        lambda run: edit_config(run, lambda c: c["model"].update(seca=1)),
+        "belongs to another architecture than the configured resnet18: blocks.0.conv1.seca.conv.weight is missing",
+    ),
+    "unknown setting": (
+        lambda run: edit_config(run, lambda c: c["model"].update(depth=3)),
+        "unknown model setting depth",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, *MODEL_DAMAGES])
+def test_a_damaged_model_is_one_sentence(run, name):
+    damage, sentence = {**DAMAGES, **MODEL_DAMAGES}[name]
+    damage(run)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        empf.load(run)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def flip(path: Path, share: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * share)] ^= 0xFF
+    path.write_bytes(data)
+
+
+STATE_DAMAGES = {
+    "missing": (lambda state: state.unlink(), "there is no checkpoint in"),
+    "cut": (lambda state: cut(state, 0.7), "state.pt is damaged"),
+    "empty": (lambda state: cut(state, 0), "state.pt is damaged"),
+    "noise": (lambda state: state.write_bytes(os.urandom(5000)), "state.pt is damaged"),
+    "text": (lambda state: state.write_text("hello\n" * 100), "state.pt is damaged"),
+    "one byte": (lambda state: flip(state, 0.5), "state.pt is damaged"),
+    "something else": (lambda state: torch.save([1], state), "state.pt is not a checkpoint of this version"),
+    "code": (lambda state: torch.save({"format": 1, "x": Path("x")}, state), "state.pt is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", STATE_DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(run, name):
+    damage, sentence = STATE_DAMAGES[name]
+    damage(run / "state" / "state.pt")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        runs.load_state(run)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_curves_are_a_picture(run):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2)]
+    runs.plot_curves(run, history, "title")
+    with Image.open(run / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width >= 800
+        assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 50

@@ -1,0 +1,82 @@
+"""The kernels folder, copied to an empty place under another name, runs every example of its README."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+BLOCKED = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"  # importing one of these fails
+
+
+def examples():
+    return re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(), flags=re.DOTALL)
+
+
+def vendored(tmp_path):
+    shutil.copytree(KERNELS, tmp_path / "my_package" / "fast", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "my_package" / "__init__.py").touch()
+
+
+def run(tmp_path, script, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EMPF_KERNELS")}
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**kept, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("case", ["definitions", "without Triton", "interpreter"])
+def test_examples_run_in_a_copy(case, tmp_path):
+    vendored(tmp_path)
+    names = ["empf", "einops", "datasets", "accelerate"] + ["triton"] * (case == "without Triton")
+    script = BLOCKED.format(names=names) + "import torch\ntorch.set_num_threads(1)\n"
+    if case == "interpreter":
+        pytest.importorskip("triton", reason="needs Triton")
+        script += "from my_package.fast.dispatch import LAUNCHES\n"
+    script += "\n".join(examples()).replace("empf.kernels", "my_package.fast")
+    if case == "interpreter":
+        script += "\nprint(*sorted(LAUNCHES))"
+    environment = {"TRITON_INTERPRET": "1", "EMPF_KERNELS": "on"} if case == "interpreter" else {"EMPF_KERNELS": "off"}
+    done = run(tmp_path, script, **environment)
+    assert done.returncode == 0, done.stderr
+    if case == "interpreter":
+        launched = set(done.stdout.split())
+        assert {"binary_matmul", "binary_conv2d", "binary_conv2d_neuron", "neuron_update", "bn_neuron"} <= launched
+
+
+def test_every_public_function_has_an_example():
+    text = "".join(examples())
+    public = ("pack", "unpack", "binary_matmul", "binary_conv2d", "neuron_update", "quantize_spikes", "bn_neuron",
+              "mem_bn_neuron", "binary_conv2d_neuron", "backend", "set_backend")  # fmt: skip
+    assert [name for name in public if not re.search(rf"\b{name}\(", text)] == []
+
+
+def test_two_copies_live_side_by_side(tmp_path):
+    vendored(tmp_path)
+    shutil.copytree(tmp_path / "my_package", tmp_path / "other_package")
+    modules = [f"{package}.fast.{path.stem}" for package in ("my_package", "other_package")
+               for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"]  # fmt: skip
+    done = run(tmp_path, "".join(f"import {module}\n" for module in modules))
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_but_torch_and_triton_is_imported():
+    for path in KERNELS.glob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) +(\w+)", path.read_text(), flags=re.MULTILINE)
+        assert set(imported) - set(sys.stdlib_module_names) <= {"torch", "triton"}, path.name
+
+
+def test_import_makes_no_cuda_call(tmp_path):
+    """With CUDA initialisation made an error, every module can still be imported."""
+    vendored(tmp_path)
+    modules = "".join(
+        f"import my_package.fast.{path.stem}\n" for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"
+    )
+    script = "import torch\ndef fail(*a, **k): raise RuntimeError('CUDA call')\n"
+    script += "torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = fail\n"
+    done = run(tmp_path, script + modules)
+    assert done.returncode == 0, done.stderr
