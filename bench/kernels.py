@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from empf.kernels import conv, conv_neuron, matmul, neuron, norm_neuron, pack
+from empf.kernels import conv, conv_neuron, matmul, neuron, norm_neuron
 from empf.kernels.dispatch import HAVE_TRITON
+from empf.kernels.pack import pack
 
 HERE = Path(__file__).resolve().parent
 MODULES = ("matmul", "conv", "conv_neuron", "neuron", "norm_kernels")
@@ -80,7 +81,7 @@ def matmul_case(m: int, n: int) -> Case:
     def inputs(device):
         w = torch.randn(n, k, device=device)
         codes = torch.randint(0, 16, (m, k), device=device, dtype=torch.int8)
-        packed = pack.pack(w)
+        packed = pack(w)
         dense = pack.unpack(packed).bfloat16()
         rows = F.pad(codes, (0, 0, 0, -m % 32)) if m < 32 else codes  # torch._int_mm wants more than 16 rows
         return {"x": codes.bfloat16() / 4, "codes": codes, "packed": packed, "dense": dense, "rows": rows,
@@ -133,7 +134,7 @@ def conv_case(images: int, c: int, size: int) -> Case:
     def inputs(device):
         codes = torch.randint(0, 16, (images, c, size, size), device=device, dtype=torch.int8)
         codes = codes.to(memory_format=torch.channels_last)
-        packed = pack.pack(torch.randn(c, c, 3, 3, device=device))
+        packed = pack(torch.randn(c, c, 3, 3, device=device))
         dense = pack.unpack(packed).bfloat16().to(memory_format=torch.channels_last)
         return {"x": codes.bfloat16() / 4, "codes": codes, "packed": packed, "dense": dense}
 
@@ -161,7 +162,7 @@ def layer_case(t: int, n: int, c: int, size: int) -> Case:
         codes = torch.randint(0, 16, (t * n, c, size, size), device=device, dtype=torch.int8)
         codes = codes.to(memory_format=torch.channels_last)
         w = torch.randn(c, c, 3, 3, device=device)
-        packed = pack.pack(w, scale=torch.rand(c, device=device) / (3 * math.sqrt(c)))
+        packed = pack(w, scale=torch.rand(c, device=device) / (3 * math.sqrt(c)))
         dense = pack.unpack(packed).bfloat16().to(memory_format=torch.channels_last)
         z = {"codes": codes, "x": codes.bfloat16() / 4, "packed": packed, "dense": dense}
         z |= {"leak": torch.full((t,), 0.5, device=device), "threshold": torch.full((t,), 0.5, device=device)}
