@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from empf.kernels import conv, conv_neuron, matmul, neuron, norm_neuron
 from empf.kernels.dispatch import HAVE_TRITON
-from empf.kernels.pack import pack
+from empf.kernels.pack import pack, signs, unpack
 
 HERE = Path(__file__).resolve().parent
 MODULES = ("matmul", "conv", "conv_neuron", "neuron", "norm_kernels")
@@ -82,10 +82,10 @@ def matmul_case(m: int, n: int) -> Case:
         w = torch.randn(n, k, device=device)
         codes = torch.randint(0, 16, (m, k), device=device, dtype=torch.int8)
         packed = pack(w)
-        dense = pack.unpack(packed).bfloat16()
+        dense = unpack(packed).bfloat16()
         rows = F.pad(codes, (0, 0, 0, -m % 32)) if m < 32 else codes  # torch._int_mm wants more than 16 rows
         return {"x": codes.bfloat16() / 4, "codes": codes, "packed": packed, "dense": dense, "rows": rows,
-                "int8": pack.signs(packed)}  # fmt: skip
+                "int8": signs(packed)}  # fmt: skip
 
     def int8_dense(z):
         return torch._int_mm(z["rows"], z["int8"].t())[:m] * (0.25 * z["packed"].scale)
@@ -122,7 +122,7 @@ def gemlite_product(n: int, k: int):
                 1, group_size=128, in_features=k, out_features=n, input_dtype=DType.BF16, output_dtype=DType.BF16
             )
             scales = (2 * z["packed"].scale)[:, None].expand(n, k // 128).bfloat16().contiguous()
-            codes = (pack.signs(z["packed"]) > 0).to(torch.uint8)
+            codes = (signs(z["packed"]) > 0).to(torch.uint8)
             layer.pack(codes, scales, torch.full_like(scales, 0.5), None)
             layers[id(z["packed"])] = layer
         return layers[id(z["packed"])](z["x"])
@@ -135,7 +135,7 @@ def conv_case(images: int, c: int, size: int) -> Case:
         codes = torch.randint(0, 16, (images, c, size, size), device=device, dtype=torch.int8)
         codes = codes.to(memory_format=torch.channels_last)
         packed = pack(torch.randn(c, c, 3, 3, device=device))
-        dense = pack.unpack(packed).bfloat16().to(memory_format=torch.channels_last)
+        dense = unpack(packed).bfloat16().to(memory_format=torch.channels_last)
         return {"x": codes.bfloat16() / 4, "codes": codes, "packed": packed, "dense": dense}
 
     contenders = {
@@ -163,7 +163,7 @@ def layer_case(t: int, n: int, c: int, size: int) -> Case:
         codes = codes.to(memory_format=torch.channels_last)
         w = torch.randn(c, c, 3, 3, device=device)
         packed = pack(w, scale=torch.rand(c, device=device) / (3 * math.sqrt(c)))
-        dense = pack.unpack(packed).bfloat16().to(memory_format=torch.channels_last)
+        dense = unpack(packed).bfloat16().to(memory_format=torch.channels_last)
         z = {"codes": codes, "x": codes.bfloat16() / 4, "packed": packed, "dense": dense}
         z |= {"leak": torch.full((t,), 0.5, device=device), "threshold": torch.full((t,), 0.5, device=device)}
         z |= {"mean": torch.randn(c, device=device).bfloat16(), "var": torch.rand(c, device=device).bfloat16() + 0.5}

@@ -31,7 +31,7 @@ def test_online_backward_is_the_example_in_one_call():
 
 def test_flags_exist():
     flags = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume"}
-    other = {"help", "json", "cpu", "num-processes"}  # of eval.py and of accelerate launch
+    other = {"help", "json", "pack", "image", "equality", "cpu", "num-processes"}  # of eval.py and of accelerate launch
     named = {name.replace("_", "-") for name in re.findall(r"--([a-zA-Z][\w-]*)", README)}
     assert named <= flags | other
     assert len(named & flags) > 20
