@@ -5,21 +5,27 @@ python eval.py runs/cifar100-resnet18 --data FOLDER --json result.json
 python eval.py runs/cifar100-resnet18 --pack net.safetensors    pack it, and check the logits of the packed network
 python eval.py net.safetensors                                  the same table of a packed network
 python eval.py net.safetensors --image cat.png                  its five most probable classes
+python eval.py net.safetensors --stream recording.aedat         its prediction after each frame of a recording
+
+The file that --json writes stands for itself: it holds the machine, the code and the training of the run as well.
 """
 
 import json
+import shlex
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 import empf
+from bench.machine import machine
 from empf import runs
 from empf.config import Parser, TrainConfig, cpu_threads
 from empf.data import Batches, load
-from empf.deploy import load_packed, pack_to_file, top_classes, unpack
+from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
 
@@ -33,8 +39,10 @@ def evaluate(
         whole, dataset = unpack(model).to(device), model.origin.dataset
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
+        training = asdict(model.origin)
     else:
-        train = TrainConfig.from_dict(runs.read_config(run)["train"])
+        training = training_of(run)
+        train = TrainConfig.from_dict(training["train"])
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
     _, test = load(dataset, data, limit=limit, device=device)
@@ -59,8 +67,30 @@ def evaluate(
         "images_per_s": len(test) / seconds,
         "device": device,
         "backend": backend(device),
-        "threads": torch.get_num_threads(),
+        "machine": machine(device) | {"empf": runs.installed("empf")},
+        "training": training,
     }
+
+
+def training_of(run: Path) -> dict:
+    """Settings, versions and commit of a run, and its epochs; folders are named without their place."""
+    config, metrics = runs.read_config(run), run / "metrics.jsonl"
+    if "dataset" not in config["train"]:
+        raise ValueError(f"{run} does not say on which data it was trained: give a run folder")
+    try:
+        epochs = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{metrics} is damaged ({error}): restore it from a copy of the run") from error
+    return {name: part for name, part in config.items() if name not in ("model", "classes")} | {"epochs": epochs}
+
+
+def without_places(value):
+    """The same value with absolute paths cut to their last part: the rest says nothing on another machine."""
+    if isinstance(value, dict):
+        return {name: without_places(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def table(r: dict) -> str:
@@ -115,8 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
+    p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
-    args = p.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    args = p.parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if min(args.batch_size, args.count_batches) < 1 or args.threads < 0:
@@ -129,6 +161,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.image is not None:
             classify(args.run, args.image, device)
             return
+        if args.stream is not None:
+            stream(args.run, args.stream, device)
+            return
         if args.pack is not None and args.run.is_file():
             raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
         result = evaluate(
@@ -136,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         print(table(result))
         if args.json is not None:
+            command = shlex.join(without_places(["python", "eval.py", *arguments]))
+            result = {"command": command, **without_places(result)}
             runs.write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -147,6 +184,13 @@ def classify(file: Path, image: Path, device: str) -> None:
         raise ValueError(f"--image takes a packed file, and {file} is a folder: make the file with --pack")
     for name, probability in top_classes(load_packed(file, device), image):
         print(f"{100 * probability:6.2f} %  {name}")
+
+
+def stream(run: Path, recording: Path, device: str) -> None:
+    """Print the prediction after each frame: the class with the largest sum of logits so far."""
+    net = load_packed(run, device) if run.is_file() else empf.load(run, device)
+    for t, (name, share, seconds) in enumerate(follow(net, recording), 1):
+        print(f"frame {t:3d}  {100 * share:6.2f} %  {name}  ({1e3 * seconds:.1f} ms)", flush=True)
 
 
 def check_device(device: str) -> None:

@@ -109,8 +109,10 @@ def name_of(changes: dict) -> str:
 
 
 def variants() -> list[dict]:
-    """Every variant once, those of the first tables first."""
-    return list({name_of(changes): changes for table in TABLES.values() for changes in table.values()}.values())
+    """Every variant once: those of the first table and single changes, then the pairs."""
+    first, *others = TABLES.values()
+    once = {name_of(changes): changes for table in (first, *others) for changes in table.values()}
+    return sorted(once.values(), key=lambda changes: len(changes) > 1 and changes not in first.values())
 
 
 def shrink(images: ImageSet, count: int, size: int) -> ImageSet:

@@ -3,8 +3,8 @@
     python bench/aot.py matmul conv                   a line per kernel module, case and target
     python bench/aot.py matmul --targets sm_90 --json
 
-    compile_cases("matmul")                                    the same from Python: a list of `Facts`
-    compile_cases("matmul", targets=("sm_90",), only="bf16")   cases whose name contains `only`
+    compile_cases("matmul")                                      the same from Python: a list of `Facts`
+    compile_cases("matmul", targets=("sm_90",), only=("bf16",))  cases whose name contains one of these
 
 A kernel module (`empf.kernels.<module>`) takes part by defining `aot_cases()`, which returns a list of tuples
 
@@ -34,9 +34,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 
+PROCESSES = 2  # that compile at a time
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA|v_s?mfma\w*")
 
@@ -58,22 +61,28 @@ class Facts:
     loop: dict[str, int]  # instructions of the loop by name: {"HGMMA": 4, "LOP3": 32, ...}
 
 
-def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: str = "") -> list[Facts]:
-    """Compile the cases of `empf.kernels.<module>` in a fresh process and return the facts, in order.
+def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: tuple[str, ...] = ()) -> list[Facts]:
+    """Compile the cases of `empf.kernels.<module>` in `PROCESSES` fresh processes and return the facts, in order.
 
-    `only` keeps the cases whose name contains it. Raises RuntimeError, with the compiler's message, where one fails.
+    `only` keeps the cases whose name contains one of these. Raises RuntimeError, with the compiler's message, where one
+    fails.
     """
     if unknown := [t for t in targets if t not in TARGETS]:
         raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {', '.join(unknown)}")
-    command = [sys.executable, __file__, *modules, "--json", "--only", only, "--targets", *targets]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        cases = [
-            line for line in done.stderr.splitlines() if line.startswith(tuple(f"{module}: " for module in modules))
-        ]
-        raise RuntimeError(f"does not compile: {cases[-1] if cases else command}\n{done.stderr[-4000:]}")
-    return [Facts(**line) for line in json.loads(done.stdout)]
+    options = ["--json", "--targets", *targets, *(["--only", *only] if only else [])]
+
+    def compiled(part):
+        command = [sys.executable, __file__, *modules, *options, "--part", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            cases = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{m}: " for m in modules))]
+            raise RuntimeError(f"does not compile: {cases[-1] if cases else command}\n{done.stderr[-4000:]}")
+        return [Facts(**line) for line in json.loads(done.stdout)]
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = list(pool.map(compiled, range(PROCESSES)))
+    return [facts for dealt in zip_longest(*parts) for facts in dealt if facts]
 
 
 def _compile(kernel, types, constexprs, options, target):
@@ -169,23 +178,21 @@ def _facts(found, **rest) -> dict:
     return counts | {"loop_instructions": sum(found["loop"].values()), "loop": dict(found["loop"])} | rest
 
 
-def _run(modules, targets, only) -> list[Facts]:
-    result = []
+def _run(modules, targets, only, part) -> list[Facts]:
+    """Facts of all cases, or of every PROCESSES-th from number `part` on."""
+    listed = []
     for module in modules:
         for name, kernel, types, constexprs, options in importlib.import_module(f"empf.kernels.{module}").aot_cases():
-            if only not in name:
-                continue
             for target in targets:
-                cuda = target.startswith("sm_")
-                chosen = options("cuda" if cuda else "hip") if callable(options) else options
-                if target not in chosen.get("targets", TARGETS):
-                    continue
-                print(
-                    f"{module}: {name} for {target}", file=sys.stderr
-                )  # the last one before a traceback is the culprit
-                compiled = _compile(kernel, types, constexprs, chosen, target)
-                found = _nvidia(compiled) if cuda else _amd(compiled)
-                result.append(Facts(module=module, case=name, target=target, **found))
+                chosen = options("cuda" if target.startswith("sm_") else "hip") if callable(options) else options
+                if any(text in name for text in only or [""]) and target in chosen.get("targets", TARGETS):
+                    listed.append((module, name, target, (kernel, types, constexprs, chosen)))
+    result = []
+    for module, name, target, arguments in listed if part is None else listed[part::PROCESSES]:
+        print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
+        compiled = _compile(*arguments, target)
+        found = _nvidia(compiled) if target.startswith("sm_") else _amd(compiled)
+        result.append(Facts(module=module, case=name, target=target, **found))
     return result
 
 
@@ -193,12 +200,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be there.")
     parser.add_argument("modules", nargs="+", help="modules of empf.kernels, for instance matmul")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[], help="only cases whose name contains one of these")
+    parser.add_argument(
+        "--part", type=int, choices=range(PROCESSES), help=f"only every {PROCESSES}th case, from here on"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled")
-    result = _run(arguments.modules, arguments.targets, arguments.only)
+    result = _run(arguments.modules, arguments.targets, arguments.only, arguments.part)
     if arguments.json:
         print(json.dumps([asdict(facts) for facts in result]))
         return

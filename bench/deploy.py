@@ -13,13 +13,11 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+
 import empf
+from bench.machine import machine, spread
 from empf import data, runs
 from empf.deploy import PackedModel, load_packed, pack
 from empf.models import ModelConfig, build
@@ -39,36 +40,14 @@ BATCHES = (1, 64)
 CONTENDERS = ("packed", "model", "full precision")
 
 
-def machine(device: str, threads: int) -> dict:
-    """What stands beside every number."""
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), platform.machine())
-    gpu = {"gpu": torch.cuda.get_device_name(), "triton": runs.installed("triton")} if device == "cuda" else {}
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads, **gpu, "python": platform.python_version(),
-        "torch": torch.__version__, "commit": runs.git_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def reset(net: nn.Module) -> None:
-    empf.reset(net)
-    if isinstance(net, PackedModel):
-        net.reset()
-
-
 @torch.inference_mode()
 def run(net: nn.Module, x: Tensor) -> Tensor:
-    reset(net)
+    empf.reset(net)
     # on a GPU everybody computes with bf16 activations: the packed network has the type of its input
     half = x.is_cuda and not isinstance(net, PackedModel)
     with torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext():
         logits = net(x.bfloat16() if x.is_cuda else x)
-    reset(net)
+    empf.reset(net)
     return logits.float()
 
 
@@ -132,11 +111,6 @@ def in_fresh_process(*arguments: str) -> dict:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def spread(values: list[float], digits: int = 4) -> dict:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": round(middle, digits), "quartiles": [round(low, digits), round(high, digits)]}
-
-
 def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) -> dict:
     """Milliseconds per call of each network, taken in turns, and the ratios within each round."""
     c = next(iter(nets.values())).config
@@ -167,7 +141,8 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
 
 
 def measure(config: ModelConfig, device: str, threads: int, rounds: int) -> dict:
-    result = {"machine": machine(device, threads), "model": config.to_dict()}
+    torch.set_num_threads(threads)
+    result = {"machine": machine(device), "model": config.to_dict()}
     with tempfile.TemporaryDirectory() as folder:
         paths = prepare(Path(folder), config)
         result["file_mb"] = {name: size(paths[name]) / 1e6 for name in CONTENDERS}
@@ -175,7 +150,6 @@ def measure(config: ModelConfig, device: str, threads: int, rounds: int) -> dict
         result["load_ms"] = {name: round(alone[name]["load_ms"], 1) for name in CONTENDERS}
         result["memory_mb"] = {name: alone[name]["memory_mb"] for name in CONTENDERS}
         nets = {name: load(name, paths[name], device) for name in CONTENDERS}
-    torch.set_num_threads(threads)
     x = torch.randn(4, config.in_channels, config.image_size, config.image_size, device=device)
     wanted, found = run(nets["model"], x), run(nets["packed"], x)
     result["relative_difference"] = difference(found, wanted)
@@ -203,56 +177,93 @@ def train(config: ModelConfig, batches: data.Batches) -> nn.Module:
     return model.eval()
 
 
+def codes_of(net: nn.Module, kind: type, x: Tensor, handed_on: list[Tensor] | None = None) -> tuple[Tensor, list]:
+    """(logits, output of every neuron layer). `handed_on`: what each layer gives to the next instead of its output."""
+    seen: list[Tensor] = []
+
+    def hook(neuron, inputs, spikes):
+        seen.append(spikes)
+        return None if handed_on is None else handed_on[len(seen) - 1]
+
+    handles = [module.register_forward_hook(hook) for module in net.modules() if isinstance(module, kind)]
+    logits = run(net, x)
+    for handle in handles:
+        handle.remove()
+    return logits, seen
+
+
 def compare(model: nn.Module, packed: PackedModel, images: Tensor, exact: int) -> dict:
-    """Logits of the first `exact` images, predictions of all, and the codes of n-bit spikes."""
-    codes: dict[str, list[Tensor]] = {"model": [], "packed": []}
+    """Predictions of all images; of the first `exact` ones also the logits or, of n-bit spikes, the codes.
 
-    def watch(net: nn.Module, kind: type, where: str) -> list:
-        hook = lambda module, inputs, spikes: codes[where].append(spikes)  # noqa: E731
-        return [module.register_forward_hook(hook) for module in net.modules() if isinstance(module, kind)]
-
-    handles = watch(model, StatefulNeuron, "model") + watch(packed, PackedNeuron, "packed")
-    worst, same, off, spikes, first, steps = 0.0, 0, 0, 0, 0, 0
-    for at in range(0, len(images), 250):
-        wanted, found = run(model, images[at : at + 250]), run(packed, images[at : at + 250])
+    A code that flips changes the currents of all layers behind it. So codes are compared twice: as the networks run,
+    and with the codes of the model handed to every layer, where a layer shows the flips of its own rounding.
+    """
+    rounded = model.config.spike_bits is not None
+    worst, same, free, alone, steps, count = 0.0, 0, 0, 0, 0, 0
+    size = min(250, packed.images_at_once(model.config.T, images.device))  # in one part, for the hooks
+    for at in range(0, len(images), size):
+        x = images[at : at + size]
+        if rounded and at < exact:
+            wanted, codes = codes_of(model, StatefulNeuron, x)
+            codes = [(spikes * 4).round().to(torch.uint8) for spikes in codes]  # of step 1/4
+            found, own = codes_of(packed, PackedNeuron, x)
+            free += sum(int((a != b).sum()) for a, b in zip(codes, own, strict=True))
+            for a, b in zip(codes, codes_of(packed, PackedNeuron, x, codes)[1], strict=True):
+                gap = (a.int() - b.int()).abs()
+                alone, count, steps = alone + int((gap > 0).sum()), count + gap.numel(), max(steps, int(gap.max()))
+        else:
+            wanted, found = run(model, x), run(packed, x)
         if at < exact:
             worst = max(worst, difference(found, wanted))
         same += (wanted.sum(0).argmax(-1) == found.sum(0).argmax(-1)).sum().item()
-        if model.config.spike_bits is not None:
-            equal = torch.ones(wanted.shape[1], dtype=torch.bool)  # images without a difference so far
-            for a, b in zip(codes["model"], codes["packed"], strict=True):
-                gap = ((a / 0.25).round() - b).abs()
-                of_image = gap.transpose(0, 1).flatten(1).amax(1)
-                off, spikes = off + int((gap > 0).sum()), spikes + gap.numel()
-                first, steps = max(first, int((of_image * equal).max())), max(steps, int(of_image.max()))
-                equal &= of_image == 0
-        codes["model"].clear(), codes["packed"].clear()
-    for handle in handles:
-        handle.remove()
     result = {"same_class": same / len(images), "images": len(images)}
-    if model.config.spike_bits is None:
+    if not rounded:
         return {"relative_difference": worst, **result}
-    # a code that flips changes the currents behind it, so the layers that follow may be further off than one step
-    flips = {"codes_that_differ": off / spikes, "at_first_by_at_most_steps": first, "later_by_at_most_steps": steps}
-    return flips | result
+    flips = {"as_they_run": free / count, "given_the_codes_of_the_model": alone / count}
+    return {"codes_that_differ": flips, "given_the_codes_of_the_model_by_at_most_steps": steps, **result}
 
 
-def equality(folder: str, width: float, threads: int, limit: int | None) -> dict:
-    """Every kind of network, trained on 1,280 real images: 1,000 test images, and all of them without SECA."""
+def holds(row: dict) -> bool:
+    """Whether a packed network is the model: up to rounding, and where spikes are rounded but for rare flips."""
+    if row["spike_bits"] is None:
+        return row["relative_difference"] <= 1e-4 and row["same_class"] == 1
+    one_step = row["given_the_codes_of_the_model_by_at_most_steps"] <= 1
+    return one_step and max(row["codes_that_differ"].values()) <= 1e-3 and row["same_class"] >= 0.999
+
+
+def equality(folder: str, width: float, threads: int, limit: int | None, path: Path) -> dict:
+    """Every kind of network, briefly trained on real images: logits and codes of 1,000 test images, classes of all.
+
+    The result is written after each network; networks that `path` holds already, from the same code and settings, are
+    not measured again.
+    """
     torch.set_num_threads(threads)
     train_set, test_set = data.load("cifar100", folder)
-    short = data.ImageSet(train_set.images[:1280], train_set.labels[:1280], train_set.class_names, train_set.spec)
+    short = data.ImageSet(train_set.images[:640], train_set.labels[:640], train_set.class_names, train_set.spec)
     batches = data.Batches(short, 64, train=True)
     images = torch.cat([x for x, _ in data.Batches(test_set, 1000, train=False)])[:limit]
+    settings = {"width": width, "trained_images": len(short), "test_images": len(images)}
+    result = {"machine": machine(), "settings": settings, "networks": []}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before.get("settings") == settings and before["machine"]["commit"] == result["machine"]["commit"]:
+            result = before
     neurons = {"vanilla": {}, "mem_bn": {"neuron": "mem_bn"}, "half parallel": {"parallel": 0.5}}
-    rows = []
     for (name, neuron), weights, seca, bits in product(neurons.items(), ("binary", "ternary"), (0, 1, 2), (None, 4)):
+        row = {"neuron": name, "weights": weights, "seca": seca, "spike_bits": bits}
+        if any(row.items() <= done.items() for done in result["networks"]):
+            continue
         config = ModelConfig(num_classes=100, width=width, weights=weights, seca=seca, spike_bits=bits, **neuron)
         model = train(config, batches)
-        row = {"neuron": name, "weights": weights, "seca": seca, "spike_bits": bits}
-        rows.append(row | compare(model, pack(model), images[:1000] if seca else images, exact=1000))
-        print(json.dumps(rows[-1]), flush=True)
-    return {"machine": machine("cpu", threads), "width": width, "trained_images": len(short), "networks": rows}
+        row |= compare(model, pack(model), images, exact=1000)
+        result["networks"].append(row)
+        write(path, result)
+        print(json.dumps(row), flush=True)
+    return result
+
+
+def write(path: Path, result: dict) -> None:
+    runs.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def report(result: dict) -> str:
@@ -278,7 +289,7 @@ def report(result: dict) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description="Measure packed networks.", allow_abbrev=False)
     p.add_argument("--arch", default="resnet18")
-    p.add_argument("--width", type=float, help="multiplier of all channel counts (1; with --equality 0.0625)")
+    p.add_argument("--width", type=float, help="multiplier of all channel counts (1; with --equality 0.125)")
     p.add_argument("--weights", default="binary", choices=("binary", "ternary"))
     p.add_argument("--neuron", default="empf")
     p.add_argument("--spike-bits", type=int)
@@ -296,17 +307,20 @@ def main() -> None:
         print(json.dumps(measure_alone(name, Path(path), device, int(threads))))
         return
     if args.equality:
-        result, name = equality(args.data, args.width or 0.0625, args.threads, args.limit), "equality"
-    else:
-        config = ModelConfig(
-            arch=args.arch, num_classes=100, width=args.width or 1.0, weights=args.weights, neuron=args.neuron,
-            spike_bits=args.spike_bits,
-        )  # fmt: skip
-        result, name = measure(config, args.device, args.threads, args.rounds), args.device
-        print(report(result))
-    path = args.json or RESULTS / f"deploy-{name}.json"
-    runs.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(f"written to {path}")
+        path = args.json or RESULTS / "deploy-equality.json"
+        rows = equality(args.data, args.width or 0.125, args.threads, args.limit, path)["networks"]
+        print(f"{len(rows)} networks, written to {path}")
+        if wrong := [row for row in rows if not holds(row)]:
+            sys.exit(f"error: {len(wrong)} packed networks are not the model: {json.dumps(wrong)}")
+        return
+    config = ModelConfig(
+        arch=args.arch, num_classes=100, width=args.width or 1.0, weights=args.weights, neuron=args.neuron,
+        spike_bits=args.spike_bits,
+    )  # fmt: skip
+    result = measure(config, args.device, args.threads, args.rounds)
+    path = args.json or RESULTS / f"deploy-{args.device}.json"
+    write(path, result)
+    print(f"{report(result)}\nwritten to {path}")
 
 
 if __name__ == "__main__":

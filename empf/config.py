@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import NoReturn, get_args, get_type_hints
 
-from empf.data import DATASETS
+from empf.data import DATASETS, Augment
 from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
+
+COMPRESSIONS = ("none", "bf16", "powersgd")
 
 # What differs from the defaults of TrainConfig (the authors' recipe, for CIFAR) unless given on the command line.
 RECIPES = {
@@ -55,11 +57,17 @@ class TrainConfig:
     ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
     seed: int = setting(0, "of the initial weights, the data order, the augmentation and the drawn steps")
     limit: int | None = setting(None, "use only the first so many training and test images")
+    accumulate: int = setting(1, "batches per update of the weights")
+    sync_bn: bool = setting(False, "batch norms share their statistics between processes")
+    grad_compression: str = setting(
+        "none", "of the gradients that processes exchange; powersgd is not exact after --resume", COMPRESSIONS
+    )
+    health: bool = setting(True, "look at a few batches per epoch and warn of layers that cannot learn")
     mixed_precision: str = setting("no", "arithmetic of the activations", ("no", "bf16"))
     threads: int = setting(0, "CPU threads per process; 0: the cores divided by the processes")
     output_dir: str | None = setting(None, "run folder; default: the first free runs/DATASET-ARCH[-N]")
     save_minutes: float = setting(10.0, "also save within an epoch after so many minutes")
-    max_steps: int | None = setting(None, "save and stop after so many batches of this call; --resume continues")
+    max_steps: int | None = setting(None, "save and stop after so many updates of this call; --resume continues")
     tracker: str | None = setting(None, "also log to a tracker of Accelerate, e.g. tensorboard")
 
     def __post_init__(self):
@@ -71,8 +79,10 @@ class TrainConfig:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} must be a finite number, got {value}")
-        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, limit=1, max_steps=1, seed=0, threads=0)
-        at_least |= dict(weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0)
+        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1)
+        at_least |= dict(
+            seed=0, threads=0, weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0
+        )
         for name, bound in at_least.items():
             if (value := getattr(self, name)) is not None and not value >= bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
@@ -86,6 +96,11 @@ class TrainConfig:
         if self.steps_per_batch > self.T:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
         self.model()  # checks the flags of the network before the data are read
+
+    def augment(self) -> Augment:
+        """What is done to the training images."""
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(Augment)}
+        return Augment(**{name: getattr(self, name) for name in shared})
 
     def model(self) -> ModelConfig:
         """The configuration of the network that fits the data set."""
@@ -114,6 +129,17 @@ def cpu_threads(threads: int, processes: int = 1) -> int:
     """`threads`, or if that is 0 the share of one of `processes` in the cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads or max(1, cores // processes)
+
+
+def batch_per_process(joined: int, processes: int) -> int:
+    """The share of each process in the joined batch, which a run keeps; ValueError if it cannot be shared."""
+    if joined % processes:
+        fitting = [str(n) for n in range(1, joined + 1) if joined % n == 0]
+        raise ValueError(
+            f"the run has {joined} images in the batch of all processes, which {processes} processes cannot share: "
+            f"continue it with --num_processes {', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
+    return joined // processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,7 +171,14 @@ def from_flags(given: dict) -> TrainConfig:
     return TrainConfig.from_dict({**recipe, **given})
 
 
-RESUME_MAY_CHANGE = ("data", "threads", "save_minutes", "max_steps", "tracker")  # they leave the numbers alone
+RESUME_MAY_CHANGE = (
+    "data",
+    "threads",
+    "save_minutes",
+    "max_steps",
+    "tracker",
+    "health",
+)  # they leave the numbers alone
 
 
 def for_resume(stored: dict, given: dict) -> TrainConfig:

@@ -4,7 +4,9 @@
 `packed.save(path)`, `load_packed(path)`: the file, see packed_file.py. `unpack(packed)`: back to a model.
 """
 
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -15,12 +17,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from empf import packed_file
-from empf.hub import HubPacked, Origin
+from empf.hub import HubPacked, Origin, fingerprint
 from empf.kernels.pack import signs
 from empf.models import ModelConfig, ResNet, SpikingConv, SpikingNetwork, StepBatchNorm, build
 from empf.online import reset
 from empf.packed_layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
 from empf.runs import write_atomic
+
+AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
 
 
 class PackedModel(nn.Module, HubPacked):
@@ -38,7 +42,7 @@ class PackedModel(nn.Module, HubPacked):
 
     def __init__(self, model: SpikingNetwork, origin: Origin | None = None):
         super().__init__()
-        self.config, self.origin = model.config, origin or Origin()
+        self.config, self.origin, self.packed_as = model.config, origin or Origin(), ""
         slots = count()
         self.stem = PackedStem(model.stem)
         self.body = (PackedResNet if isinstance(model, ResNet) else PackedVGG)(model, slots)
@@ -61,13 +65,27 @@ class PackedModel(nn.Module, HubPacked):
                     f"the membrane potential has shape {tuple(v.shape)} but the input "
                     f"{(x.shape[1], *v.shape[1:])}: call empf.reset(model) before a batch of another size"
                 )
-        stop = self.t + steps
-        span = Span(slice(self.t, stop), list(self.v), last=stop == self.config.T)
-        logits = self.run(x, span)
-        self.t, self.v = stop, span.v
-        return logits
+        stop, n = self.t + steps, x.shape[1]
+        at_once, logits, spans = self.images_at_once(steps, x.device), [], []
+        for first in range(0, max(n, 1), at_once):
+            part = slice(first, first + at_once)
+            v = [None if v is None else v[part] for v in self.v]
+            spans.append(Span(slice(self.t, stop), v, last=stop == self.config.T))
+            logits.append(self.compute(x[:, part], spans[-1]))
+        if len(spans) > 1:  # the images side by side again
+            self.v = [None if vs[0] is None else torch.cat(vs) for vs in zip(*(s.v for s in spans), strict=True)]
+        else:
+            self.v = spans[0].v
+        self.t = stop
+        return torch.cat(logits, 1)
 
-    def run(self, x: Tensor, span: Span) -> Tensor:
+    def images_at_once(self, steps: int, device: torch.device) -> int:
+        """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
+        if device.type != "cpu":
+            return sys.maxsize
+        return max(1, AT_ONCE * torch.get_num_threads() // (steps * self.stem.numbers(self.config.image_size)))
+
+    def compute(self, x: Tensor, span: Span) -> Tensor:
         """Logits of the steps of `span` without a look at the state of this object; x is (k, N, C, H, W), or k = 1."""
         current = self.stem(x)
         steps = span.steps.stop - span.steps.start
@@ -82,9 +100,14 @@ class PackedModel(nn.Module, HubPacked):
         found = {name: m for name, m in self.named_modules() if isinstance(m, PackedSynapse)}
         return {f"{name}.bits": (m.shape, m.kind) for name, m in found.items()}
 
+    def stated_origin(self) -> Origin:
+        """What is saved as the origin: without results where the weights were changed since packing or loading."""
+        same = self.packed_as == fingerprint(self.state_dict())
+        return self.origin if same else self.origin.without_results()
+
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; see empf/packed_file.py."""
-        about = {"model": self.config.to_dict(), "origin": asdict(self.origin)}
+        about = {"model": self.config.to_dict(), "origin": asdict(self.stated_origin())}
         return packed_file.to_bytes(packed_file.encode(self.state_dict(), self.packed_weights()), about)
 
     def save(self, path: str | Path) -> None:
@@ -113,7 +136,9 @@ def pack(model: SpikingNetwork) -> PackedModel:
         described = build(model.config)
     if repr(model) != repr(described) or shapes(model) != shapes(described):
         raise ValueError("the model was altered and is no longer what its configuration says: it cannot be packed")
-    return PackedModel(model, Origin.of(model)).to(model.head.weight.device)
+    packed = PackedModel(model, Origin.of(model)).to(model.head.weight.device)
+    packed.packed_as = fingerprint(packed.state_dict())
+    return packed
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -139,6 +164,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu") -> PackedM
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a network of this version ({error}): pack it again") from error
     model.load_state_dict(state, assign=True)
+    model.packed_as = fingerprint(state)
     return model.to(device)
 
 
@@ -149,19 +175,21 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
     Raises ValueError if it is above 1e-4; where spikes are rounded, so that rounding at a boundary may flip a code, if
     fewer than 99.9 % of the images (but for one) get the same class.
     """
-    difference, same, count = 0.0, 0, 0
+    differences, same, count = [0.0], 0, 0
     for images, _ in batches:
         logits = []
         for net in (model, packed):
             reset(net)
-            with torch.no_grad():
+            # the tensor cores would round the inputs of ordinary fp32 convolutions to 10 bits
+            with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 logits.append(net(images))  # T N classes
             reset(net)
         wanted, found = logits
         error = (found - wanted).abs().amax(-1) / wanted.abs().amax(-1)
-        difference = max(difference, error.max().item())
+        differences.append(error.max().item())
         same += int((found.sum(0).argmax(-1) == wanted.sum(0).argmax(-1)).sum())
         count += images.shape[-4]
+    difference = torch.tensor(differences).max().item()  # unlike Python's, it does not lose a NaN
     rounded = packed.config.spike_bits is not None or packed.config.neuron == "lif"
     if count - same > max(1, 0.001 * count) if rounded else not difference <= 1e-4:
         raise ValueError(
@@ -172,14 +200,15 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
 
 
 def pack_to_file(model: SpikingNetwork, path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
-    """Pack, save, load again and `verify`: what that returns, and "file" and "file_mb". A wrong file does not stay."""
+    """Pack, save, load again and `verify`: what that returns, and "file" and "file_mb". A wrong file is not kept."""
     path = Path(path)
-    pack(model).save(path)
+    unchecked = path.with_name(f"{path.name}.unchecked")
+    pack(model).save(unchecked)
     try:
-        checked = verify(model, load_packed(path, model.head.weight.device), batches)
-    except ValueError:
-        path.unlink()
-        raise
+        checked = verify(model, load_packed(unchecked, model.head.weight.device), batches)
+        unchecked.replace(path)
+    finally:
+        unchecked.unlink(missing_ok=True)
     return {"file": str(path), "file_mb": path.stat().st_size / 1e6, **checked}
 
 
@@ -202,6 +231,31 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
     found = packed(image).mean(0).softmax(-1)[0].topk(min(k, c.num_classes))  # classes
     packed.reset()
     return [(origin.classes[i], p) for i, p in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+
+
+def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator[tuple[str, float, float]]:
+    """After each frame of an event recording (or frames [T, 2, H, W] as .npy, .npz): (class, its share, seconds).
+
+    The class has the largest sum of logits so far, its share is that of the softmax of their mean. Raises
+    FileNotFoundError or ValueError with one sentence where the file cannot be read, or the network takes no events.
+    """
+    from empf.events import event_frames_of_file
+
+    c = net.config
+    if c.in_channels != 2:
+        raise ValueError(f"a stream needs a network for events of 2 polarities, this one has {c.in_channels} channels")
+    origin = net.origin if isinstance(net, PackedModel) else Origin.of(net)
+    names = origin.classes if len(origin.classes) == c.num_classes else [f"class {i}" for i in range(c.num_classes)]
+    frames = event_frames_of_file(recording, c.T, c.image_size).to(next(net.buffers()).device)
+    reset(net)
+    total = torch.zeros((), device=frames.device)
+    for t, frame in enumerate(frames, 1):
+        start = time.perf_counter()
+        with torch.no_grad():
+            total = total + net(frame.unsqueeze(0), steps=1)[0, 0]  # classes
+        share, best = (total / t).softmax(-1).max(-1)
+        yield names[int(best)], share.item(), time.perf_counter() - start
+    reset(net)
 
 
 def read_picture(path: str | Path, channels: int, size: int) -> Tensor:

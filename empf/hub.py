@@ -1,19 +1,24 @@
 """The Hugging Face Hub: `from_pretrained`, `save_pretrained` and `push_to_hub` of models and packed models.
 
-    model folder    config.json, model.safetensors, metrics.jsonl (where the run is known), README.md
+    model folder    config.json, model.safetensors, metrics.jsonl (empty where no run is known), README.md
     packed folder   packed.safetensors, config.json (to be read by people), README.md
 
 A model folder can be evaluated and packed like a run folder. The model card says what the run itself recorded and
-nothing else.
+nothing else, and no accuracy once the weights are no longer those of the run.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor
 
 PAPER = "https://arxiv.org/abs/2410.07547"
 PACKED_FILE = "packed.safetensors"
@@ -41,11 +46,15 @@ class Origin:
         made = {k: tuple(kind(v) for v in values[k]) for k, kind in lists.items() if k in values}
         return cls(**{**values, **made})
 
+    def without_results(self) -> "Origin":
+        """For weights that are not those that the run measured."""
+        return replace(self, accuracy=(), epochs=None)
+
     @classmethod
     def of(cls, model) -> "Origin":
         """Of a model that `empf.load` read from a run folder, which it names as `model.run`.
 
-        Raises ValueError with one sentence if the folder is damaged.
+        A model that was changed since has no results. Raises ValueError with one sentence if the folder is damaged.
         """
         from empf.runs import read_config  # it imports the networks, which are built on this module
 
@@ -55,8 +64,9 @@ class Origin:
         config, metrics = read_config(run), Path(run) / "metrics.jsonl"
         norm = config.get("normalisation", {})
         try:
-            last = json.loads(metrics.read_text().splitlines()[-1]) if metrics.is_file() else {}
-            return cls.from_dict(
+            lines = metrics.read_text().splitlines() if metrics.is_file() else []
+            last = json.loads(lines[-1]) if lines else {}
+            origin = cls.from_dict(
                 {
                     "dataset": config["train"].get("dataset"),
                     "classes": config.get("classes", []),
@@ -68,6 +78,23 @@ class Origin:
             )
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{run} is damaged ({error}): restore it from a copy of the run") from error
+        return origin if unchanged(model) else origin.without_results()
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A checksum of names, types and numbers."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def unchanged(model) -> bool:
+    """Whether the weights of a model are still those of its run folder."""
+    weights = Path(model.run) / "model.safetensors"
+    return weights.is_file() and fingerprint(safetensors.torch.load_file(weights)) == fingerprint(model.state_dict())
 
 
 class HubModel(
@@ -77,22 +104,33 @@ class HubModel(
     paper_url=PAPER,
     tags=["spiking-neural-network", "online-learning", "quantized"],
 ):
-    """Hub methods of a network; `run` is the folder it was read from, with its configuration and metrics."""
+    """Hub methods of a network; `run` is the folder it was read from, with its configuration and metrics.
+
+    A model that was changed since is saved with an empty metrics.jsonl.
+    """
 
     run: Path | None = None
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        import safetensors.torch
+    def save_pretrained(self, save_directory: str | Path, **options) -> str | None:
+        """As in huggingface_hub. Raises ValueError for the run folder itself, whose config.json would be lost."""
+        if self.run is not None and Path(save_directory).resolve() == Path(self.run).resolve():
+            raise ValueError(f"{save_directory} is the run that the model was read from: choose another folder")
+        return super().save_pretrained(save_directory, **options)
 
+    def _save_pretrained(self, save_directory: Path) -> None:
         from empf.runs import FORMAT, write_atomic
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomic(save_directory / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
         config = {"format": FORMAT, "model": self.config.to_dict(), "train": {}}
-        write_atomic(save_directory / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-        for name in ("config.json", "metrics.jsonl"):
-            if self.run is not None and (source := Path(self.run) / name).is_file():
-                write_atomic(save_directory / name, source.read_bytes())
+        files = {"config.json": (json.dumps(config, indent=1) + "\n").encode(), "metrics.jsonl": b""}
+        if self.run is not None:
+            files["config.json"] = (Path(self.run) / "config.json").read_bytes()
+            if unchanged(self):
+                with suppress(FileNotFoundError):
+                    files["metrics.jsonl"] = (Path(self.run) / "metrics.jsonl").read_bytes()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        files["model.safetensors"] = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        for name, content in files.items():
+            write_atomic(save_directory / name, content)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **options) -> "HubModel":
@@ -112,7 +150,7 @@ class HubPacked(HubModel):
         from empf.runs import write_atomic
 
         self.save(save_directory / PACKED_FILE)
-        about = {"packed": self.config.to_dict(), "origin": asdict(self.origin)}
+        about = {"packed": self.config.to_dict(), "origin": asdict(self.stated_origin())}
         write_atomic(save_directory / "config.json", (json.dumps(about, indent=1) + "\n").encode())
 
     @classmethod
@@ -122,7 +160,7 @@ class HubPacked(HubModel):
         return load_packed(download(model_id, [PACKED_FILE], [], options) / PACKED_FILE, device)
 
     def generate_model_card(self) -> ModelCard:
-        return model_card(self, self.origin, "model = empf.PackedModel.from_pretrained(NAME)")
+        return model_card(self, self.stated_origin(), "model = empf.PackedModel.from_pretrained(NAME)")
 
 
 def download(model_id: str, needed: list[str], optional: list[str], options: dict) -> Path:

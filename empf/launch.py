@@ -8,6 +8,9 @@ import argparse
 import os
 import sys
 
+import torch.distributed as dist
+import yaml  # comes with accelerate, whose configuration files are YAML
+
 ALREADY_STARTED = ("RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -39,7 +42,17 @@ def launcher() -> list[str]:
 
 
 def asked_for(command: list[str]) -> int | None:
-    """N of `accelerate launch ... --num_processes N ...`."""
+    """N of `accelerate launch --num_processes N ...`, or of the file in `--config_file FILE`."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     p.add_argument("--num_processes", "--num-processes", type=int)
-    return p.parse_known_args(command)[0].num_processes
+    p.add_argument("--config_file", "--config-file")
+    found = p.parse_known_args(command)[0]
+    if found.num_processes is None and found.config_file is not None:
+        with open(found.config_file) as file:
+            return yaml.safe_load(file).get("num_processes")
+    return found.num_processes
+
+
+def process_died(error: RuntimeError) -> bool:
+    """Whether the error is what a process sees when another one has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -8,13 +8,16 @@ head: global average pooling of the current, linear layer (full precision), logi
 image (N, C, H, W) or events (T, N, C, H, W)  ->  logits (T, N, classes)      arXiv 2410.07547, sec. 5
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from empf import recompute
 from empf.attention import SECA
 from empf.hub import HubModel
 from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
@@ -108,19 +111,32 @@ class StepBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.frozen_norm = False  # True: training uses the running statistics and leaves them alone
 
-    def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
+    def forward(self, x: Tensor, repeat: int = 1, rest: Tensor | None = None, again=None) -> Tensor:
+        """`rest`: a current that is added. `again`: makes x once more, so that it need not be kept for backward."""
         stats = (self.running_mean, self.running_var, self.weight, self.bias)
-        if not self.training or self.frozen_norm:
-            return over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
         momentum = 1 - (1 - self.momentum) ** repeat
-        steps = [F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x]  # N C H W
-        return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
+        if not self.training or self.frozen_norm:
+            y = over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
+        elif recompute.active():
+            return recompute.batch_norm(x, self, momentum, rest, again)
+        else:
+            steps = [
+                F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x
+            ]  # N C H W
+            y = steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
+        return y if rest is None else y + rest
 
 
 def over_steps(layer, x: Tensor) -> Tensor:
     """Apply a layer without state to all steps as one folded batch: (k, N, ...) -> (k, N, ...)."""
-    y = layer(x.flatten(0, 1))  # (k N) ...
+    with recompute.saving(x):
+        y = layer(x.flatten(0, 1))  # (k N) ...
     return y.unflatten(0, x.shape[:2])
+
+
+def fed(neuron: nn.Module, x: Tensor, norm: StepBatchNorm | None) -> Tensor:
+    """The spikes of a neuron; `norm`: x still has to go through it."""
+    return neuron(x) if norm is None else neuron(x, norm=norm)
 
 
 class Builder:
@@ -171,18 +187,30 @@ class SpikingConv(nn.Module):
         # SECA-II: the current before and after the synapse, where both have the same shape
         self.skip = make.config.seca == 2 and c_in == c_out and stride == 1 and not pool
 
-    def fire(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
+    def fire(self, x: Tensor, norm: StepBatchNorm | None = None) -> Tensor:
+        """The spikes; `norm`: x still has to go through it."""
+        spikes = fed(self.neuron, x, norm)
         return spikes if self.pool is None else over_steps(self.pool, spikes)
 
-    def integrate(self, spikes: Tensor, x: Tensor) -> Tensor:
-        current = self.bn(over_steps(self.conv, spikes))
-        if self.seca is None:
-            return current
-        return self.seca(x + current if self.skip else current)
+    def integrate(self, spikes: Tensor, x: Tensor, rest: Tensor | None = None) -> Tensor:
+        """The current that the spikes of x become, plus `rest`."""
+        return self.normalize(over_steps(self.conv, spikes), x, rest)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.integrate(self.fire(x), x)
+    def normalize(self, y: Tensor, x: Tensor, rest: Tensor | None = None) -> Tensor:
+        if self.seca is None:
+            return self.bn(y, rest=rest)
+        current = self.seca(x + self.bn(y) if self.skip else self.bn(y))
+        return current if rest is None else current + rest
+
+    def feed(self, neuron: nn.Module, spikes: Tensor, x: Tensor) -> tuple[Tensor, StepBatchNorm | None]:
+        """What comes to the next neuron: the current; or, if it does the batch norm itself, what that is fed."""
+        y = over_steps(self.conv, spikes)
+        if self.seca is None and neuron.takes(self.bn, y):
+            return y, self.bn
+        return self.normalize(y, x), None
+
+    def forward(self, x: Tensor, norm: StepBatchNorm | None = None, rest: Tensor | None = None) -> Tensor:
+        return self.integrate(self.fire(x, norm), x, rest)
 
 
 class Block(nn.Module):
@@ -198,10 +226,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spikes = self.conv1.fire(x)
-        current = self.conv2(self.conv1.integrate(spikes, x))
+        hidden, norm = self.conv1.feed(self.conv2.neuron, spikes, x)
         if self.shortcut is not None:
             x = self.shortcut["bn"](over_steps(self.shortcut["conv"], spikes))
-        return current + x
+        return self.conv2(hidden, norm=norm, rest=x)
 
 
 class Stem(nn.Module):
@@ -217,11 +245,17 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1) if image_size > 48 else None
 
     def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
-        x = self.bn(over_steps(self.conv, x), repeat)
-        return x if self.pool is None else over_steps(self.pool, x)
+        y = over_steps(self.conv, x)
+        if self.pool is not None:
+            return over_steps(self.pool, self.bn(y, repeat))
+        again = None
+        if not torch.is_autocast_enabled(x.device.type):  # in backward it would not be
+            conv = partial(F.conv2d, weight=self.conv.weight, stride=self.conv.stride, padding=self.conv.padding)
+            again = partial(over_steps, conv, x)
+        return self.bn(y, repeat, again=again)
 
 
-class SpikingNetwork(nn.Module, HubModel):
+class SpikingNetwork(nn.Module, HubModel, ABC):
     """Base of the networks: time, input checks and the two orders of computation.
 
     `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state; `model(x, steps=k, past=p)`: p
@@ -242,19 +276,25 @@ class SpikingNetwork(nn.Module, HubModel):
         """Input current of the first neurons (k, N, C, H, W); k = 1 for a static image."""
         return self.stem(x, repeat)
 
+    @abstractmethod
     def body(self, current: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Logits (k, N, classes) of k steps with this input current."""
 
     def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
         steps = self.config.T - self.t - past if steps is None else steps
         x = self._check_input(x, steps, past)
         static = len(x) == 1
-        current = self.encode(x, repeat=past + steps if static else 1)
-        past_current, current = (current, current) if static else (current[:past], current[past:])
+        if static:
+            current = self.encode(x, repeat=past + steps)
         if past:
             with torch.no_grad():
-                self.body(past_current.detach().expand(past, *past_current.shape[1:]))
-        logits = self.body(current.expand(steps, *current.shape[1:]))
+                before = current.detach() if static else self.encode(x[:past], repeat=1)
+                self.body(before.expand(past, *before.shape[1:]))
+        if not static:
+            current = self.encode(x[past:], repeat=1)
+        elif steps > 1:
+            current = current.expand(steps, *current.shape[1:])
+        logits = self.body(current)
         self.t += past + steps
         return logits
 
@@ -331,7 +371,11 @@ class VGGSNN(SpikingNetwork):
         self.head = nn.Linear(c_in * size * size, config.num_classes)
 
     def body(self, current: Tensor) -> Tensor:
-        spikes = over_steps(self.pool, self.neuron(self.layers(current)))
+        norm = None
+        neurons = [*(layer.neuron for layer in self.layers[1:]), self.neuron]
+        for layer, neuron in zip(self.layers, neurons, strict=True):
+            current, norm = layer.feed(neuron, layer.fire(current, norm), current)
+        spikes = over_steps(self.pool, fed(self.neuron, current, norm))
         return self.head(rearrange(spikes, "t n c h w -> t n (c h w)"))
 
 

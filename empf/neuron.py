@@ -18,7 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from empf import recompute
+from empf.fire import charge, fire, statistics
 from empf.kernels.neuron import neuron_update, quantize_spikes
+from empf.kernels.norm_neuron import bn_neuron, mem_bn_neuron
+from empf.kernels.steps import empty_like_steps
 
 ACTIVATIONS = {
     "relu": torch.relu,
@@ -81,6 +85,10 @@ class StatefulNeuron(nn.Module):
             )
         self.t = steps.stop
         return steps
+
+    def takes(self, norm: nn.Module, x: Tensor) -> bool:
+        """Can `norm`, through which x still has to go, be left to this neuron?"""
+        return False
 
 
 class EMPFNeuron(StatefulNeuron):
@@ -166,29 +174,89 @@ class EMPFNeuron(StatefulNeuron):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return alpha + beta * scale, beta * (self.bias - self.running_mean * scale)
 
-    def forward(self, current: Tensor) -> Tensor:
+    def takes(self, norm: nn.Module, x: Tensor) -> bool:
+        """Can `norm`, through which x still has to go, be left to this neuron? No where a hook is to see the current."""
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(m, kind) for m in (self, norm) for kind in kinds)
+        simple = self.activation == "relu" and not self.mem_bn and norm.training and not norm.frozen_norm
+        return simple and not hooked and (recompute.active() or recompute.on_kernels(x))
+
+    def forward(self, current: Tensor, norm: nn.Module | None = None) -> Tensor:
         steps = self.advance(current)
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
         leak = None if self.parallel else self.leak_logit[steps].sigmoid()
         threshold = self.threshold_logit[steps].sigmoid()
-        if self.v is None and not self.parallel and torch.is_grad_enabled():
-            # v[0] = 0 as a tensor: then the leak has a gradient (zero) in the first step too, on every process
-            self.v = torch.zeros_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))
         batch_stats = self.mem_bn and self.training and not self.frozen_norm
-        if self.activation == "relu" and not batch_stats:
-            gain, shift = (None if p is None else p[steps] for p in self.folded_norm())
-            spikes, v = neuron_update(
-                current, self.v, leak, threshold, gain=gain, shift=shift, bits=self.spike_bits, step=self.spike_step,
-                parallel=self.parallel, detach=self.online,
-            )  # fmt: skip
-        else:
+        if self.activation != "relu":
             spikes, v = self.loop(current, steps, leak, threshold, batch_stats)
+        elif (
+            torch.is_grad_enabled() and self.online and len(current) == 1 and self.mem_bn == batch_stats
+            and recompute.active()
+        ):  # fmt: skip
+            spikes, v = recompute.spike(current, self, steps.start, leak, threshold, norm)
+        elif batch_stats:
+            spikes, v = self.mem_bn_steps(current, steps, leak, threshold)
+        else:
+            spikes, v = self.plain_steps(current, steps, leak, threshold, norm)
         self.v = None if self.parallel else v
         return spikes
 
+    def plain_steps(self, current: Tensor, steps: slice, leak, threshold, norm) -> tuple[Tensor, Tensor | None]:
+        """ReLU, and no batch statistics of the potential."""
+        options = {"bits": self.spike_bits, "step": self.spike_step}
+        fast = not torch.is_grad_enabled() and recompute.active() and not recompute.on_kernels(current)
+        if norm is not None and recompute.on_kernels(current):
+            spikes, v, mean, var = bn_neuron(
+                current, self.v, leak, threshold, norm.weight, norm.bias, eps=norm.eps, parallel=self.parallel,
+                detach=self.online, **options,
+            )  # fmt: skip
+            recompute.move_statistics(norm, mean, var, current)
+            return spikes, v
+        gain = shift = None
+        if norm is not None and fast:
+            gain, shift = recompute.folded(norm.weight, norm.bias, *recompute.step_statistics(current, norm))
+        elif norm is not None:
+            current = norm(current)
+        if fast and not self.mem_bn:
+            return fire(current, self.v, leak, threshold, gain=gain, shift=shift, **options)
+        gain, shift = (None if p is None else p[steps] for p in self.folded_norm())
+        return neuron_update(
+            current, self.state(current), leak, threshold, gain=gain, shift=shift, parallel=self.parallel,
+            detach=self.online, **options,
+        )  # fmt: skip
+
+    def mem_bn_steps(self, current: Tensor, steps: slice, leak, threshold) -> tuple[Tensor, Tensor]:
+        """Mem-BN with ReLU and the statistics of the batch."""
+        options = {"bits": self.spike_bits, "step": self.spike_step}
+        own = [p[steps] for p in (self.alpha, self.beta, self.weight, self.bias)]
+        running = list(zip(self.running_mean[steps], self.running_var[steps], strict=True))
+        if recompute.on_kernels(current):
+            spikes, v, mean, var = mem_bn_neuron(
+                current, self.v, leak, threshold, *own, eps=self.eps, detach=self.online, **options
+            )
+            for running_t, mean_t, var_t in zip(running, mean, var, strict=True):
+                recompute.move(*running_t, mean_t, var_t, self.momentum, current)
+            return spikes, v
+        if torch.is_grad_enabled() or not recompute.active():
+            return self.loop(current, steps, leak, threshold, batch_stats=True)
+        spikes, v = empty_like_steps(current, current.dtype), self.v
+        for k, running_t in enumerate(running):
+            at_k = slice(k, k + 1)
+            m = charge(current[k], v, leak[k])
+            mean, var = statistics(m, running_t, self.momentum)
+            gain, shift = recompute.mem_folded(*(p[at_k] for p in own), mean, torch.rsqrt(var + self.eps))
+            spikes[k], v = fire(m[None], None, leak[at_k], threshold[at_k], gain=gain, shift=shift, **options)
+        return spikes, v
+
+    def state(self, current: Tensor) -> Tensor | None:
+        """v; where there is a gradient, v[0] = 0 as a tensor: the leak has one (zero) in the first step too."""
+        if self.v is None and not self.parallel and torch.is_grad_enabled():
+            return torch.zeros_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))
+        return self.v
+
     def loop(self, current: Tensor, steps: slice, leak, threshold, batch_stats: bool) -> tuple[Tensor, Tensor]:
         """`neuron_step`, repeated: every activation, and Mem-BN with batch statistics."""
-        v, spikes = self.v, []
+        v, spikes = self.state(current), []
         gain, shift = (None, None) if batch_stats else self.folded_norm()
         act, dims = ACTIVATIONS[self.activation], current.dim() - 1
         dtype = torch.promote_types(current.dtype, torch.float32)  # the potential is never kept in half precision

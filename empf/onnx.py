@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from empf.deploy import PackedModel
-from empf.packed_layers import Span
+from empf.packed_layers import PackedSynapse, Span
 from empf.runs import installed, write_atomic
 
 
@@ -29,7 +29,7 @@ class WholeSequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         span = Span(slice(0, self.packed.config.T), [None] * self.packed.neurons, last=True)
-        return self.packed.run(x if self.events else x.unsqueeze(0), span)
+        return self.packed.compute(x if self.events else x.unsqueeze(0), span)
 
 
 @torch.no_grad()
@@ -45,7 +45,9 @@ def export_onnx(packed: PackedModel, path: str | Path, *, events: bool | None = 
     events = c.arch == "vgg_snn" if events is None else events
     whole = WholeSequence(copy.deepcopy(packed).cpu(), events)
     x = torch.zeros(*[c.T] * events, 2, c.in_channels, c.image_size, c.image_size)
-    whole(x)  # unpacks the weights: otherwise the unpacking would become part of the graph
+    for synapse in (m for m in whole.modules() if isinstance(m, PackedSynapse)):
+        for dtype in (torch.float32, torch.uint8):  # now: otherwise the unpacking would become part of the graph
+            synapse.dense(dtype)
     program = torch.onnx.export(
         whole, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"],
         dynamic_shapes=({int(events): torch.export.Dim("N", min=1)},),

@@ -6,8 +6,8 @@ n-bit spikes              uint8 codes between the layers; their sums are exact i
 
 Each is made from the layer of a `SpikingNetwork` that it stands for; from one on the meta device only the names and
 shapes of its buffers are made, which a file then fills. On a GPU the packed kernels run, a convolution together with
-the T steps of the neurons behind it. The CPU has no 1-bit product: there the weights are unpacked once, and each layer
-is one dense convolution over all steps.                                                arXiv 2410.07547, sec. 4
+the T steps of the neurons behind it. The CPU has no 1-bit product: there the weights are unpacked once, to int8 for
+codes and to fp32 for floats, and each layer is one dense convolution over all steps.   arXiv 2410.07547, sec. 4
 """
 
 import copy
@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from empf import cpu_conv
+from empf.cpu_conv import CodeConv, FloatConv
 from empf.kernels import backend
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron
 from empf.kernels.matmul import binary_matmul
-from empf.kernels.neuron import neuron_update, spike_codes
+from empf.kernels.neuron import neuron_update
 from empf.kernels.pack import PackedWeight, signs, weights_per_word
 from empf.kernels.pack import pack as pack_weight
+from empf.kernels.steps import stack_steps
 from empf.models import VGGSNN, Block, ResNet, SpikingConv, Stem, StepBatchNorm
 from empf.neuron import ACTIVATIONS, LIFNeuron, StatefulNeuron, per_channel
 from empf.synapse import QuantizedWeight, quantize_weight
@@ -79,28 +82,37 @@ class PackedNeuron(nn.Module):
         return (span.v[self.slot], leak, threshold), {"gain": gain, "shift": shift, "parallel": self.parallel, **code}
 
     def forward(self, current: Tensor, span: Span) -> Tensor:
-        args, keywords = self.arguments(span)
-        if self.fusible:
-            spikes, v = neuron_update(current, *args, **keywords)
-            span.keep(self.slot, v)
-            return spikes
-        (v, *parameters), dims = (*args, keywords["gain"], keywords["shift"]), current.dim() - 1
+        (v, leak, threshold), keywords = self.arguments(span)
+        if self.fusible and backend(current.device) != "torch":
+            spikes, v = neuron_update(current, v, leak, threshold, **keywords)
+        else:
+            spikes, v = self.in_turn(current, v, leak, threshold, keywords["gain"], keywords["shift"])
+        span.keep(self.slot, v)
+        return spikes
+
+    def in_turn(self, current: Tensor, v: Tensor | None, leak, threshold, gain, shift) -> tuple[Tensor, Tensor | None]:
+        """(spikes, v) step after step in plain torch, for every activation."""
         spikes = []
         for k, i in enumerate(current.float()):  # N C ...
-            at_k = [None if p is None else per_channel(p[k], dims) for p in parameters]
-            s, v = self.fire(i, None if self.parallel else v, *at_k)
-            if self.bits:
-                s = spike_codes(s, self.bits, self.step).to(torch.uint8)
-            spikes.append(s if self.bits else s.to(current.dtype))
-        span.keep(self.slot, None if self.parallel else v)
-        return torch.stack(spikes)
-
-    def fire(self, i: Tensor, v: Tensor | None, leak, threshold, gain, shift) -> tuple[Tensor, Tensor]:
-        """One step of a neuron that the kernels do not know: (s, v)."""
-        m = i if v is None else leak * v + i
-        mh = m if gain is None else gain * m + shift
-        s = (mh >= threshold).float() if self.lif else ACTIVATIONS[self.activation](mh - threshold)
-        return s, mh - (threshold * s if self.lif else s)
+            leak_k, threshold_k, gain_k, shift_k = (
+                None if p is None else per_channel(p[k], i.dim()) for p in (leak, threshold, gain, shift)
+            )
+            m = i if v is None else torch.addcmul(i, v, leak_k)
+            mh = m if gain is None else torch.addcmul(shift_k, m, gain_k)
+            if self.fusible:
+                after = torch.minimum(mh, threshold_k)
+                s = mh - after
+            elif self.lif:
+                s = (mh >= threshold_k).float()
+                after = mh - s * threshold_k
+            else:
+                s = ACTIVATIONS[self.activation](mh - threshold_k)
+                after = mh - s
+            if self.bits:  # `spike_codes`; the conversion to integers is its floor
+                s = s.mul_(1 / self.step).add_(0.5).clamp_(0.0, 2**self.bits - 0.5)
+            spikes.append(s.to(torch.uint8 if self.bits else current.dtype))
+            v = None if self.parallel else after
+        return stack_steps(spikes, current), v
 
 
 class PackedSynapse(nn.Module):
@@ -128,6 +140,10 @@ class PackedSynapse(nn.Module):
         """Drop what was derived from the buffers, because they move or change."""
         self._weight: PackedWeight | None = None
         self._dense: dict[torch.dtype, Tensor] = {}
+        self._laid_out: dict[float | None, FloatConv | CodeConv] = {}
+
+    def __getstate__(self) -> dict:  # copies derive their own
+        return {**super().__getstate__(), "_weight": None, "_dense": {}, "_laid_out": {}}
 
     def _apply(self, fn, recurse=True):
         self._forget()
@@ -143,29 +159,45 @@ class PackedSynapse(nn.Module):
             self._weight = PackedWeight(self.bits, self.scale, self.shape, self.kind)
         return self._weight
 
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The dense weights for x of this type: with the scale for floats, the signs alone for codes."""
+        weight = signs(self.weight).float()
+        if dtype != torch.uint8:
+            weight = (weight * self.scale.view(-1, *[1] * (len(self.shape) - 1))).to(dtype)
+        return weight
+
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The unpacked weights for x of this type: with the scale for floats, the signs alone for codes."""
+        """`unpacked`, kept for the next call."""
         if dtype not in self._dense:
-            weight = signs(self.weight).float()
-            if dtype != torch.uint8:
-                weight = (weight * self.scale.view(-1, *[1] * (len(self.shape) - 1))).to(dtype)
-            self._dense[dtype] = weight
+            self._dense[dtype] = self.unpacked(dtype)
         return self._dense[dtype]
+
+    def laid_out(self, x: Tensor, step: float | None) -> FloatConv | CodeConv:
+        """The convolution of x (N, C, H, W) on the CPU, with its weights; kept for the next call."""
+        if step not in self._laid_out:
+            if step is None:
+                made = FloatConv(self.unpacked(x.dtype), **self.conv, x=x)
+            else:
+                made = CodeConv(signs(self.weight), self.scale, **self.conv, x=x, step=step)
+            self._laid_out[step] = made
+        return self._laid_out[step]
 
     def forward(self, x: Tensor, step: float | None = None) -> Tensor:
         folded = x.flatten(0, 1)  # (k N) ...
         if backend(x.device) != "torch":
             run = binary_matmul if self.conv is None else binary_conv2d
             y = run(folded, self.weight, bias=self.bias, step=step, **self.conv or {})
-            return y.unflatten(0, x.shape[:2])
-        weight = self.dense(x.dtype)
-        product = F.linear if self.conv is None else F.conv2d
-        if step is None:
-            y = product(folded, weight, self.bias.to(x.dtype), **self.conv or {})
-        else:  # integers below 2^24: exact in fp32
-            sums = product(folded.float(), weight, **self.conv or {})
-            like = (-1, *[1] * (sums.dim() - 2))
-            y = torch.addcmul(self.bias.view(like), sums, (self.scale * step).view(like))
+        elif self.conv and x.is_cpu and x.dtype in (torch.float32, torch.uint8) and cpu_conv.available():
+            y = self.laid_out(folded, step)(folded, self.bias)
+        else:
+            product = F.linear if self.conv is None else F.conv2d
+            weight = self.dense(x.dtype)
+            if step is None:
+                y = product(folded, weight, self.bias.to(x.dtype), **self.conv or {})
+            else:  # integers below 2^24: exact in fp32
+                sums = product(folded.float(), weight, **self.conv or {})
+                like = (-1, *[1] * (sums.dim() - 2))
+                y = torch.addcmul(self.bias.view(like), sums, (self.scale * step).view(like))
         return y.unflatten(0, x.shape[:2])
 
 
@@ -336,9 +368,13 @@ class PackedStem(nn.Module):
         self.conv = {"stride": stem.conv.stride, "padding": stem.conv.padding}
         self.pool = stem.pool
 
+    def numbers(self, size: int) -> int:
+        """Numbers in the output for one image of this side."""
+        for stride in (self.conv["stride"][0], 1 if self.pool is None else self.pool.stride):
+            size = -(-size // stride)
+        return len(self.bias) * size**2
+
     def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(0, 1)  # (k N) C H W
-        if backend(x.device) != "torch":
-            y = y.contiguous(memory_format=torch.channels_last)  # the layout of the kernels
+        y = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # the fast layout of all that follows
         y = F.conv2d(y, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.conv)
         return (y if self.pool is None else self.pool(y)).unflatten(0, x.shape[:2])

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 from zipfile import BadZipFile, ZipFile
 
 import safetensors.torch
@@ -167,13 +168,14 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from error
-    load_weights(model, tensors, path)
+    check_fits(model, tensors, path)
+    model.load_state_dict(tensors)
     model.run = Path(run)
     return model.eval().to(device)
 
 
-def load_weights(model: SpikingNetwork, tensors: dict, source: Path) -> None:
-    """Load a state dict that must fit exactly; otherwise a ValueError that names the first difference."""
+def check_fits(model: SpikingNetwork, tensors: dict, source: Path) -> None:
+    """Raise a ValueError that names the first difference unless the state dict fits the model exactly."""
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         here, there = (tuple(d[name].shape) if name in d else None for d in (wanted, tensors))
@@ -184,7 +186,6 @@ def load_weights(model: SpikingNetwork, tensors: dict, source: Path) -> None:
                 f"{source} belongs to another architecture than the configured {model.config.arch}: {name} {what}"
                 f"{shapes}; give the run folder it was written to"
             )
-    model.load_state_dict(tensors)
 
 
 def new_folder(base: Path) -> Path:
@@ -201,20 +202,23 @@ def has_matplotlib() -> bool:
 
 
 def plot_curves(run: Path, history: list[dict], title: str) -> None:
-    """Draw curves.png: training loss, and test accuracy after each time step."""
+    """Draw curves.png: training loss, and test accuracy after each time step; below, if it was looked at, the health."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    watched = [record for record in history if "health" in record]
+    rows = 2 if watched else 1
+    fig, axes = plt.subplots(rows, 2, figsize=(11, 4 * rows), layout="constrained", squeeze=False)
+    left, right = axes[0]
     epochs = [r["epoch"] for r in history]
     accuracy = [r["accuracy"] for r in history]
     T = len(accuracy[0])
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     marker = "o" if len(epochs) == 1 else None
     left.plot(epochs, [r["loss"] for r in history], color="tab:red", marker=marker)
-    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", ylim=(0, None))
+    left.set(ylabel="training loss (cross-entropy)", ylim=(0, None))
     shades = matplotlib.colormaps["viridis_r"]
     for t in range(T):
         color = shades(0.25 + 0.75 * (t + 1) / T)
@@ -222,9 +226,12 @@ def plot_curves(run: Path, history: list[dict], title: str) -> None:
         right.plot(
             epochs, [a[t] for a in accuracy], color=color, marker=marker, linewidth=1 + (t + 1 == T), label=label
         )
-    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    right.set(ylabel="test accuracy (%)")
     right.legend(title="after time step, last epoch", loc="lower right")
-    for ax in (left, right):
+    if watched:
+        plot_health(*axes[1], watched, shades)
+    for ax in axes.flat:
+        ax.set(xlabel="epoch")
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.suptitle(title)
@@ -232,3 +239,29 @@ def plot_curves(run: Path, history: list[dict], title: str) -> None:
     fig.savefig(buffer, dpi=120)
     plt.close(fig)
     write_atomic(run / "curves.png", buffer.getvalue())
+
+
+def plot_health(left, right, watched: list[dict], shades) -> None:
+    """Firing density and flip rate of every layer; a red line where there were warnings."""
+    panels = ((left, "density", "non-zero spikes (%)"), (right, "flips", "weights flipped in the epoch (%)"))
+    marker = "o" if len(watched) == 1 else None
+    for ax, what, label in panels:
+        layers = list(watched[0]["health"][what])
+        for depth, layer in enumerate(layers):
+            points = [(r["epoch"], 100 * r["health"][what][layer]) for r in watched if layer in r["health"][what]]
+            color = shades(0.25 + 0.75 * (depth + 1) / len(layers))
+            name = layer if depth in (0, len(layers) - 1) else None
+            ax.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
+        ax.set(ylabel=label)
+        if layers:
+            ax.legend(title="first and last layer", fontsize=8, title_fontsize=8)
+    if any(value > 0 for r in watched for value in r["health"]["flips"].values()):
+        right.set_yscale("log")
+    warned = [r for r in watched if r["health"]["warnings"]]
+    for record in warned:
+        for ax in (left, right):
+            ax.axvline(record["epoch"], color="tab:red", alpha=0.3, linewidth=1)
+    if warned:
+        count = f"warnings in {len(warned)} epochs, see metrics.jsonl; the last, in epoch {warned[-1]['epoch']}:"
+        last = shorten(warned[-1]["health"]["warnings"][-1], 90)
+        left.set_title(f"{count}\n{last}", fontsize=8, color="tab:red", loc="left")

@@ -14,7 +14,8 @@
 
 A tile holds up to 8 time steps of the same pixels, step after step: weights are unpacked once for all of them, and the
 currents never leave registers. Where T is not 1, 2, 4 or 8, steps are taken in groups of the largest of these that
-divides it, one group after the other in the same launch, with v in registers in between.
+divides it, one group after the other in the same launch, with v in registers in between. Where tiles are too few for
+the GPU, the sum over K is split among programs, and the last to finish a tile goes through the time steps.
 """
 
 import math
@@ -23,10 +24,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .conv import (
+from . import tune
+from .conv import binary_conv2d_ref
+from .conv_tiles import (
     TILES,
+    Plan,
     aot_arguments,
-    binary_conv2d_ref,
     check_conv,
     check_like,
     constants,
@@ -37,10 +40,13 @@ from .conv import (
     output_size,
     pick_tile,
     result_dtype,
+    split_plan,
+    tile_plans,
 )
 from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
 from .neuron import _neuron_step, _spike_codes, neuron_update_ref
 from .pack import PackedWeight
+from .products import device_facts, gather, is_last, park, split_buffers
 
 MAX_STEPS = 8  # time steps in one tile: more would leave each fewer pixels than an instruction needs
 
@@ -110,6 +116,44 @@ def _parameter(ptr, t, rows, OUT, PER_CHANNEL: tl.constexpr):
 
 
 @triton.jit
+def _fire(
+    acc, v, t0, at, offsets, mask, size, rows, OUT, scale_ptr, bias_ptr, sums_ptr, residual_ptr, leak_ptr,
+    threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, current_ptr, in_step, step, inv_step,
+    X: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, TERNARY: tl.constexpr, LOG_STEPS: tl.constexpr,
+    LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, BITS: tl.constexpr, CODES: tl.constexpr, PARALLEL: tl.constexpr,
+):  # fmt: skip
+    """The steps from t0 on whose sums are in acc: stores spikes and current, returns the new v (ROWS, PIXELS)."""
+    FOLDED: tl.constexpr = gain_ptr is not None
+    currents = split_steps(
+        current_tile(acc, scale_ptr, bias_ptr, sums_ptr, in_step, rows, OUT, X, TAPS, C, TERNARY), LOG_STEPS
+    )
+    leak, gain, shift = 0.0, 0.0, 0.0
+    for i in tl.static_range(1 << LOG_STEPS):
+        t = t0 + i
+        current = currents[i]
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + (at + t * size) + offsets, mask=mask, other=0)
+            current += tl.trans(residual.to(tl.float32))
+        if current_ptr is not None:
+            current_out = tl.trans(current).to(current_ptr.dtype.element_ty)
+            tl.store(current_ptr + (at + t * size) + offsets, current_out, mask=mask)
+        threshold = _parameter(threshold_ptr, t, rows, OUT, THRESHOLD_C)
+        if not PARALLEL:
+            leak = _parameter(leak_ptr, t, rows, OUT, LEAK_C)
+        if FOLDED:
+            gain = _parameter(gain_ptr, t, rows, OUT, True)
+            shift = _parameter(shift_ptr, t, rows, OUT, True)
+        _, mh, s = _neuron_step(current, v, leak, threshold, gain, shift, FOLDED, PARALLEL)
+        v = mh - s
+        if BITS:
+            s = _spike_codes(s, inv_step, BITS)
+            if not CODES:
+                s = s * step
+        tl.store(spikes_ptr + (at + t * size) + offsets, tl.trans(s).to(spikes_ptr.dtype.element_ty), mask=mask)
+    return v
+
+
+@triton.jit
 def _binary_conv2d_neuron_kernel(
     x_ptr,
     words_ptr,
@@ -125,6 +169,8 @@ def _binary_conv2d_neuron_kernel(
     spikes_ptr,
     v_out_ptr,
     current_ptr,
+    partial_ptr,  # tiles, groups of steps, splits, ROWS, COLUMNS or None
+    arrived_ptr,  # tiles, zero, or None
     in_step,
     step,
     inv_step,
@@ -142,7 +188,8 @@ def _binary_conv2d_neuron_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     TERNARY: tl.constexpr,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -157,55 +204,47 @@ def _binary_conv2d_neuron_kernel(
     X: tl.constexpr = x_ptr.dtype.element_ty
     STEPS: tl.constexpr = 1 << LOG_STEPS
     PIXELS: tl.constexpr = COLUMNS // STEPS
-    FOLDED: tl.constexpr = gain_ptr is not None
+    tile = tl.program_id(0)
     tiles = tl.cdiv(OUT, ROWS)
-    first = tl.program_id(0) % tiles * ROWS
+    first = tile % tiles * ROWS
     rows = first + tl.arange(0, ROWS)
-    start = tl.program_id(0) // tiles * PIXELS
+    start = tile // tiles * PIXELS
     j = tl.arange(0, COLUMNS)
     image, row, column = output_position(tl.minimum(start + j % PIXELS, P - 1), OH, OW)
-    p = start + tl.arange(0, PIXELS)
-    mask = (p < P)[:, None] & (rows < OUT)[None, :]
-    # (PIXELS, ROWS): stores run along the channels. int64 where 2^31 may be exceeded, int32 within the tile.
-    at = tl.cast(start, tl.int64) * OUT + first
-    offsets = (p - start)[:, None] * OUT + (rows - first)[None, :]
-    size = tl.cast(P, tl.int64) * OUT  # of one time step
-    v = tl.zeros((ROWS, PIXELS), tl.float32)
-    if v_ptr is not None:
-        v = tl.trans(tl.load(v_ptr + at + offsets, mask=mask, other=0).to(tl.float32))
-    for t0 in range(0, T, STEPS):
-        acc = conv_tile(
-            x_ptr, words_ptr, (t0 + j // PIXELS) * tl.cast(N, tl.int64) + image, row, column, first, H, W, stride_w,
-            C, KH, KW, STRIDE, PADDING, TERNARY, PARTS, ROWS, COLUMNS, BLOCK,
-        )  # fmt: skip
-        currents = split_steps(
-            current_tile(acc, scale_ptr, bias_ptr, sums_ptr, in_step, rows, OUT, X, KH * KW, C, TERNARY), LOG_STEPS
-        )
-        leak, gain, shift = 0.0, 0.0, 0.0
-        for i in tl.static_range(STEPS):
-            t = t0 + i
-            current = currents[i]
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + (at + t * size) + offsets, mask=mask, other=0)
-                current += tl.trans(residual.to(tl.float32))
-            if current_ptr is not None:
-                current_out = tl.trans(current).to(current_ptr.dtype.element_ty)
-                tl.store(current_ptr + (at + t * size) + offsets, current_out, mask=mask)
-            threshold = _parameter(threshold_ptr, t, rows, OUT, THRESHOLD_C)
-            if not PARALLEL:
-                leak = _parameter(leak_ptr, t, rows, OUT, LEAK_C)
-            if FOLDED:
-                gain = _parameter(gain_ptr, t, rows, OUT, True)
-                shift = _parameter(shift_ptr, t, rows, OUT, True)
-            _, mh, s = _neuron_step(current, v, leak, threshold, gain, shift, FOLDED, PARALLEL)
-            v = mh - s
-            if BITS:
-                s = _spike_codes(s, inv_step, BITS)
-                if not CODES:
-                    s = s * step
-            tl.store(spikes_ptr + (at + t * size) + offsets, tl.trans(s).to(spikes_ptr.dtype.element_ty), mask=mask)
-    if not PARALLEL:
-        tl.store(v_out_ptr + at + offsets, tl.trans(v), mask=mask)
+    alone = True
+    if SPLIT:
+        for t0 in range(0, T, STEPS):
+            acc = conv_tile(
+                x_ptr, words_ptr, (t0 + j // PIXELS) * tl.cast(N, tl.int64) + image, row, column, first, H, W, stride_w,
+                C, KH, KW, STRIDE, PADDING, TERNARY, TERMS, SPLIT, ROWS, COLUMNS, BLOCK,
+            )  # fmt: skip
+            park(acc, partial_ptr, tile * (T // STEPS) + t0 // STEPS)
+        alone = is_last(arrived_ptr, tile)
+    if alone:
+        p = start + tl.arange(0, PIXELS)
+        mask = (p < P)[:, None] & (rows < OUT)[None, :]
+        # (PIXELS, ROWS): stores run along the channels. int64 where 2^31 may be exceeded, int32 within the tile.
+        at = tl.cast(start, tl.int64) * OUT + first
+        offsets = (p - start)[:, None] * OUT + (rows - first)[None, :]
+        size = tl.cast(P, tl.int64) * OUT  # of one time step
+        v = tl.zeros((ROWS, PIXELS), tl.float32)
+        if v_ptr is not None:
+            v = tl.trans(tl.load(v_ptr + at + offsets, mask=mask, other=0).to(tl.float32))
+        for t0 in range(0, T, STEPS):
+            if SPLIT:
+                acc = gather(partial_ptr, tile * (T // STEPS) + t0 // STEPS, ROWS, COLUMNS)
+            else:
+                acc = conv_tile(
+                    x_ptr, words_ptr, (t0 + j // PIXELS) * tl.cast(N, tl.int64) + image, row, column, first, H, W,
+                    stride_w, C, KH, KW, STRIDE, PADDING, TERNARY, TERMS, SPLIT, ROWS, COLUMNS, BLOCK,
+                )  # fmt: skip
+            v = _fire(
+                acc, v, t0, at, offsets, mask, size, rows, OUT, scale_ptr, bias_ptr, sums_ptr, residual_ptr, leak_ptr,
+                threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, current_ptr, in_step, step, inv_step,
+                X, KH * KW, C, TERNARY, LOG_STEPS, LEAK_C, THRESHOLD_C, BITS, CODES, PARALLEL,
+            )  # fmt: skip
+        if not PARALLEL:
+            tl.store(v_out_ptr + at + offsets, tl.trans(v), mask=mask)
 
 
 def _launch(
@@ -236,24 +275,43 @@ def _launch(
     spikes, v_out, current = _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype)
     t, n, o, oh, ow = spikes.shape
     p = n * oh * ow
-    columns = p * math.gcd(t, MAX_STEPS)
+    if p == 0:
+        return spikes, v_out, current
+    x = _fold(x)
+    leak = None if parallel else leak
+    parameters = [None if a is None else a.contiguous() for a in (leak, threshold, gain, shift)]
+    operands = (
+        x, words, scale.contiguous(), None if bias is None else bias.contiguous(), sums,
+        None if residual is None else _fold(residual),
+        None if v is None or parallel else v.contiguous(memory_format=torch.channels_last), *parameters,
+        spikes, None if parallel else v_out, current if return_current else None,
+    )  # fmt: skip
+    scalars = (in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow, words.shape[1])
+    of_neuron = neuron_constants(t, leak, threshold, bits, codes, parallel)
+    columns, itemsize = p * math.gcd(t, MAX_STEPS), x.element_size()
+
+    def run(plan):
+        tiles = plan.programs(o, columns)
+        numbers = plan.tile.rows * plan.tile.columns * (t // math.gcd(t, MAX_STEPS))
+        buffers = split_buffers(plan.splits, tiles, numbers, x)
+        LAUNCHES["binary_conv2d_neuron"] += 1
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
+            _binary_conv2d_neuron_kernel[(tiles, plan.splits)](
+                *operands, *buffers, *scalars, **constants(itemsize, shape, ternary, stride, padding, plan), **of_neuron
+            )
+
     # v, current and residual of a step are live at once: for more pixels of a step, or groups of steps, a large tile
     # would not leave them enough registers
-    tile = pick_tile(x.element_size(), o, columns) if t in (4, 8) else TILES[x.element_size()][-1]
-    if p:
-        x = _fold(x)
-        leak = None if parallel else leak
-        parameters = [None if a is None else a.contiguous() for a in (leak, threshold, gain, shift)]
-        LAUNCHES["binary_conv2d_neuron"] += 1
-        _binary_conv2d_neuron_kernel[(triton.cdiv(o, tile.rows) * triton.cdiv(columns, tile.columns),)](
-            x, words, scale.contiguous(), None if bias is None else bias.contiguous(), sums,
-            None if residual is None else _fold(residual),
-            None if v is None or parallel else v.contiguous(memory_format=torch.channels_last), *parameters,
-            spikes, None if parallel else v_out, current if return_current else None,
-            in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow, words.shape[1],
-            **constants(x.element_size(), shape, ternary, stride, padding, tile),
-            **neuron_constants(t, leak, threshold, bits, codes, parallel),
-        )  # fmt: skip
+    tiles = TILES[itemsize] if t in (4, 8) else TILES[itemsize][-1:]
+    tile = pick_tile(itemsize, o, columns) if len(tiles) > 1 else tiles[0]
+    processors, _ = device_facts(x.device)
+    plan = split_plan(tile, itemsize, shape, columns, processors)
+    if tune.enabled():
+        bucket = triton.next_power_of_2(columns)
+        plans = tile_plans(tiles, itemsize, shape, bucket, processors)
+        key = ("binary_conv2d_neuron", x.dtype, t, *shape, ternary, stride, padding, bucket)
+        plan = tune.fastest(key, x.device, plans, run, plan)
+    run(plan)
     return spikes, v_out, current
 
 
@@ -381,11 +439,12 @@ def aot_cases() -> list[tuple]:
     vanilla = {"leak": 1, "gain": None, "residual": None, "current": None, "v": "*fp32"}
     folded = {"leak": 2, "gain": "*fp32", "residual": "*bf16", "current": "*bf16", "v": None}
     cases = [
-        ("bf16 T=4 128x128", 4, 0, vanilla, "bf16", (128, 256, 3, 3), False, 1, 1, TILES[2][0]),
-        ("fp16 T=8 64x64 ternary", 8, 4, vanilla, "fp16", (64, 256, 1, 1), True, 2, 0, TILES[2][1]),
-        ("i8 T=4 128x128 folded", 4, 4, folded, "i8", (128, 256, 3, 3), False, 1, 1, TILES[1][0]),
-        ("u8 T=10 64x64 folded", 10, 8, folded, "u8", (64, 128, 3, 3), False, 1, 1, TILES[1][1]),
-        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, TILES[4][0]),
+        ("bf16 T=4 128x128", 4, 0, vanilla, "bf16", (128, 256, 3, 3), False, 1, 1, Plan(TILES[2][0])),
+        ("fp16 T=8 64x64 ternary", 8, 4, vanilla, "fp16", (64, 256, 1, 1), True, 2, 0, Plan(TILES[2][1])),
+        ("i8 T=4 128x128 folded", 4, 4, folded, "i8", (128, 256, 3, 3), False, 1, 1, Plan(TILES[1][0])),
+        ("u8 T=10 64x64 folded", 10, 8, folded, "u8", (64, 128, 3, 3), False, 1, 1, Plan(TILES[1][1])),
+        ("i8 T=4 64x64 split", 4, 4, vanilla, "i8", (512, 512, 3, 3), False, 1, 1, Plan(TILES[1][1], 9)),
+        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, Plan(TILES[4][0])),
     ]
     return [(name, _binary_conv2d_neuron_kernel, *_aot_arguments(*rest)) for name, *rest in cases]
 

@@ -8,8 +8,8 @@
     x              product                      accumulated    error of the sum
     fp16 | bf16    16-bit tensor cores          fp32           that of fp32 addition
     codes          int8 tensor cores            int32          none
-    fp32           bf16 tensor cores, x split   fp32           5.7e-8 in three terms, 2.5e-6 in two, used unless
-                   in 2 or 3 bf16 terms                        torch.get_float32_matmul_precision() is 'highest'
+    fp32           bf16 tensor cores, x split   fp32           that of fp32 addition with three terms; 7.6e-6 with
+                   in 3 or 2 bf16 terms                        two, if torch.get_float32_matmul_precision() is 'medium'
 
 The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: K is split.
 Many rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x takes the dense library, with weights unpacked once per
@@ -17,21 +17,34 @@ call. The fast x has rows of a multiple of 16 elements and bytes; others are cop
 uint8's passage through registers: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
 """
 
-import functools
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from . import tune
 from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
-from .pack import PackedWeight, dot_signs, signs, unpack_words
+from .pack import PackedWeight, signs
+from .products import (
+    AMD_STAGES,
+    CODES,
+    FLOATS,
+    MAX_K_CODES,
+    device_facts,
+    dot_signs,
+    fp32_terms,
+    gather,
+    is_last,
+    park,
+    split_buffers,
+    split_steps_of_k,
+    stages_for_device,
+    unpack_words,
+)
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-CODES = (torch.uint8, torch.int8)
-MAX_K_CODES = 2**18 - 1  # 128 * 64 * K stays below 2^31
-MAX_K = 2**23 - 1  # offsets within a tile of 256 rows stay below 2^31
+MAX_K = MAX_N = 2**23 - 1  # offsets within a tile of 256 rows stay below 2^31
 DENSE_ROWS = 2048  # from here on unpacking (7.8 us for 4096 x 4096 on an H200) is noise beside the product (87 us)
 PERSISTENT_ROWS = 2048
-AMD_STAGES = 2  # its 64 KiB of shared memory hold no more
 
 
 class Config(NamedTuple):
@@ -45,13 +58,13 @@ class Config(NamedTuple):
 
 
 # By bytes per element of x: first for at most 16 rows, where K may be split; then from the largest tile to the
-# smallest. Wide tiles share each unpacked weight among more columns of the tensor core; 256 rows spill but on Hopper.
+# smallest. Wide tiles share each unpacked weight among more columns of the tensor core; for 256 rows see `_fits`.
 CONFIGS = {
     1: (
         Config(16, 128, 256, 8, 4),
         Config(256, 128, 128, 8, 3),
         Config(128, 128, 128, 8, 3),
-        Config(64, 64, 128, 4, 4),
+        Config(64, 64, 128, 4, 3),
     ),
     2: (Config(16, 128, 128, 4, 6), Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
     4: (Config(16, 128, 64, 4, 6), Config(64, 128, 32, 8, 3)),
@@ -93,7 +106,7 @@ def _binary_matmul_kernel(
     stride_xm,
     stride_w,
     TERNARY: tl.constexpr,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,9 +139,9 @@ def _binary_matmul_kernel(
         rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-        # The tile's first row in int64, for M * K may pass 2^31; within the tile and for the words int32 is enough.
+        # The tile's first row and word in int64, for M * K may pass 2^31; within the tile int32 is enough.
         x_first = x_ptr + tl.cast(tile_m * BLOCK_M, tl.int64) * stride_xm + k_first
-        words_first = words_ptr + k_first // E * stride_w
+        words_first = words_ptr + tl.cast(k_first // E, tl.int64) * stride_w
         x_at = (tl.minimum(rm, M - 1) - tile_m * BLOCK_M)[None, :] * stride_xm + rk[:, None]
         words_at = rw[:, None] * stride_w + rn[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
@@ -144,33 +157,27 @@ def _binary_matmul_kernel(
             if x_type == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
             w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, stride_w)  # BLOCK_N BLOCK_K
-            acc = dot_signs(w, x, acc, PARTS)
+            acc = dot_signs(w, x, acc, TERMS)
             x_first += BLOCK_K
             words_first += BLOCK_K // E * stride_w
 
         if SPLIT:
-            # Every program parks its part; the last to arrive adds them in a fixed order, so results do not vary.
-            splits = tl.num_programs(1)
-            at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-            parts_ptr = partial_ptr + tl.cast(tile, tl.int64) * splits * (BLOCK_N * BLOCK_M)
-            tl.store(parts_ptr + tl.program_id(1) * (BLOCK_N * BLOCK_M) + at, acc)
-            tl.debug_barrier()
-            if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1:
-                acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
-                for part in range(splits):
-                    acc += tl.load(parts_ptr + part * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
-                _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type, TERNARY)
+            park(acc, partial_ptr, tile)
+            if is_last(arrived_ptr, tile):
+                acc = gather(partial_ptr, tile, BLOCK_N, BLOCK_M)
+                _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY)
         else:
-            _store_tile(acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type, TERNARY)
+            _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY)
 
 
 @triton.jit
-def _store_tile(
-    acc, rm, rn, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, w_type: tl.constexpr, TERNARY: tl.constexpr
-):
+def _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY: tl.constexpr):
     """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr + rn, mask=rn < N, other=0.0) * tl.cast(step, tl.float32)
-    if w_type == tl.int8:
+    if acc.dtype == tl.int32:
         acc = acc >> 6  # exact: every term is a multiple of 64
         if sums_ptr is not None:
             acc += 128 * tl.load(sums_ptr + rn, mask=rn < N, other=0)[:, None]
@@ -179,6 +186,7 @@ def _store_tile(
         y = acc * (scale * (0.5 if TERNARY else 1.0))[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
     tl.store(y_ptrs, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
@@ -195,32 +203,30 @@ def _unpack_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The dense weight, times its scale where one is given, in the type of w."""
+    """The dense weight, times its scale where one is given, in the type of w; int8 wants words of form 'quad'."""
     E: tl.constexpr = 16 if TERNARY else 32
     out_type: tl.constexpr = w_ptr.dtype.element_ty
-    w_type: tl.constexpr = tl.float16 if out_type == tl.float16 else tl.bfloat16
+    w_type: tl.constexpr = tl.bfloat16 if out_type == tl.float32 else out_type
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rw = tl.program_id(1) * (BLOCK_K // E) + tl.arange(0, BLOCK_K // E)
-    w = unpack_words(tl.load(words_ptr + rw[:, None] * stride_w + rn[None, :]), w_type, TERNARY).to(tl.float32)
-    if TERNARY:
-        w *= 0.5
+    words_first = words_ptr + tl.cast(tl.program_id(1) * (BLOCK_K // E), tl.int64) * stride_w
+    words = tl.load(words_first + tl.arange(0, BLOCK_K // E)[:, None] * stride_w + rn[None, :])
+    w = unpack_words(words, w_type, TERNARY)
+    w = w >> 6 if out_type == tl.int8 else w.to(tl.float32) * (0.5 if TERNARY else 1.0)
     if scale_ptr is not None:
         w *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
     w_ptrs = w_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :]
     tl.store(w_ptrs, w.to(out_type), mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
-@functools.cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Number of multiprocessors, and whether it is a Hopper GPU."""
-    if device.type != "cuda":
-        return 4, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, torch.version.hip is None and properties.major == 9
+class Plan(NamedTuple):
+    """A tile and the number of parts that K is split into; or no tile: the dense library."""
+
+    config: Config | None
+    splits: int = 1
 
 
-def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> tuple[Config, int]:
+def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> Plan:
     """The largest tile that occupies nearly every processor, and the number of parts that K is split into.
 
     For few rows two programs per processor are wanted, to have enough words in flight from memory.
@@ -228,12 +234,32 @@ def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool
     few, *tiles = CONFIGS[itemsize]
     wanted = (2 if m <= few.block_m else 1) * processors
     for config in [few] if m <= few.block_m else tiles:
-        programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        if 8 * programs >= 7 * wanted and (config.block_m <= 128 or hopper):
-            return config, 1
-    steps = triton.cdiv(k, config.block_k)
-    splits = max(1, min(2 * processors // programs, steps // 2, 16))  # at least two steps for each part
-    return config, triton.cdiv(steps, triton.cdiv(steps, splits))  # and no part without any
+        programs = _tiles(m, n, config)
+        if 8 * programs >= 7 * wanted and _fits(config, n, k, hopper):
+            return Plan(config)
+    return Plan(config, split_steps_of_k(triton.cdiv(k, config.block_k), programs, processors))
+
+
+def _fits(config, n, k, hopper):
+    """Whether the accumulators of a tile and the offsets of its edges fit the registers."""
+    return config.block_m <= 128 or (hopper and n % 16 == 0 and k % config.block_k == 0)
+
+
+def _tiles(m, n, config):
+    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+
+
+def _candidates(m: int, n: int, k: int, dtype: torch.dtype, processors: int, hopper: bool) -> list[Plan]:
+    """What `tune` may try: each tile whole and as split as it can be, and the dense library where it takes x."""
+    plans = []
+    for config in CONFIGS[dtype.itemsize]:
+        if config.block_m <= max(64, m) and _fits(config, n, k, hopper):
+            splits = split_steps_of_k(triton.cdiv(k, config.block_k), _tiles(m, n, config), processors)
+            plans += [Plan(config, s) for s in sorted({1, splits})]
+    library_takes_codes = m > 16 and n % 8 == 0 and k % 8 == 0  # torch._int_mm on CUDA
+    if dtype == torch.bfloat16 or (dtype in CODES and library_takes_codes):
+        plans.append(Plan(None))
+    return plans
 
 
 def _aligned(x):
@@ -250,72 +276,77 @@ def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
     (m, k), n = x.shape, scale.shape[0]
     if m == 0:
         return x.new_empty(m, n, dtype=out_dtype)
+    processors, hopper = device_facts(x.device)
     if x.dtype == torch.bfloat16 and m >= DENSE_ROWS:
-        return _dense(x, words, scale, bias, ternary, out_dtype)
+        plan = Plan(None)
+    else:
+        plan = _choose(m, n, k, x.element_size(), processors, hopper)
+    run = partial(_run, x, words, scale, bias, sums, step, ternary, out_dtype)
+    if tune.enabled():
+        sizes = (triton.next_power_of_2(m), n, k, x.dtype)
+        plans = _candidates(*sizes, processors, hopper)
+        plan = tune.fastest(("binary_matmul", *sizes, ternary), x.device, plans, run, plan)
+    return run(plan)
+
+
+def _run(x, words, scale, bias, sums, step, ternary, out_dtype, plan):
+    """The product as `plan` says."""
+    if plan.config is None:
+        dense = _dense_codes if x.dtype in CODES else _dense
+        return dense(x, words, scale, bias, sums, step, ternary, out_dtype)
+    config, splits = plan
     x = _aligned(x)
-    k = x.shape[1]
+    (m, k), n = x.shape, scale.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    processors, hopper = _device(x.device)
-    config, splits = _choose(m, n, k, x.element_size(), processors, hopper)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    partial = arrived = None
-    if splits > 1:
-        kind = torch.int32 if x.dtype in CODES else torch.float32
-        partial = torch.empty(tiles * splits * config.block_m * config.block_n, dtype=kind, device=x.device)
-        arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    programs = tiles
+    tiles = programs = _tiles(m, n, config)
+    parts, arrived = split_buffers(splits, tiles, config.block_m * config.block_n, x)
     if m >= PERSISTENT_ROWS and splits == 1:  # as many as fit at a time, by their accumulators
+        processors, _ = device_facts(x.device)
         programs = min(tiles, processors * max(1, 128 * 128 // (config.block_m * config.block_n)))
     LAUNCHES["binary_matmul"] += 1
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
         _binary_matmul_kernel[(programs, splits)](
-            x,
-            words,
-            scale,
-            None if bias is None else bias.contiguous(),
-            sums,
-            y,
-            partial,
-            arrived,
-            step,
-            m,
-            n,
-            k,
-            x.stride(0),
-            words.stride(0),
-            TERNARY=ternary,
-            PARTS=3 if torch.get_float32_matmul_precision() == "highest" else 2,
-            EVEN_K=k % config.block_k == 0,
-            SPLIT=splits > 1,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.warps,
-            num_stages=config.stages if torch.version.hip is None else AMD_STAGES,
-        )
+            x, words, scale, None if bias is None else bias.contiguous(), sums, y, parts, arrived, step, m, n, k,
+            x.stride(0), words.shape[1], TERNARY=ternary, TERMS=fp32_terms(), EVEN_K=k % config.block_k == 0,
+            SPLIT=splits > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.warps, num_stages=stages_for_device(config.stages),
+        )  # fmt: skip
     return y
 
 
-def _unpacked(words, scale, n, k, ternary, dtype):
-    """The dense weight (N, K) in `dtype` from words of form 'pair', times `scale` where it is not None."""
+def unpack_dense(words, scale, n, k, ternary, dtype):
+    """The dense weight (N, K) in `dtype`, times `scale` where it is not None.
+
+    The words are those of `packed.operand("quad")` for int8 and of `packed.operand("pair")` for other types.
+    """
     w = torch.empty(n, k, dtype=dtype, device=words.device)
     LAUNCHES["binary_unpack"] += 1
     with torch.cuda.device_of(words):
         _unpack_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 128))](
-            words, scale, w, n, k, words.stride(0), TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
+            words, scale, w, n, k, words.shape[1], TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
         )
     return w
 
 
-def _dense(x, words, scale, bias, ternary, out_dtype):
+def _dense(x, words, scale, bias, sums, step, ternary, out_dtype):
     """Unpack once, then the dense library.
 
     The scale goes into the weights: in bf16 its rounding is no larger than that of y. (In fp16 it could underflow
     there, and the sum could overflow without it.)
     """
-    w = _unpacked(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
+    w = unpack_dense(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
     y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
     return y.to(out_dtype)
+
+
+def _dense_codes(x, words, scale, bias, sums, step, ternary, out_dtype):
+    """The same in int8, and the scale after the sum: exact, like the kernel."""
+    w = unpack_dense(words, None, scale.shape[0], x.shape[1], ternary, torch.int8)
+    total = torch._int_mm((x ^ 128 if x.dtype == torch.uint8 else x).view(torch.int8).contiguous(), w.t())
+    if sums is not None:
+        total += 128 * sums
+    y = total.float() * (scale * step)
+    return (y if bias is None else y + bias).to(out_dtype)
 
 
 @torch.library.custom_op(f"{OPS}::binary_matmul", mutates_args=())
@@ -340,7 +371,7 @@ def _(x, words, scale, bias, sums, step, ternary, out_dtype):
 @torch.library.custom_op(f"{OPS}::binary_matmul_d_x", mutates_args=())
 def _d_x_op(d_y: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, k: int, ternary: bool) -> torch.Tensor:
     """d_x[m, k] = sum_n d_y[m, n] * scale[n] * sign[n, k]: unpacked once, because both factors are dense here."""
-    w = _unpacked(words, None, scale.shape[0], k, ternary, d_y.dtype)
+    w = unpack_dense(words, None, scale.shape[0], k, ternary, d_y.dtype)
     return (d_y * scale).to(d_y.dtype) @ w
 
 
@@ -411,6 +442,8 @@ def _check(x, packed, bias, step, out_dtype):
         raise ValueError(f"codes ({x.dtype}) need a finite step > 0, got {step}")
     if packed.k > (limit := MAX_K_CODES if x.dtype in CODES else MAX_K):
         raise ValueError(f"K can be up to {limit} for x of {x.dtype}, got {packed.k}")
+    if packed.n > MAX_N:
+        raise ValueError(f"N can be up to {MAX_N}, got {packed.n}")
     if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (packed.n,) or bias.device != x.device):
         raise ValueError(
             f"bias must be floating point ({packed.n},) on {x.device}, "
@@ -433,7 +466,7 @@ def aot_cases() -> list[tuple]:
             partial_ptr=("*i32" if codes else "*fp32") if split else None, arrived_ptr="*i32" if split else None
         )
         types |= dict(step="fp32", M="i32", N="i32", K="i32", stride_xm="i32", stride_w="i32")
-        constexprs = dict(TERNARY=ternary, PARTS=3, EVEN_K=not ragged, SPLIT=split)
+        constexprs = dict(TERNARY=ternary, TERMS=3, EVEN_K=not ragged, SPLIT=split)
         constexprs |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
         tile = "x".join(map(str, config[:3]))
         name = f"{x} {'ternary' if ternary else 'binary'} {tile}{' ragged' if ragged else ''}"
@@ -451,7 +484,8 @@ def aot_cases() -> list[tuple]:
         add({"bf16": "fp16", "i8": "u8"}.get(x, x), CONFIGS[itemsize][-1], ternary=True, ragged=True)
     for x, itemsize, ternary in (("bf16", 2, True), ("i8", 1, True), ("u8", 1, False)):
         add(x, CONFIGS[itemsize][2], ternary, targets=("sm_90",))
-    types = dict(words_ptr="*i32", scale_ptr="*fp32", w_ptr="*bf16", N="i32", K="i32", stride_w="i32")
-    constexprs = dict(TERNARY=False, BLOCK_N=64, BLOCK_K=128)
-    cases.append(("unpack bf16", _unpack_kernel, types, constexprs, dict(num_warps=4)))
+    for w, scale in (("bf16", "*fp32"), ("i8", None)):
+        types = dict(words_ptr="*i32", scale_ptr=scale, w_ptr=f"*{w}", N="i32", K="i32", stride_w="i32")
+        constexprs = dict(TERNARY=w == "i8", BLOCK_N=64, BLOCK_K=128)
+        cases.append((f"unpack {w}", _unpack_kernel, types, constexprs, dict(num_warps=4)))
     return cases

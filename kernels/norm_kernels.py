@@ -259,13 +259,20 @@ def _tiles(x, sums):
     return view, tile, tiles, blocks, programs(tiles, blocks, x.device)
 
 
-def launch_bn(x, v, p, eps, bits, step):
+def launch_statistics(x):
     T, _, C = x.shape[:3]
     view, tile, tiles, blocks, rows = _tiles(x[:1], 2)
     mean, var = (x.new_empty((T, C), dtype=torch.float32) for _ in range(2))
     partial = x.new_empty((2, rows, T, C), dtype=torch.float32)
     _statistics_kernel[(rows, blocks, T)](x, partial, *view, tiles, x.stride(0), T=T, **tile)
     _finish(partial, x, x.stride(0), mean, var)
+    return mean, var
+
+
+def launch_bn(x, v, p, eps, bits, step, stats=None):
+    """(spikes, v, mean, var); with `stats`, (mean, var), without a pass for them."""
+    T = len(x)
+    mean, var = launch_statistics(x) if stats is None else stats
     spikes = empty_like_steps(x, x.dtype)
     v_out = empty_like_steps(x, torch.float32, one_step=True)
     view, tile, tiles, blocks, _ = _tiles(x, 1)
@@ -275,10 +282,11 @@ def launch_bn(x, v, p, eps, bits, step):
     return spikes, v_out, mean, var
 
 
-def launch_mem_bn(current, v, p, eps, bits, step):
+def launch_mem_bn(current, v, p, eps, bits, step, stats=None):
+    """(spikes, v, mean, var); with `stats`, (mean, var) instead of those of m."""
     T, _, C = current.shape[:3]
     view, tile, tiles, blocks, rows = _tiles(current[:1], 24)  # m, v and their sums in fp32, all parameters twice
-    mean, var = (current.new_empty((T, C), dtype=torch.float32) for _ in range(2))
+    mean, var = stats or (current.new_empty((T, C), dtype=torch.float32) for _ in range(2))
     partial = current.new_empty((2, rows, 1, C), dtype=torch.float32)
     spikes = empty_like_steps(current, current.dtype)
     v_out, m, m_next = (empty_like_steps(current, torch.float32, one_step=True) for _ in range(3))
@@ -288,7 +296,7 @@ def launch_mem_bn(current, v, p, eps, bits, step):
             None if t < T else v_out, m_next if t < T else None, partial, *view, tiles, t, eps, 1 / step, step,
             T=T, **tile, BITS=bits,
         )  # fmt: skip
-        if t < T:
+        if t < T and stats is None:
             _finish(partial, m_next[None], 0, mean[t], var[t])
         m, m_next = m_next, m
     return spikes, v_out, mean, var

@@ -16,6 +16,7 @@ For the backward pass only x (or I), v and vectors of T C numbers are kept; the 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import LAUNCHES, OPS, use_triton
@@ -96,11 +97,15 @@ def _steps_torch(x, v, p, mem, normalize):
         v = torch.minimum(mh, threshold)
 
 
-def _forward_torch(x, v, p, mem, eps, bits, step):
+def _forward_torch(x, v, p, mem, eps, bits, step, stats=None):
     """(spikes, v, mean, var) in plain torch, equal to the definitions up to rounding and faster on a CPU."""
     means, variances, spikes = [], [], []
 
     def normalize(t, y, weight, bias):
+        if stats is not None:
+            means.append(stats[0][t])
+            variances.append(stats[1][t])
+            return F.batch_norm(y, stats[0][t], stats[1][t], weight, bias, eps=eps)
         normed, mean, rstd = torch.native_batch_norm(y, weight, bias, None, None, True, 0.0, eps)
         means.append(mean)
         variances.append((rstd**-2 - eps).clamp(min=0))
@@ -182,15 +187,22 @@ def _norm_forward(
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(spikes, v, mean, var); with alpha and beta Mem-BN, without them the normalisation comes before the neuron."""
+    return _forward(x, v, (leak, threshold, alpha, beta, weight, bias), eps, bits, step, parallel)
+
+
+def _forward(x, v, parameters, eps, bits, step, parallel, stats=None):
+    leak, threshold, alpha, beta, weight, bias = parameters
     p = _stack(*x.shape[:3:2], None if parallel else leak, threshold, alpha, beta, weight, bias)
+    v = None if parallel else v
+    mem = alpha is not None
     if _on_definition(x):
-        spikes, v_out, mean, var = _forward_torch(x, None if parallel else v, p, alpha is not None, eps, bits, step)
+        spikes, v_out, mean, var = _forward_torch(x, v, p, mem, eps, bits, step, stats)
         return spikes, x.new_empty(0) if parallel else lay_out_like(v_out[None], spikes)[0], mean, var
     x = steps_dense(x)
-    v = None if v is None or parallel else lay_out_like(v[None], x)[0]
-    LAUNCHES["bn_neuron" if alpha is None else "mem_bn_neuron"] += 1
+    v = None if v is None else lay_out_like(v[None], x)[0]
+    LAUNCHES[("mem_bn_neuron" if mem else "bn_neuron") + "_again" * (stats is not None)] += 1
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
-        spikes, v_out, mean, var = (launch_bn if alpha is None else launch_mem_bn)(x, v, p, eps, bits, step)
+        spikes, v_out, mean, var = (launch_mem_bn if mem else launch_bn)(x, v, p, eps, bits, step, stats)
     return spikes, x.new_empty(0) if parallel else v_out, mean, var
 
 
@@ -317,6 +329,21 @@ def _run(x, v, parameters, eps, bits, step, parallel, detach):
     return spikes, v_out, mean.detach(), var.detach()
 
 
+@torch.no_grad()
+def _again(x, v, parameters, eps, bits, step, parallel, stats):
+    """`_run` with mean and variance given, (T, C)."""
+    T, _, C = x.shape[:3]
+    if any(tuple(s.shape) != (T, C) or s.device != x.device for s in stats):
+        raise ValueError(
+            f"stats must be (mean, var) of shape {(T, C)} on {x.device}, got "
+            f"{', '.join(f'{tuple(s.shape)} on {s.device}' for s in stats)}"
+        )
+    if T > MAX_STEPS and not _on_definition(x):
+        raise ValueError(f"stats are for at most {MAX_STEPS} steps at a time, got {T}")
+    spikes, v_out, mean, var = _forward(x, v, parameters, float(eps), bits or 0, float(step), parallel, stats)
+    return spikes, v if parallel else v_out, mean, var
+
+
 def bn_neuron(
     x: Tensor,
     v: Tensor | None,
@@ -330,17 +357,22 @@ def bn_neuron(
     step: float = 0.25,
     parallel: bool = False,
     detach: bool = True,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Batch normalisation with the statistics of each step, then `neuron_update`: (spikes, v, mean, var).
 
     `I[t] = weight * (x[t] - mean[t]) / sqrt(var[t] + eps) + bias`, mean and biased variance of each channel over N and
     the positions of x[t]; they are returned, (T, C), for running statistics, and carry no gradient themselves.
     weight, bias: (C,). x, v, leak, threshold and the options: as current, v, ... in `neuron_update`.
+    stats: (mean, var) of an earlier call: normalise with them, which spares a pass and gives the same spikes again.
+        Then nothing has a gradient.
 
     Gradients for x, v, leak, threshold, weight and bias, through mean and variance; kept for them are x, v and vectors.
     Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
     """
     _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, tuple(x.shape[2:3]))
+    if stats is not None:
+        return _again(x, v, (leak, threshold, None, None, weight, bias), eps, bits, step, parallel, stats)
     return _run(x, v, (leak, threshold, None, None, weight, bias), eps, bits, step, parallel, detach)
 
 
@@ -358,12 +390,14 @@ def mem_bn_neuron(
     bits: int | None = None,
     step: float = 0.25,
     detach: bool = True,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Neuron whose membrane potential is batch-normalised in each step (Mem-BN): (spikes, v, mean, var).
 
     `m = leak*v + I; mh = alpha*m + beta*(weight * (m - mean) / sqrt(var + eps) + bias); s = relu(mh - threshold);
     v = mh - s`; mean and biased variance of each channel over N and the positions of m, returned as (T, C).
-    alpha, beta: (T,) or (T, C). weight, bias: (T, C). The rest as in `neuron_update`, arXiv 2410.07547, sec. 4.
+    alpha, beta: (T,) or (T, C). weight, bias: (T, C). stats as in `bn_neuron`. The rest as in `neuron_update`,
+    arXiv 2410.07547, sec. 4.
 
     Gradients for current, v, leak, threshold, alpha, beta, weight and bias, through mean and variance; kept for them
     are current, v and vectors. With detach=False the backward pass is the torch definition on every device.
@@ -373,4 +407,6 @@ def mem_bn_neuron(
     _check_norm(
         current, v, leak, threshold, weight, bias, eps, bits, step, False, (T, C), alpha=alpha, beta=beta
     )  # fmt: skip
+    if stats is not None:
+        return _again(current, v, (leak, threshold, alpha, beta, weight, bias), eps, bits, step, False, stats)
     return _run(current, v, (leak, threshold, alpha, beta, weight, bias), eps, bits, step, False, detach)

@@ -17,7 +17,8 @@ Order of the weights of one word in `words`, for weight e of the word (32 of the
     pair     fp16 | bf16    15 - e//2 + 16(e%2)     14 - 2(e//2) + 16(e%2)       +-1 | 0, +-2
     quad     int8            7 - e//4 +  8(e%4)      6 - 2(e//4) +  8(e%4)       +-64 | 0, +-64
 
-With this order one shift and one logical operation per 32-bit register unpack two (pair) or four (quad) weights.
+With this order one shift and one logical operation per 32-bit register unpack two (pair) or four (quad) weights:
+see `unpack_words` in products.py.
 """
 
 import math
@@ -25,8 +26,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-
-from .dispatch import INTERPRETED, tl, triton
 
 KINDS = ("binary", "ternary")
 FORMS = ("pair", "quad")
@@ -214,75 +213,3 @@ def _codes(packed):
 def _decode(codes, kind):
     """Codes to int8 signs."""
     return ((1 - 2 * codes) if kind == "binary" else (codes & 1) - (codes & 2)).to(torch.int8)
-
-
-# Inside kernels. The unpacked weight is meant to be the left operand of `tl.dot`: there it stays in registers (Hopper
-# reads the right operand from shared memory only), and splitting a register into 16-bit or 8-bit lanes, joining and
-# reshaping compile to nothing.
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def unpack_words(words, dtype: tl.constexpr, TERNARY: tl.constexpr, n=16):
-    """Words (W, R) as loaded from `operand` -> weights (R, W * weights per word), 1, 2 or 64 times their sign.
-
-    dtype tl.int8 reads form 'quad' (64); tl.float16 and tl.bfloat16 read 'pair' (1 binary, 2 ternary). Inside a loop, n
-    should be a runtime integer of at least 16, such as the row stride of the words: the mask then is unknown to the
-    compiler, which otherwise moves the constant into a register again for each use, a tenth of the loop.
-    """
-    W: tl.constexpr = words.shape[0]
-    R: tl.constexpr = words.shape[1]
-    E: tl.constexpr = 16 if TERNARY else 32
-    w = tl.trans(words)[:, :, None]  # R W 1
-    if dtype == tl.int8:
-        if TERNARY:
-            mask = tl.where(tl.arange(0, 4) < n, -1061109568, 0)  # 0xC0C0C0C0
-            q = (w << (tl.arange(0, 4) * 2)[None, None, :]) & mask[None, None, :]  # four times 0, +-64
-        else:
-            mask = tl.where(tl.arange(0, 8) < n, -2139062144, 0)  # 0x80808080
-            q = ((w << tl.arange(0, 8)[None, None, :]) & mask[None, None, :]) | 0x40404040  # four times +-64
-        b0 = q.to(tl.int8)
-        b1 = (q >> 8).to(tl.int8)
-        b2 = (q >> 16).to(tl.int8)
-        b3 = (q >> 24).to(tl.int8)
-        lanes = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # the last two axes read b0 b1 b2 b3
-    else:
-        if TERNARY:
-            mask = tl.where(tl.arange(0, 8) < n, -1073692672, 0)  # 0xC000C000
-            p = (w << (tl.arange(0, 8) * 2)[None, None, :]) & mask[None, None, :]  # twice 0, +-2.0
-        else:
-            ONES: tl.constexpr = 0x3C003C00 if dtype == tl.float16 else 0x3F803F80
-            mask = tl.where(tl.arange(0, 16) < n, -2147450880, 0)  # 0x80008000
-            p = ((w << tl.arange(0, 16)[None, None, :]) & mask[None, None, :]) | ONES  # twice +-1.0
-        low = (p & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        high = (p >> 16).to(tl.int16).to(dtype, bitcast=True)
-        lanes = tl.join(low, high)
-    return tl.reshape(lanes, (R, W * E))
-
-
-@triton.jit
-def sign_mask(n, dtype: tl.constexpr):
-    """`n` for `unpack_words`."""
-    return n
-
-
-@triton.jit
-def dot_signs(w, x, acc, PARTS: tl.constexpr = 2):
-    """acc + w @ x for unpacked w (R, K) and x (K, C): int8 -> int32, 16 bits -> fp32, fp32 x with bf16 w -> fp32.
-
-    w is exact in bf16, so fp32 x is split into PARTS bf16 terms, one product each: relative error 2.5e-6 for 2 terms
-    and 5.7e-8 for 3.
-    """
-    if x.dtype == tl.int8:
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-    elif _INTERPRETED:  # it multiplies the bit patterns of bf16 operands; fp32 is exact where the operands are
-        acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
-    elif x.dtype == tl.float32:
-        for _ in tl.static_range(PARTS):
-            part = x.to(tl.bfloat16)
-            acc = tl.dot(w, part, acc)
-            x -= part.to(tl.float32)
-    else:
-        acc = tl.dot(w, x, acc)
-    return acc

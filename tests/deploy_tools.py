@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import empf
+from empf import models
 from empf.data import Batches, load
 
 
@@ -49,12 +50,18 @@ def trained(arch: str = "resnet18", **settings) -> tuple[torch.nn.Module, torch.
     return model.eval().requires_grad_(False), frames(model, images)
 
 
+def shallow(monkeypatch, arch: str = "resnet18", **settings) -> tuple[torch.nn.Module, torch.Tensor]:
+    """As `trained`, with two blocks or three layers, where each layer costs the test a second."""
+    monkeypatch.setitem(models.RESNETS, "resnet18", ([1, 1], [64, 128], None))
+    monkeypatch.setitem(models.RESNETS, "resnet19", ([1, 1], [128, 256], 256))
+    monkeypatch.setattr(models, "VGG", [64, 64, "P", 128, "P"])
+    return trained.__wrapped__(arch, **settings)  # not kept for other tests
+
+
 def logits(model: torch.nn.Module, x: torch.Tensor, **options) -> torch.Tensor:
     """All steps from time 0."""
     empf.reset(model)
-    model.reset()
     with torch.no_grad():
         y = model(x, **options)
     empf.reset(model)
-    model.reset()
     return y

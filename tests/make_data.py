@@ -1,12 +1,15 @@
-"""Tiny datasets of random pixels on disk, in the layouts that `empf.data.load` reads."""
+"""Tiny datasets of random pixels, in memory and on disk in the layouts that `empf.data.load` reads."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
-from empf.data import DATASETS
+from empf.data import DATASETS, ImageSet
 
 
 def pictures(count: int, name: str, *, seed: int = 0) -> tuple[list[Image.Image], list[int]]:
@@ -51,4 +54,73 @@ def disk_folder(folder: Path, name: str, *, train: int = 40, test: int = 20) -> 
     """What `save_to_disk` writes, of the same pixels as `parquet_folder`."""
     splits = {"train": pictures(train, name), "test": pictures(test, name, seed=1)}
     datasets.DatasetDict({split: to_dataset(*rows, name) for split, rows in splits.items()}).save_to_disk(folder)
+    return folder
+
+
+def random_set(count: int, name: str = "cifar10", seed: int = 0) -> ImageSet:
+    """In memory; all pixels > 0, so that the black border of a crop can be told from the image."""
+    spec = DATASETS[name]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, spec.channels, spec.image_size, spec.image_size)
+    images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(spec.num_classes, (count,), generator=generator)
+    return ImageSet(images, labels, [str(i) for i in range(spec.num_classes)], spec)
+
+
+def normalised(images: torch.Tensor, name: str = "cifar10") -> torch.Tensor:
+    """(pixel/255 - mean) / std of uint8 [..., C, H, W], in float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (DATASETS[name].mean, DATASETS[name].std))
+    return (images.double() / 255 - mean) / std
+
+
+def stored(batch: torch.Tensor, name: str = "cifar10") -> torch.Tensor:
+    """The uint8 pixels of a normalised batch."""
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (DATASETS[name].mean, DATASETS[name].std))
+    exact = (batch.double() * std + mean) * 255
+    assert (exact - exact.round()).abs().max() < 1e-3
+    return exact.round().to(torch.uint8)
+
+
+def assert_same(got: list, expected: list) -> None:
+    assert len(got) == len(expected)
+    for (images, targets), (expected_images, expected_targets) in zip(got, expected, strict=True):
+        assert torch.equal(images, expected_images)
+        assert torch.equal(targets, expected_targets)
+
+
+STREAMED = replace(DATASETS["imagenet1k"], name="streamed", image_size=24, num_classes=400)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> dict:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def plain_picture(label: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """Of one colour that tells the label, up to 400."""
+    return Image.new("RGB", size, (40 + label % 20 * 10, 40 + label // 20 * 10, 128))
+
+
+def stream_folder(folder: Path, counts: dict[str, list[int]], *, row_group: int = 7) -> Path:
+    """Parquet files of plain pictures, `counts[split]` images in each; image i of a split has the label i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split, shards in counts.items():
+        label = 0
+        for shard, count in enumerate(shards):
+            labels = list(range(label, label := label + count))
+            rows = {"image": [encoded(plain_picture(i)) for i in labels], "label": labels}
+            file = folder / f"{split}-{shard:05}-of-{len(shards):05}.parquet"
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(file, batch_size=row_group)
+    return folder
+
+
+def stream_files(folder: Path, items: list, labels: list | None = None, *, row_group: int = 7) -> Path:
+    """A set to be streamed with these images, the same for training and for testing; image i has the label i."""
+    labels = list(range(len(items))) if labels is None else labels
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": items, "label": labels}, features=features)
+    for split in ("train", "validation"):
+        rows.to_parquet(folder / f"{split}.parquet", batch_size=row_group)
     return folder

@@ -9,6 +9,7 @@ import torch
 from deploy_tools import trained
 
 from bench import deploy as bench
+from empf.data import load
 from empf.deploy import pack
 from empf.models import ModelConfig
 
@@ -55,8 +56,33 @@ def test_a_difference_is_seen(bits):
     assert same["same_class"] == 1 and same["images"] == 64
     packed.body.blocks[4].conv1.synapse.bias += 0.3
     other = bench.compare(model, packed, x, exact=64)
+    row = {"spike_bits": bits}
+    assert bench.holds(row | same) and not bench.holds(row | other)
     if bits is None:
         assert same["relative_difference"] < 1e-4 < 1e-2 < other["relative_difference"]
     else:
-        assert same["codes_that_differ"] < 1e-3 < other["codes_that_differ"]
-        assert same["at_first_by_at_most_steps"] <= 1 <= other["at_first_by_at_most_steps"]
+        flips = {net: found["codes_that_differ"] for net, found in (("same", same), ("other", other))}
+        alone = "given_the_codes_of_the_model"
+        assert flips["same"][alone] <= flips["same"]["as_they_run"] < 1e-3
+        # with the right codes before and behind it, only the layer that was changed is wrong
+        assert 0 < flips["other"][alone] < flips["other"]["as_they_run"] / 2
+
+
+def test_a_stopped_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "compare", lambda model, packed, images, exact: made.append(model) or {"images": 4})
+    monkeypatch.setattr(bench, "train", lambda config, batches: config)
+    monkeypatch.setattr(bench, "pack", lambda config: config)
+    digits = load("digits", limit=64)
+    monkeypatch.setattr(bench.data, "load", lambda name, folder: digits)
+    file = tmp_path / "equality.json"
+    arguments = ("unused", 0.0625, torch.get_num_threads(), 4, file)
+    rows = bench.equality(*arguments)["networks"]
+    assert len(made) == len(rows) == 36 and len({json.dumps(row) for row in rows}) == 36
+    result = json.loads(file.read_text())
+    del result["networks"][7:]
+    file.write_text(json.dumps(result))
+    assert sorted(map(json.dumps, bench.equality(*arguments)["networks"])) == sorted(map(json.dumps, rows))
+    assert len(made) == 36 + 29
+    bench.equality("unused", 0.03125, *arguments[2:])  # other settings: nothing of the file is used
+    assert len(made) == 36 + 29 + 36

@@ -73,7 +73,7 @@ def test_plot(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "MODULES", ("neuron",))
+    monkeypatch.setattr(bench, "MODULES", ("conv_neuron",))
     bench.main(["--quick", "--json", str(tmp_path / "result.json")])
     printed = capsys.readouterr().out
     assert printed.startswith("No GPU") and "nothing is timed" in printed

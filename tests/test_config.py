@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from train_tools import run_train
 
-from empf.config import TrainConfig, cpu_threads, for_resume, from_flags, parser
+from empf.config import TrainConfig, batch_per_process, cpu_threads, for_resume, from_flags, parser
 from empf.models import ModelConfig
 
 
@@ -38,7 +38,8 @@ VALUES = {
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu", "learning": "stbp",
     "steps_per_batch": "2", "epochs": "7", "batch_size": "33", "lr": "0.3", "weight_decay": "0.2",
     "warmup_epochs": "1.5", "crop": False, "flip": False, "cutout": "3", "mixup": "0.7", "cutmix": "0.6",
-    "label_smoothing": "0.2", "ema": "0.9", "seed": "11", "limit": "99", "mixed_precision": "bf16", "threads": "3",
+    "label_smoothing": "0.2", "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
+    "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16", "threads": "3",
     "output_dir": "out", "save_minutes": "2.5", "max_steps": "8", "tracker": "tensorboard",
 }  # fmt: skip
 
@@ -48,7 +49,7 @@ def test_every_field_is_a_flag():
     flags = []
     for name, value in VALUES.items():
         flag = name.replace("_", "-")
-        flags += [f"--no-{flag}"] if value is False else [f"--{flag}", value]
+        flags += {False: [f"--no-{flag}"], True: [f"--{flag}"]}.get(value, [f"--{flag}", value])
     config = parse(*flags)
     for f in fields(TrainConfig):
         assert getattr(config, f.name) != f.default
@@ -80,6 +81,11 @@ def test_digits_have_a_short_recipe_that_flags_override():
     assert (config.epochs, config.width, config.flip) == (3, 0.25, True)
 
 
+def test_augmentation_is_that_of_the_flags():
+    augment = parse("--cutout", "3", "--no-crop", "--mixup", "0.5").augment()
+    assert (augment.cutout, augment.crop, augment.mixup, augment.cutmix) == (3, False, 0.5, 0.0)
+
+
 def test_model_fits_the_data_set():
     model = parse("--dataset", "imagenet200", "--T", "2", "--seca", "1").model()
     assert model == ModelConfig(num_classes=200, in_channels=3, image_size=64, T=2, seca=1)
@@ -99,6 +105,8 @@ WRONG = [
     (["--T", "0"], "T must be at least 1, got 0"),
     (["--steps-per-batch", "3"], "steps_per_batch = 3 is more than T = 2 time steps"),
     (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
+    (["--grad-compression", "fp16"], "argument --grad-compression: invalid choice: 'fp16'"),
     (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
     (["--limit", "0"], "limit must be at least 1, got 0"),
     (["--seed", "-1"], "seed must be at least 0, got -1"),
@@ -150,10 +158,16 @@ def test_whole_numbers_are_fine_where_fractions_are():
 def test_resume_takes_stored_settings_and_may_change_those_without_effect():
     stored = TrainConfig(T=2, max_steps=5, threads=1).to_dict()
     assert for_resume(stored, {}) == TrainConfig(T=2, threads=1)  # max_steps was for that call
-    harmless = dict(data="elsewhere", threads=2, save_minutes=1.0, max_steps=3, tracker="wandb")
+    harmless = dict(data="elsewhere", threads=2, save_minutes=1.0, max_steps=3, tracker="wandb", health=False)
     assert for_resume(stored, {"T": 2, **harmless}) == TrainConfig(T=2, **harmless)
     with pytest.raises(ValueError, match="started with batch_size = 64, not 32: leave --batch-size out"):
         for_resume(stored, {"batch_size": 32})
+
+
+def test_the_joined_batch_is_kept_by_another_number_of_processes():
+    assert [batch_per_process(48, n) for n in (1, 2, 3, 48)] == [48, 24, 16, 1]
+    with pytest.raises(ValueError, match="has 6 images .* which 4 processes cannot share: .* 1, 2, 3 or 6$"):
+        batch_per_process(6, 4)
 
 
 def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):

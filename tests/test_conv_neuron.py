@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from empf.kernels import conv_neuron, set_backend
-from empf.kernels.conv import TILES, binary_conv2d, conv_operands
+from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron, binary_conv2d_neuron_ref
+from empf.kernels.conv_tiles import TILES, conv_operands, split_plan
 from empf.kernels.neuron import neuron_update
 from empf.kernels.pack import pack
 
@@ -154,6 +155,17 @@ def test_every_tile(tile, device, kernels_on, monkeypatch):
     assert_exact(case(4, size, tile.rows + 1, dtype=dtype, kernel=1, padding=0, device=device), kernels_on)
 
 
+@pytest.mark.parametrize("T", [4, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_split_k(dtype, T, device, kernels_on, monkeypatch):
+    """Many processors and few tiles; at T = 6 three groups of steps are parked and gathered."""
+    monkeypatch.setattr(conv_neuron, "device_facts", lambda _: (64, False))
+    arguments = case(T, (1, 80, 4, 5), 70, dtype=dtype, device=device, out_dtype=torch.float32)
+    small, columns = TILES[dtype.itemsize][-1], 20 * (4 if T == 4 else 2)
+    assert split_plan(small, dtype.itemsize, arguments["packed"].shape, columns, 64).splits > 2
+    assert_exact(arguments, kernels_on)
+
+
 def test_equals_the_two_kernels_it_fuses(device, kernels_on):
     a = case(4, dtype=torch.uint8, bits=4, codes=True, device=device)
     spikes, v, current = binary_conv2d_neuron(**a)
@@ -275,26 +287,3 @@ BAD = {
 def test_errors_name_the_values(message):
     with pytest.raises(ValueError, match=message):
         binary_conv2d_neuron(**case(2) | BAD[message])
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    pytest.importorskip("triton", reason="needs Triton")
-    from bench.aot import compile_cases
-
-    return compile_cases("conv_neuron")
-
-
-def test_ahead_of_time(compiled):
-    """Every tile becomes tensor-core code that fits the registers; on Hopper the weights never touch shared memory."""
-    from bench.aot import TARGETS
-
-    shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-    assert {(f.case, f.target) for f in compiled} == {(c[0], t) for c in conv_neuron.aot_cases() for t in TARGETS}
-    for f in compiled:
-        assert f.tensor_core > 0 and f.spills == 0 and f.stack == 0 and f.shared <= shared[f.target] * 1024, f
-    hopper = {f.case: f for f in compiled if f.target == "sm_90"}
-    for case_, instruction in {"bf16 T=4 128x128": "HGMMA", "i8 T=4 128x128 folded": "IGMMA"}.items():
-        loop = hopper[case_].loop
-        assert loop[instruction] == 4 and not {"STS", "STSM", "LDL", "STL"} & set(loop), case_
-        assert hopper[case_].loop_instructions <= 160, case_  # 152 and 139 when this was written

@@ -1,8 +1,9 @@
-"""Loading: every layout, and one clear sentence per fault. Batches: order, sharing, and each augmentation by itself."""
+"""Loading: every layout, and one clear sentence per fault."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from make_data import disk_folder, image_folder, parquet_folder, pictures, to_dataset
+from make_data import STREAMED, disk_folder, image_folder, parquet_folder, pictures, stream_folder, to_dataset
 from PIL import Image
 
-from empf import data
-from empf.data import DATASETS, Augment, Batches, ImageSet, load
+from empf import data, shards
+from empf.data import DATASETS, load
 
 datasets.disable_progress_bars()
 
@@ -23,40 +24,6 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
     """PIL images as uint8 [N, C, H, W]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
-
-
-def random_set(count: int, name: str = "cifar10", seed: int = 0) -> ImageSet:
-    """In memory; all pixels > 0, so that the black border of a crop can be told from the image."""
-    spec = DATASETS[name]
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, spec.channels, spec.image_size, spec.image_size)
-    images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator)
-    labels = torch.randint(spec.num_classes, (count,), generator=generator)
-    return ImageSet(images, labels, [str(i) for i in range(spec.num_classes)], spec)
-
-
-def normalised(images: torch.Tensor, name: str = "cifar10") -> torch.Tensor:
-    """(pixel/255 - mean) / std of uint8 [..., C, H, W], in float64."""
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (DATASETS[name].mean, DATASETS[name].std))
-    return (images.double() / 255 - mean) / std
-
-
-def stored(batch: torch.Tensor, name: str = "cifar10") -> torch.Tensor:
-    """The uint8 pixels of a normalised batch."""
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (DATASETS[name].mean, DATASETS[name].std))
-    exact = (batch.double() * std + mean) * 255
-    assert (exact - exact.round()).abs().max() < 1e-3
-    return exact.round().to(torch.uint8)
-
-
-def assert_same(got: list, expected: list) -> None:
-    assert len(got) == len(expected)
-    for (images, targets), (expected_images, expected_targets) in zip(got, expected, strict=True):
-        assert torch.equal(images, expected_images)
-        assert torch.equal(targets, expected_targets)
-
-
-# ---- loading
 
 
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
@@ -110,6 +77,25 @@ def test_limit_takes_the_first_images_of_each_split(tmp_path, write):
         for got, whole in zip(load("cifar10", folder, limit=limit), load("cifar10", folder), strict=True):
             assert torch.equal(got.images, whole.images[:limit])
             assert torch.equal(got.labels, whole.labels[:limit])
+
+
+@pytest.mark.parametrize("write", ["parquet", "disk"])
+def test_limit_takes_all_classes_where_they_follow_one_another(tmp_path, write):
+    images, _ = pictures(30, "cifar10")
+    labels = [(9 - i // 3) for i in range(30)]  # 9 9 9 8 8 8 ... 0 0 0
+    rows = datasets.DatasetDict(train=to_dataset(images, labels, "cifar10"), test=to_dataset(images, labels, "cifar10"))
+    if write == "disk":
+        rows.save_to_disk(tmp_path)
+    else:
+        rows["train"].to_parquet(tmp_path / "train.parquet", batch_size=4)
+        for shard in range(2):  # a class lies across the border of two files
+            part = rows["test"].shard(2, shard, contiguous=True)
+            part.to_parquet(tmp_path / f"test-{shard:05}-of-00002.parquet")
+    for limit, expected in ((4, [0, 3, 6, 9]), (14, [*range(0, 30, 3), 1, 4, 7, 10]), (99, None)):
+        order = expected or [*range(0, 30, 3), *range(1, 30, 3), *range(2, 30, 3)]
+        for part in load("cifar10", tmp_path, limit=limit):
+            assert part.labels.tolist() == [labels[i] for i in order]
+            assert torch.equal(part.images, pixels([images[i] for i in order]))
 
 
 def test_limit_decodes_no_more_than_it_takes(tmp_path):
@@ -187,9 +173,17 @@ def test_digits_without_scikit_learn(monkeypatch):
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("mnist", {}, r"unknown dataset 'mnist': choose one of digits, cifar10, cifar100, imagenet200"),
-        ("imagenet1k", {}, "imagenet1k does not fit in memory and will be streamed in a later version"),
-        ("dvs-cifar10", {}, "dvs-cifar10 holds events, which a later version will read"),
+        (
+            "mnist",
+            {},
+            r"unknown dataset 'mnist': choose one of digits, cifar10, cifar100, imagenet200, imagenet1k, dvs",
+        ),
+        (
+            "dvs-cifar10",
+            {},
+            "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data",
+        ),
+        ("cifar10", {"streaming": True}, "cifar10 fits in memory and is not streamed: leave --streaming out"),
         ("digits", {"limit": -1}, "limit must be at least 1 image, got -1"),
         ("digits", {"limit": 0}, "limit must be at least 1 image, got 0"),
     ],
@@ -252,21 +246,13 @@ def test_image_of_the_wrong_size(tmp_path):
         load("cifar10", faulty(tmp_path, images, labels))
 
 
-@pytest.mark.parametrize(
-    "name, mode, message",
-    [
-        ("digits", "RGB", "RGB, but digits needs 8-bit grey"),
-        ("cifar10", "I;16", "I;16, but cifar10 needs 8-bit colour"),
-    ],
-)
-def test_wrong_pixel_format(tmp_path, name, mode, message):
-    folder = image_folder(tmp_path, name, train=20, test=10)
-    side = DATASETS[name].image_size
-    Image.new(mode, (side, side)).save(folder / "train/class003/00003.png")
-    with pytest.raises(
-        ValueError, match=rf"image 3 of train of .*class003.00003\.png\) has the pixel format {message}"
-    ):
-        load(name, folder)
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_wrong_pixel_format(tmp_path, mode):
+    folder = image_folder(tmp_path, "digits", train=20, test=10)
+    Image.new(mode, (8, 8)).save(folder / "train/class003/00003.png")
+    message = rf"image 3 of train of .*class003.00003\.png\) has the pixel format {mode}, but digits needs 8-bit grey"
+    with pytest.raises(ValueError, match=message):
+        load("digits", folder)
 
 
 @pytest.mark.parametrize("label", [-1, 10, None])
@@ -309,7 +295,7 @@ def test_corrupt_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot decode image 8 of train of .* \("):
         load("cifar10", faulty(tmp_path / "rows", images, labels))
     images[8] = None
-    with pytest.raises(ValueError, match="image 8 of train of .* is empty: remove the row"):
+    with pytest.raises(ValueError, match=r"cannot decode image 8 of .* \(the image is empty\): replace or remove it"):
         load("cifar10", faulty(tmp_path / "rows", images, labels))
 
 
@@ -333,288 +319,120 @@ def test_corrupt_file_is_named(tmp_path):
         load("cifar10", folder)
 
 
-# ---- order and sharing
-
-EVERYTHING = Augment(crop=True, flip=True, cutout=9, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+# ---- sets that are read while they are used
 
 
-def test_an_epoch_takes_every_image_once_in_a_new_order():
-    whole = random_set(50)
-    whole = replace(whole, labels=torch.arange(50))  # the label tells which image it is
-    batches = Batches(whole, 8, train=True, seed=3)
-    orders = []
-    for epoch in (0, 1):
-        batches.set_epoch(epoch)
-        got = list(batches)
-        assert len(got) == len(batches) == 6
-        for images, labels in got:
-            assert images.dtype == torch.float32 and labels.dtype == torch.int64
-            torch.testing.assert_close(images.double(), normalised(whole.images[labels]), rtol=0, atol=1e-6)
-        orders.append(torch.cat([labels for _, labels in got]))
-        assert orders[-1].unique().numel() == 48
-    assert not torch.equal(*orders)
-    other = torch.cat([labels for _, labels in Batches(whole, 8, train=True, seed=4)])
-    assert not torch.equal(orders[0], other)
-
-    batches = Batches(whole, 8, train=True, seed=3, drop_last=False)
-    got = torch.cat([labels for _, labels in batches])
-    assert len(batches) == 7 and torch.equal(got.sort().values, torch.arange(50))
-    assert torch.equal(got[:48], orders[0])
+@pytest.fixture
+def streamed(monkeypatch):
+    """The data set `streamed`: like imagenet1k, but small."""
+    monkeypatch.setitem(DATASETS, "streamed", STREAMED)
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_an_epoch_resumed_at_any_batch_is_the_same(train):
-    def batches() -> Batches:
-        made = Batches(random_set(45), 8, train=train, seed=5, augment=EVERYTHING, drop_last=False)
-        made.set_epoch(2)
-        return made
-
-    whole = list(batches())
-    assert len(whole) == 6
-    assert_same(list(batches()), whole)
-    for start in (1, 5, 6):
-        assert_same(list(batches().iterate(start=start)), whole[start:])
-
-
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("augment", [Augment(crop=True, flip=True), EVERYTHING], ids=["hard", "soft"])
-def test_ranks_see_parts_of_the_joined_batch(world, drop_last, augment):
-    whole = random_set(65)
-    options = {"train": True, "seed": 1, "augment": augment, "drop_last": drop_last}
-    joined = Batches(whole, 6 * world, **options)
-    ranks = [Batches(whole, 6, rank=rank, world=world, **options) for rank in range(world)]
-    assert {len(rank) for rank in ranks} == {len(joined)} == {65 // (6 * world) + (not drop_last)}
-    together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
-    assert_same(together, list(joined))
-    for rank in ranks:
-        assert all(len(images) == 6 for images, _ in list(rank)[: 65 // (6 * world)])
+def test_imagenet_is_tested_on_its_validation_images(tmp_path, streamed):
+    assert DATASETS["imagenet1k"].hub_id == "ILSVRC/imagenet-1k"
+    assert (DATASETS["imagenet1k"].image_size, DATASETS["imagenet1k"].num_classes) == (224, 1000)
+    folder = stream_folder(tmp_path, {"train": [20, 13], "validation": [9], "test": [30]})
+    train, test = load("streamed", folder)
+    assert (len(train), len(test)) == (33, 9)
+    assert train.spec is STREAMED and train.class_names == [str(i) for i in range(400)]
+    for file in folder.glob("validation-*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no validation split in .*: expected validation-\*\.parquet"):
+        load("streamed", folder)
 
 
-def test_a_rest_too_small_for_all_ranks_is_left_out():
-    ranks = [Batches(random_set(13), 2, train=True, rank=rank, world=3, drop_last=False) for rank in range(3)]
-    assert [len(list(rank)) for rank in ranks] == [len(rank) for rank in ranks] == [2, 2, 2]
+def test_streamed_image_folder(tmp_path, streamed, monkeypatch):
+    monkeypatch.setitem(DATASETS, "streamed", replace(STREAMED, num_classes=10))
+    folder = image_folder(tmp_path, "cifar10", train=23, test=11)
+    (folder / "test").rename(folder / "val")
+    (folder / "train/class003/more").mkdir()
+    (folder / "train/class003/00003.png").rename(folder / "train/class003/more/ünï.JPEG")
+    (folder / "train/class003/notes.txt").touch()
+    train, _ = load("streamed", folder)
+    assert len(train) == 23 and train.class_names == [f"class{i:03}" for i in range(10)]
+    rows = [next(train.source.read(*block[:3], 0, 1)) for block in train.blocks]
+    assert [row.label for row in rows] == [i % 10 for i in range(23)]  # one of each class in turn
+    assert {row.where for row in rows} == {str(f) for f in (folder / "train").rglob("*.[pJ]*")}
+    assert [row.where for row in rows][:12] == [r.where for r in read_all(load("streamed", folder, limit=12)[0])]
 
 
-@pytest.mark.parametrize("count, world, size", [(10, 1, 4), (11, 2, 3), (13, 3, 4), (2, 3, 4), (12, 3, 4)])
-def test_ranks_share_the_test_images_exactly(count, world, size):
-    whole = random_set(count)
-    shares = []
-    for rank in range(world):
-        batches = Batches(whole, size, train=False, rank=rank, world=world, augment=EVERYTHING)
-        got = list(batches)
-        assert len(got) == len(batches)
-        assert all(0 < len(images) <= size for images, _ in got)
-        shares.append(got)
-    images, labels = (torch.cat([batch[part] for share in shares for batch in share]) for part in (0, 1))
-    torch.testing.assert_close(images.double(), normalised(whole.images), rtol=0, atol=1e-6)
-    assert torch.equal(labels, whole.labels)
-    counts = [sum(len(images) for images, _ in share) for share in shares]
-    assert max(counts) - min(counts) <= 1
+def read_all(data) -> list:
+    return [row for block in data.blocks for row in data.source.read(*block[:3], 0, block[3])]
+
+
+@pytest.mark.parametrize("limit", [1, 40, 150, 250, 1000])
+def test_limit_of_a_streamed_set_is_spread_over_it(tmp_path, streamed, limit):
+    folder = stream_folder(tmp_path, {"train": [130, 120, 51], "validation": [5]}, row_group=2)  # 151 row groups
+    train, test = load("streamed", folder, limit=limit)
+    labels = [row.label for row in read_all(train)]
+    assert len(train) == len(labels) == min(limit, 301) and len(test) == min(limit, 5)
+    assert labels == sorted(set(labels))
+    # no gap is longer than that between the first images of 100 groups, or of as many as there are images
+    assert max(np.diff([-1, *labels, 301])) <= 301 / min(limit, 100) + 4
+
+
+def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
+    folder = stream_folder(tmp_path, {"train": [20, 13], "validation": [9], "test": [30]})
+    asked, fetched = [], []
+
+    def builder(hub_id):
+        asked.append(hub_id)
+        splits = ("train", "validation", "test")
+        files = {split: [f"hf://x/{file.name}" for file in sorted(folder.glob(f"{split}-*"))] for split in splits}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    def fetch(repo, name, *, repo_type, revision):
+        fetched.append((repo, name, repo_type, revision))
+        return str(folder / name)
+
+    def resolve(address):
+        return SimpleNamespace(repo_id="r", path_in_repo=address[7:], repo_type="dataset", revision="main")
+
+    monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(data, "hf_hub_download", fetch)
+    monkeypatch.setattr(data, "HfFileSystem", lambda: SimpleNamespace(resolve_path=resolve))
+    train, test = load("streamed")
+    assert asked == ["ILSVRC/imagenet-1k"]
+    names = [file.name for file in sorted(folder.glob("*")) if not file.name.startswith("test")]
+    assert fetched == [("r", name, "dataset", "main") for name in names]  # the test images stay where they are
+    assert [row.label for row in read_all(train)] == list(range(33))
+
+    opened = []
+
+    def xopen(address, mode):
+        opened.append(address)
+        return open(folder / address[7:], mode)
+
+    monkeypatch.setattr(shards, "xopen", xopen)
+    train, test = load("streamed", streaming=True)
+    assert len(fetched) == 3 and set(opened) == {f"hf://x/{name}" for name in names}
+    assert [row.label for row in read_all(train)] == list(range(33))
+    assert [row.label for row in read_all(test)] == list(range(9))
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "error, message",
     [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 4, "rank": 2, "world": 2}, "rank=2, world=2"),
-        ({"batch_size": 4, "seed": -1}, "seed=-1"),
-        ({"batch_size": 6, "world": 2}, "10 training images do not fill one batch of 12: use a smaller --batch-size"),
+        (datasets.exceptions.DatasetNotFoundError("'x' is a gated dataset"), r"imagenet-1k, then log in .*HF_TOKEN"),
+        (ConnectionError("no route"), r"\(no route\): check the network, or pass a local copy with --data FOLDER"),
     ],
 )
-def test_batches_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Batches(random_set(10), train=True, **arguments)
+def test_imagenet_needs_a_token_and_a_network(monkeypatch, error, message):
+    def builder(hub_id):
+        raise error
+
+    monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
+    with pytest.raises(FileNotFoundError, match=rf"cannot get ILSVRC/imagenet-1k .*{message}"):
+        load("imagenet1k", streaming=True)
 
 
-@pytest.mark.parametrize("field", ["cutout", "mixup", "cutmix", "label_smoothing"])
-def test_augmentation_out_of_range(field):
-    with pytest.raises(ValueError, match=f"{field} must not be negative, got -1"):
-        Augment(**{field: -1})
-
-
-def test_label_smoothing_above_one():
-    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, got 1.5"):
-        Augment(label_smoothing=1.5)
-
-
-# ---- augmentation
-
-
-def plain(whole: ImageSet, augment: Augment | None = None, size: int = 16, epoch: int = 0) -> list:
-    batches = Batches(whole, size, train=True, seed=7, augment=augment)
-    batches.set_epoch(epoch)
-    return list(batches)
-
-
-def shifted(image: np.ndarray, y: int, x: int, flip: bool) -> np.ndarray:
-    """What a crop window at (y, x) of the image, moved by -y and -x and black elsewhere, shows; one pixel at a time."""
-    channels, side, _ = image.shape
-    out = np.zeros_like(image)
-    for row in range(side):
-        for column in range(side):
-            source_row, source_column = row + y, (side - 1 - column if flip else column) + x
-            if 0 <= source_row < side and 0 <= source_column < side:
-                out[:, row, column] = image[:, source_row, source_column]
-    return out
-
-
-def test_crop_and_flip_show_every_shift_and_nothing_else():
-    whole = random_set(64)
-    reference = {(y, x, f): None for y in range(-4, 5) for x in range(-4, 5) for f in (False, True)}
-    seen = []
-    for epoch in range(2):
-        before = plain(whole, epoch=epoch)
-        after = plain(whole, Augment(crop=True, flip=True), epoch=epoch)
-        for (images, labels), (augmented, augmented_labels) in zip(before, after, strict=True):
-            assert torch.equal(labels, augmented_labels)
-            for image, result in zip(stored(images).numpy(), stored(augmented).numpy(), strict=True):
-                # the centre pixel is unique enough to leave few candidates for the slow loop
-                candidates = [
-                    (y, x, f)
-                    for y, x, f in reference
-                    if (image[:, 16 + y, (15 if f else 16) + x] == result[:, 16, 16]).all()
-                ]
-                matches = [c for c in candidates if np.array_equal(shifted(image, *c), result)]
-                assert len(matches) == 1
-                seen += matches
-    assert {y for y, _, _ in seen} == {x for _, x, _ in seen} == set(range(-4, 5))
-    assert 40 <= sum(f for _, _, f in seen) <= 88  # of 128, flips with probability 1/2: within 4 sigma
-
-
-@pytest.mark.parametrize("name, padding", [("digits", 1), ("imagenet200", 8)])
-def test_crop_shifts_by_up_to_the_padding_of_the_dataset(name, padding):
-    whole = random_set(64, name)
-    side = whole.spec.image_size
-    borders = set()
-    for (images, _), (augmented, _) in zip(plain(whole), plain(whole, Augment(crop=True)), strict=True):
-        for image, result in zip(stored(images, name).numpy(), stored(augmented, name).numpy(), strict=True):
-            rows = np.flatnonzero(result.any(axis=(0, 2)))
-            columns = np.flatnonzero(result.any(axis=(0, 1)))
-            y = -rows[0] if rows[0] else side - 1 - rows[-1]
-            x = -columns[0] if columns[0] else side - 1 - columns[-1]
-            np.testing.assert_array_equal(shifted(image, y, x, False), result)
-            borders |= {y, x}
-    assert borders == set(range(-padding, padding + 1))
-
-
-def test_digits_are_never_mirrored():
-    whole = random_set(64, "digits")
-    assert_same(plain(whole, Augment(flip=True)), plain(whole))
-
-
-@pytest.mark.parametrize("side", [1, 8, 9])
-def test_cutout_sets_one_square_to_the_mean_colour(side):
-    whole = random_set(64)
-    augment = Augment(crop=True, flip=True)
-    centres = []
-    for before, after in zip(plain(whole, augment), plain(whole, replace(augment, cutout=side)), strict=True):
-        for image, result in zip(before[0].numpy(), after[0].numpy(), strict=True):
-            hole = (result == 0).all(axis=0)
-            ys, xs = np.nonzero(hole)
-            fits = []
-            for y in range(32):  # the square of every centre, one pixel at a time
-                for x in {int(xs.min()) + side // 2, int(xs.max()) - (side - 1 - side // 2)} & set(range(32)):
-                    square = np.zeros((32, 32), bool)
-                    square[
-                        max(y - side // 2, 0) : y - side // 2 + side, max(x - side // 2, 0) : x - side // 2 + side
-                    ] = True
-                    if np.array_equal(square, hole):
-                        fits.append((y, x))
-            assert len(fits) == 1
-            centres += fits
-            np.testing.assert_array_equal(result, np.where(hole, np.float32(0), image))
-    centres = np.array(centres)
-    assert centres.min() < 4 and centres.max() > 27  # holes reach over every border
-
-
-def expected_targets(labels: torch.Tensor, share: float, smoothing: float, classes: int) -> torch.Tensor:
-    """A share of the own label, the rest of the label at the mirrored place, smoothed; one image at a time."""
-    out = torch.zeros(len(labels), classes, dtype=torch.float64)
-    for i in range(len(labels)):
-        out[i, labels[i]] += share * (1 - smoothing)
-        out[i, labels[len(labels) - 1 - i]] += (1 - share) * (1 - smoothing)
-        out[i] += smoothing / classes
-    return out
-
-
-def share_of(targets: torch.Tensor, labels: torch.Tensor, smoothing: float) -> float:
-    """The share that the targets of a batch tell, from the first pair with two labels."""
-    i = int((labels != labels.flip(0)).nonzero()[0])
-    uniform = smoothing / targets.shape[1]
-    return (targets[i, labels[i]].item() - uniform) / (1 - smoothing)
-
-
-def test_label_smoothing_alone():
-    whole = random_set(32)
-    for (images, labels), (same, targets) in zip(plain(whole), plain(whole, Augment(label_smoothing=0.1)), strict=True):
-        assert torch.equal(images, same)
-        assert targets.dtype == torch.float32
-        torch.testing.assert_close(targets.double(), expected_targets(labels, 1.0, 0.1, 10), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixup_is_the_weighted_sum_with_the_mirrored_batch(smoothing):
-    whole = random_set(160)
-    augment = Augment(crop=True, flip=True, cutout=4)
-    mixed = plain(whole, replace(augment, mixup=0.8, label_smoothing=smoothing))
-    shares = []
-    for (images, _), (_, labels), (result, targets) in zip(plain(whole, augment), plain(whole), mixed, strict=True):
-        shares.append(share := share_of(targets, labels, smoothing))
-        expected = share * images.double() + (1 - share) * images.double().flip(0)
-        torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-6)
-        torch.testing.assert_close(targets.double(), expected_targets(labels, share, smoothing, 10), rtol=0, atol=1e-6)
-        torch.testing.assert_close(targets.sum(1), torch.ones(16), rtol=0, atol=1e-6)
-    assert min(shares) < 0.3 and max(shares) > 0.7
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cutmix_swaps_one_box_and_weighs_by_its_area(smoothing):
-    whole = random_set(160)
-    augment = Augment(crop=True, flip=True)
-    mixed = plain(whole, replace(augment, cutmix=1.0, label_smoothing=smoothing))
-    areas = []
-    for (images, labels), (result, targets) in zip(plain(whole, augment), mixed, strict=True):
-        changed = (result != images).any(dim=(0, 1))
-        rows, columns = changed.any(dim=1).nonzero().flatten(), changed.any(dim=0).nonzero().flatten()
-        box = torch.zeros(32, 32, dtype=torch.bool)
-        if changed.any():
-            box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
-        assert torch.equal(changed, box)
-        assert torch.equal(result, torch.where(box, images.flip(0), images))
-        areas.append(box.sum().item() / 1024)
-        expected = expected_targets(labels, 1 - areas[-1], smoothing, 10)
-        torch.testing.assert_close(targets.double(), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(targets.sum(1), torch.ones(16), rtol=0, atol=1e-6)
-    assert min(areas) < 0.3 and max(areas) > 0.5
-
-
-def test_mixup_and_cutmix_take_turns_by_chance():
-    whole = random_set(8, "digits")
-    counts = {"mixup": 0, "cutmix": 0}
-    for epoch in range(100):
-        ((images, _),) = plain(whole, size=8, epoch=epoch)
-        ((result, _),) = plain(whole, Augment(mixup=0.8, cutmix=1.0), size=8, epoch=epoch)
-        # a box takes every pixel from one of the two images, a sum takes hardly any
-        taken = ((result == images) | (result == images.flip(0))).float().mean()
-        counts["cutmix" if taken == 1 else "mixup"] += 1
-    assert 30 <= counts["mixup"] <= 70
-
-
-def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
-    whole = random_set(32)
-    both = plain(whole, Augment(crop=True, cutout=8))
-    for (cropped, _), (result, _) in zip(plain(whole, Augment(crop=True)), both, strict=True):
-        assert torch.equal(result[result != 0], cropped[result != 0])
-
-
-@pytest.mark.gpu
-def test_batches_on_the_gpu_equal_those_on_the_cpu():
-    whole = random_set(48)
-    assert whole.to("cuda").images.is_cuda
-    for (images, targets), (expected, expected_soft) in zip(
-        plain(whole.to("cuda"), EVERYTHING), plain(whole, EVERYTHING), strict=True
-    ):
-        assert images.is_cuda and targets.is_cuda
-        torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(targets.cpu(), expected_soft, rtol=0, atol=1e-6)
+def test_damaged_shard_is_named_before_training(tmp_path, streamed):
+    folder = stream_folder(tmp_path, {"train": [20, 13], "validation": [9]})
+    shard = folder / "train-00001-of-00002.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
+        load("streamed", folder)
+    pq.write_table(pa.table({"picture": [1], "label": [1]}), shard)
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet has no column image, which other files have"):
+        load("streamed", folder)

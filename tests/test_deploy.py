@@ -6,11 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from deploy_tools import logits, trained
+from deploy_tools import logits, shallow, trained
 from PIL import Image
 from torch import nn
 
 import empf
+from empf import cpu_conv, deploy
 from empf.deploy import PackedModel, load_packed, pack, read_picture, top_classes, unpack, verify
 from empf.hub import Origin
 from empf.kernels import set_backend
@@ -74,13 +75,37 @@ def test_rounded_spikes_are_integers_and_differ_at_boundaries_only(settings):
     assert relative(found[:, equal], wanted[:, equal]) < 2e-5
 
 
-def test_sums_of_codes_are_exact():
-    model, _ = trained(spike_bits=4, weights="ternary")
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_sums_of_codes_are_exact(laid_out, monkeypatch):
+    """With scale 1 and bias 0 the result is the sum itself, up to the largest code."""
+    if not laid_out:
+        monkeypatch.setattr(cpu_conv, "available", lambda: False)
+    elif not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("oneDNN lays out weights on x86 only")
+    assert cpu_conv.available() == laid_out
+    model, _ = trained(spike_bits=8, weights="ternary")
     synapse = pack(model).body.blocks[7].conv2.synapse
-    codes = torch.randint(0, 16, (2, 3, 64, 5, 5), dtype=torch.uint8)
-    sums = nn.functional.conv2d(codes.flatten(0, 1).double(), synapse.dense(torch.uint8).double(), padding=1)
-    y = torch.addcmul(synapse.bias.view(-1, 1, 1), sums.float(), (synapse.scale * 0.25).view(-1, 1, 1))
-    assert torch.equal(synapse(codes, 0.25).flatten(0, 1), y)
+    synapse.scale.fill_(4), synapse.bias.zero_()
+    codes = torch.randint(0, 256, (2, 3, 64, 5, 5), dtype=torch.uint8)
+    sums = nn.functional.conv2d(codes.flatten(0, 1).double(), synapse.unpacked(torch.uint8).double(), padding=1)
+    assert sums.abs().max() > 1000 and torch.equal(synapse(codes, 0.25).flatten(0, 1).double(), sums)
+
+
+@pytest.mark.parametrize("settings", [dict(neuron="mem_bn"), dict(spike_bits=4, parallel=0.5)], ids=str)
+def test_a_large_batch_goes_through_in_parts(settings, monkeypatch):
+    """Also where the potentials of the parts are kept for the next call, and in ordinary convolutions."""
+    model, x = trained(**settings)
+    packed = pack(model)
+    wanted = logits(packed, x)
+    monkeypatch.setattr(deploy, "AT_ONCE", 3 * 8 * 64 * 25 // torch.get_num_threads())  # T C HW, 25 of the 64 images
+    assert packed.images_at_once(3, torch.device("cpu")) == 25
+    assert relative(logits(packed, x), wanted) < 1e-6
+    assert relative(torch.stack([packed.step(x) for _ in range(3)]), wanted) < 1e-6
+    packed.reset()
+    assert logits(packed, x[:0]).shape == (3, 0, 10)
+    monkeypatch.setattr(cpu_conv, "available", lambda: False)
+    packed.to("cpu")  # forgets what it has laid out
+    assert relative(logits(packed, x), wanted) < 1e-6
 
 
 @pytest.mark.kernel
@@ -95,7 +120,7 @@ def test_sums_of_codes_are_exact():
 def test_the_kernels_give_the_same_logits(settings, kernels_on, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the stem
     set_backend("off")  # training on the interpreter would take long
-    model, x = trained(**settings, width=0.0625, T=2)
+    model, x = shallow(monkeypatch, **settings, width=0.0625, T=2)
     x = x[..., :2, :, :, :]
     packed = pack(model).to(device)
     set_backend("on")
@@ -207,7 +232,7 @@ def test_signs_and_sizes():
     layers = [m for m in model.modules() if isinstance(m, empf.BinaryConv2d)]
     assert len(synapses) == len(layers) == 19
     for synapse, layer in zip(synapses, layers, strict=True):
-        assert torch.equal(synapse.dense(torch.uint8), layer.effective_weight().sign())
+        assert torch.equal(synapse.unpacked(torch.uint8), layer.effective_weight().sign())
 
 
 def test_what_was_derived_is_dropped_when_the_weights_change_or_move():
@@ -215,11 +240,12 @@ def test_what_was_derived_is_dropped_when_the_weights_change_or_move():
     packed = pack(model)
     wanted = logits(packed, x)
     synapse = packed.body.blocks[0].conv1.synapse
-    assert synapse._dense and not packed.to("cpu").body.blocks[0].conv1.synapse._dense
+    assert synapse._laid_out and not copy.deepcopy(synapse)._laid_out
+    assert not packed.to("cpu").body.blocks[0].conv1.synapse._laid_out
     assert torch.equal(logits(packed, x), wanted)
     other, _ = trained(seca=0, neuron="empf", weights="binary")
     packed.load_state_dict({name: p + 1 if "bits" in name else p for name, p in pack(other).state_dict().items()})
-    assert not synapse._dense and not torch.equal(logits(packed, x), wanted)
+    assert not synapse._laid_out and not torch.equal(logits(packed, x), wanted)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(spike_bits=4)], ids=str)
@@ -231,6 +257,14 @@ def test_verify_sees_a_wrong_network(settings):
     packed.body.blocks[3].conv1.synapse.bits.neg_()
     packed.to("cpu")
     with pytest.raises(ValueError, match="of 69 classes agree; do not use it"):
+        verify(model, packed, [(x, None), (x[:5], None)])
+
+
+def test_verify_sees_a_network_that_gives_no_numbers():
+    model, x = trained()
+    packed = pack(model)
+    packed.body.head.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="logits differ by nan"):
         verify(model, packed, [(x, None), (x[:5], None)])
 
 

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
-from train_tools import leftovers, metrics, trace
-from two_processes import CASES
+from accelerate.commands.config.config_args import load_config_from_file
+from train_tools import TINY, in_double, leftovers, metrics, resume, run_train, trace
+from two_processes import CASES, SYNC
 
 import empf
 import train
@@ -20,12 +25,15 @@ from empf.evaluate import correct_per_step
 ROOT = Path(train.__file__).parent
 
 
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(*command: str, cwd: Path) -> str:
     """Standard output of a command that has to succeed."""
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    env = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, timeout=400, env=env
+        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, timeout=400, env=environment()
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -61,6 +69,8 @@ def test_accuracy_is_counted_over_every_test_image_once(command_line):
 def found(tmp_path_factory) -> tuple[Path, dict]:
     """What two_processes.py has left; all of it happens in one launch."""
     folder = tmp_path_factory.mktemp("two_processes")
+    with in_double():
+        run_train(*SYNC, "--output-dir", folder / "one then two", "--max-steps", "14")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run(*torchrun, str(ROOT / "tests" / "two_processes.py"), str(folder), cwd=folder)
     return folder, json.loads((folder / "found.json").read_text())
@@ -71,7 +81,8 @@ def test_gradients_are_those_of_the_joined_batch(found, case):
     """Every parameter has one in every step, whatever the neuron."""
     result = found[1]["gradients"][case]
     assert result["without"] == 0
-    assert result["largest"] > 1e-3 and result["difference"] < 1e-13 * max(1, result["largest"])
+    assert result["largest"] > 1e-3 and result["silent"] == 0
+    assert result["difference"] < 1e-13 * max(1, result["largest"])
 
 
 def test_both_processes_draw_the_same_steps(found):
@@ -112,6 +123,83 @@ def test_a_signal_to_one_process_stops_both_at_the_same_batch(found):
     assert (state["at"]["epoch"], state["at"]["batch"]) == (1, 0)
 
 
+# ---- batch norms over processes, and another number of processes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, list[float]]:
+    """One process with the joined batch: the run, and the loss of each batch."""
+    run, losses, backward = tmp_path_factory.mktemp("alone") / "run", [], train.empf.online_backward
+
+    def noted(*args, **kwargs):
+        loss, logits = backward(*args, **kwargs)
+        losses.append(loss.item())
+        return loss, logits
+
+    with patch.object(train.empf, "online_backward", noted), in_double():
+        run_train(*SYNC, "--output-dir", run)
+    return run, losses
+
+
+def test_two_processes_with_joined_norms_have_the_losses_of_one(found, alone):
+    first, second = found[1]["joined"]
+    assert len(first) == len(second) == len(alone[1]) == 30 and first != second
+    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert mean == pytest.approx(alone[1], rel=1e-9)
+    assert alone[1][19] < 0.9 * alone[1][0]
+    states = [runs.load_state(run)["model"] for run in (found[0] / "joined", alone[0])]
+    assert states[0].keys() == states[1].keys()
+
+
+@pytest.mark.parametrize("name", ["two then one", "one then two"])
+def test_continues_with_another_number_of_processes(found, alone, name):
+    """Within an epoch: the same images in the same batches, the same steps."""
+    run = found[0] / name
+    if name == "two then one":
+        assert runs.load_state(run)["at"]["batch"] == 4
+        with in_double():
+            resume(run)
+    for mine, other in zip(metrics(run), metrics(alone[0]), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-9)
+        assert (mine["train_accuracy"], mine["accuracy"]) == (other["train_accuracy"], other["accuracy"])
+
+
+def test_compressed_gradients(found):
+    """Other weights than with whole gradients, but the same on both processes, and they learn."""
+    folder, result = found
+    first, second = result["compressed"]
+    assert first == second
+    whole, compressed = (runs.load_state(folder / name)["model"] for name in ("whole", "compressed"))
+    assert not torch.equal(whole["head.weight"], compressed["head.weight"])
+    losses = [[record["loss"] for record in metrics(folder / name)] for name in ("whole", "compressed")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+    assert result["bf16"].startswith("processes on CPUs cannot exchange gradients in bf16")
+
+
+def test_a_dead_process_stops_the_job_and_loses_nothing(tmp_path):
+    """Started with a configuration file of Accelerate; kill -9 after the first epoch; one process goes on alone."""
+    run, config = tmp_path / "run", ROOT / "bench" / "configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "train.py")]
+    command += [*TINY, *SYNC, "--batch-size", "16", "--epochs", "3", "--output-dir", str(run)]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        while not (run / "metrics.jsonl").exists():
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.05)
+        workers = [p for p in psutil.Process(job.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        workers[-1].kill()
+        killed = time.monotonic()
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - killed < 20
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*SIGKILL", output)
+    assert "error: another process has died; what was saved is intact, continue with --resume" in output
+    before = metrics(run)
+    assert len(before) in (1, 2)
+    resume(run)
+    assert leftovers(run) == [] and len(metrics(run)) == 3 and metrics(run)[: len(before)] == before
+
+
 # ---- the launcher
 
 
@@ -125,6 +213,20 @@ def test_a_signal_to_one_process_stops_both_at_the_same_batch(found):
 )
 def test_number_of_processes_on_the_command_line(command, expected):
     assert launch.asked_for(command.split()) == expected
+
+
+def test_number_of_processes_in_a_configuration_file():
+    file = str(ROOT / "bench" / "configs" / "cpu.yaml")
+    command = ["accelerate", "launch", "--config_file", file, "train.py"]
+    assert launch.asked_for(command) == 2
+    assert launch.asked_for([*command[:4], "--num_processes", "3", "train.py"]) == 3
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench" / "configs").iterdir()), ids=lambda file: file.name)
+def test_configuration_files_are_those_of_accelerate(file):
+    """It refuses keys that it does not know."""
+    config = load_config_from_file(str(file))
+    assert config.num_processes > 1 and config.mixed_precision is not None
 
 
 @pytest.mark.parametrize(

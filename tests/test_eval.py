@@ -42,6 +42,17 @@ def test_accuracy_is_that_of_the_last_epoch(run, result):
     assert len(result["accuracy"]) == 2 and result["images"] == 96
 
 
+def test_a_result_stands_for_itself(run, result):
+    """Without the run folder one knows what was run where, and how the network was trained; places stay private."""
+    assert result["command"].startswith("python eval.py run --limit 96 --batch-size 40 --json result.json")
+    assert {"cpu", "cores", "threads", "torch", "empf", "commit", "date"} <= set(result["machine"])
+    config = json.loads((run / "config.json").read_text())
+    assert result["training"]["epochs"] == metrics(run)
+    assert result["training"]["train"] == config["train"] | {"output_dir": "run"}
+    assert result["training"]["versions"] == config["versions"]
+    assert str(run.parent) not in json.dumps(result)
+
+
 def test_sizes_and_operations(run, result):
     model = empf.load(run)
     account = empf.account(model)
@@ -126,6 +137,11 @@ def test_data_from_another_folder(run, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["images"] == 20
 
 
+def without_settings(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"train": {}}))
+
+
 def another_architecture(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["model"]["width"] = 0.25
@@ -136,6 +152,8 @@ def another_architecture(run: Path) -> None:
     "damage, flags, sentence",
     [
         (shutil.rmtree, [], "is not a run folder, it has no config.json"),
+        (without_settings, [], "does not say on which data it was trained"),
+        (lambda run: (run / "metrics.jsonl").write_text("{"), [], "metrics.jsonl is damaged"),
         (another_architecture, [], "belongs to another architecture than the configured resnet18"),
         (lambda run: (run / "model.safetensors").write_bytes(b"1234"), [], "model.safetensors is damaged"),
         (lambda run: (run / "config.json").write_text("{"), [], "config.json is damaged"),

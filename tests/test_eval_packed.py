@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deploy_tools import trained
+from deploy_tools import logits, trained
 from PIL import Image
 
 import empf
@@ -47,7 +47,7 @@ def packed(run, tmp_path_factory) -> tuple[Path, dict]:
 def test_packing_checks_the_logits_and_reports_the_size(run, packed):
     file, result = packed
     found = result["packed"]
-    assert found["file"] == str(file) and found["file_mb"] == file.stat().st_size / 1e6 < result["file_mb"] / 8
+    assert found["file"] == file.name and found["file_mb"] == file.stat().st_size / 1e6 < result["file_mb"] / 8
     assert found["images"] == 96 and found["same_class"] == 1 and 0 < found["relative_difference"] < 1e-5
     assert load_packed(file).origin.classes[3] == "digit 3"
 
@@ -62,6 +62,7 @@ def test_a_packed_file_has_the_numbers_of_its_run(packed, tmp_path, capsys):
     assert found["file_mb"] == result["packed"]["file_mb"]
     printed = capsys.readouterr().out
     assert "packed file on disk" in printed and "model.safetensors" not in printed
+    assert found["training"]["dataset"] == "digits" and found["training"]["accuracy"] == [50.0] * 3
 
 
 def test_the_table_of_a_run_says_what_packing_gave(run, tmp_path, capsys):
@@ -80,6 +81,20 @@ def test_the_five_most_probable_classes(packed, tmp_path, capsys):
     assert all(name.strip() in {f"digit {i}" for i in range(10)} for _, name in lines)
 
 
+def test_the_prediction_is_followed_frame_by_frame(tmp_path, capsys):
+    model, x = trained("vgg_snn")
+    pack(model).save(tmp_path / "net.safetensors")
+    frames = x[:, 0]  # T 2 H W
+    np.savez(tmp_path / "frames.npz", frames.numpy())
+    run_eval(tmp_path / "net.safetensors", "--stream", tmp_path / "frames.npz")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    so_far = logits(model, frames.unsqueeze(1))[:, 0].cumsum(0) / torch.arange(1, 4).view(-1, 1)
+    shares, best = so_far.softmax(-1).max(-1)
+    assert [line[:2] for line in lines] == [["frame", "1"], ["frame", "2"], ["frame", "3"]]
+    assert [float(line[2]) for line in lines] == pytest.approx((100 * shares).tolist(), abs=0.01)
+    assert [int(line[5]) for line in lines] == best.tolist()  # "class 7"
+
+
 def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
     file = packed[0]
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-5])
@@ -90,6 +105,7 @@ def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
         ([file, "--pack", tmp_path / "x"], "is packed already: --pack takes a run folder"),
         ([run, "--image", tmp_path / "x"], "--image takes a packed file"),
         ([file, "--image", tmp_path / "none.png"], "no image"),
+        ([file, "--stream", tmp_path / "none.npz"], "needs a network for events of 2 polarities"),
         ([tmp_path / "cut.safetensors"], "cut.safetensors is damaged"),
         ([tmp_path / "nameless.safetensors"], "does not say on which data it was trained"),
         ([run, "--pack", "/dev/null/net.safetensors"], "could not write /dev/null/net.safetensors"),

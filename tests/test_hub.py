@@ -37,7 +37,7 @@ def test_a_run_gives_the_packed_network_its_names_and_numbers(run):
     assert pack(trained()[0]).origin == Origin()
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", '{"accuracy": ["x"]}'])
+@pytest.mark.parametrize("text", ["{", "3", '{"accuracy": ["x"]}'])
 def test_damaged_metrics_are_one_sentence(run, tmp_path, text):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text(text)
@@ -101,6 +101,31 @@ def test_the_card_names_the_data_set_as_the_hub_does():
     packed.origin = Origin("cifar100", accuracy=(50.0,))
     card = packed.generate_model_card()
     assert card.data.datasets == ["uoft-cs/cifar100"] and card.data.model_name == "resnet18 on cifar100"
+
+
+@pytest.mark.parametrize("kind", ["model", "packed"])
+def test_a_changed_network_makes_no_claim_about_its_accuracy(run, tmp_path, kind):
+    net = load(run) if kind == "model" else pack(load(run))
+    with torch.no_grad():
+        next(net.buffers()).mul_(2)
+    net.save_pretrained(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "test accuracy" not in card.text and "Trained for" not in card.text and card.data.eval_results is None
+    assert "[0.25]" in card.text  # what remains true is still said
+    again = type(net).from_pretrained(tmp_path / "out")
+    origin = Origin.of(again) if kind == "model" else again.origin
+    assert origin == Origin("digits", tuple(CLASSES), (0.25,), (0.5,))
+    if kind == "model":
+        assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+        assert pack(net).origin == origin
+
+
+def test_a_model_does_not_overwrite_its_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match="is the run that the model was read from: choose another folder"):
+        load(tmp_path / "run").save_pretrained(tmp_path / "run")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.mark.parametrize("kind", ["model", "packed"])

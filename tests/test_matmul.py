@@ -61,7 +61,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def machine(monkeypatch):
     """Set the number of multiprocessors that the launcher plans for, and whether it is a Hopper GPU."""
-    return lambda processors, hopper=False: monkeypatch.setattr(matmul, "_device", lambda _: (processors, hopper))
+    return lambda processors, hopper=False: monkeypatch.setattr(matmul, "device_facts", lambda _: (processors, hopper))
 
 
 @pytest.mark.kernel
@@ -105,7 +105,7 @@ def test_every_bit_position(kind, dtype, device, kernels_on):
 )
 def test_every_configuration(dtype, config, device, kernels_on, poisoned, monkeypatch):
     """Ragged in M, N and K, with more than one tile and step each way."""
-    if config.block_m > 128 and device == "cuda" and not matmul._device(torch.device("cuda"))[1]:
+    if config.block_m > 128 and device == "cuda" and not matmul.device_facts(torch.device("cuda"))[1]:
         pytest.skip(f"{config} is for Hopper")
     monkeypatch.setitem(CONFIGS, dtype.itemsize, (config,) * 2)
     m, n, k = config.block_m + (config.block_m > 16), config.block_n + 5, 2 * config.block_k + 16
@@ -154,6 +154,8 @@ def test_choice_of_configuration(itemsize):
                 assert (config.block_m == 16) == (m <= 16)
                 assert hopper or config.block_m <= 128
                 assert 1 <= splits <= 16 and (splits == 1 or splits * 2 * config.block_k <= k + config.block_k)
+    ragged = [matmul._choose(4096, n, k, itemsize, 132, True) for n, k in ((4097, 4096), (4096, 4112))]
+    assert all(plan.config.block_m <= 128 for plan in ragged)
     assert matmul._choose(1, 32768, 16384, itemsize, 132, True)[1] == 1
     assert matmul._choose(1, 16384, 16384, itemsize, 132, True)[1] == 2
     assert matmul._choose(1, 4096, 4096, itemsize, 132, True)[1] == 8
@@ -192,15 +194,15 @@ def test_codes_are_exact_where_fp32_is_not(device, kernels_on):
 @pytest.mark.parametrize(
     ("dtype", "precision", "bound"),
     [
-        (torch.float32, "highest", 1e-5),
-        (torch.float32, "high", 2e-5),
+        (torch.float32, "highest", 1e-6),
+        (torch.float32, "high", 5e-6),
+        (torch.float32, "medium", 1e-5),
         (torch.float16, "highest", 1e-3),
         pytest.param(torch.bfloat16, "highest", 8e-3, marks=pytest.mark.gpu),
     ],
 )
 def test_error_on_random_numbers(dtype, precision, bound, kind, device, kernels_on):
-    """The largest error, relative to sqrt(K), the size of a sum. For fp32 it is that of tensor cores, which truncate
-    after each of the K/16 additions to the accumulator, times the number of terms."""
+    """The largest error, relative to sqrt(K), the size of a sum."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(37, 1000, generator=generator).to(dtype).to(device)
     packed = pack(torch.randn(50, 1000, generator=generator), kind, torch.rand(50, generator=generator)).to(device)
@@ -217,7 +219,7 @@ def test_error_on_random_numbers(dtype, precision, bound, kind, device, kernels_
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("precision", "bits"), [("highest", 24), ("high", 16)])
+@pytest.mark.parametrize(("precision", "bits"), [("highest", 24), ("high", 24), ("medium", 16)])
 def test_bits_of_fp32_that_count(precision, bits, device, kernels_on):
     """Odd integers of all the bits that the bf16 terms hold together come out unchanged."""
     x = (2**bits - 1 - 2 * torch.arange(16, device=device)).float().diag()
@@ -277,6 +279,23 @@ def test_many_rows_of_bf16_take_the_dense_library(device, kernels_on, poisoned, 
         y = binary_matmul(x, packed, bias=bias)
         assert kernels_on == {"binary_unpack": 1} and y.dtype == torch.bfloat16
         assert torch.equal(y.cpu(), exact(x, packed, bias, None).bfloat16())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_by_the_dense_library(kind, dtype, device, kernels_on, poisoned):
+    """What the tuner may choose: unpacked to int8, exact like the kernel."""
+    x, packed = integers(40, 136, dtype, device)[:, 8:], weights(72, 128, kind, device)
+    assert matmul.Plan(None) in matmul._candidates(40, 72, 128, dtype, 132, False)
+    assert matmul.Plan(None) not in matmul._candidates(16, 72, 128, dtype, 132, False)
+    sums = packed.row_sums() if dtype == torch.uint8 else None
+    for bias in (None, integers(1, 72, torch.float32, device)[0]):
+        y = matmul._dense_codes(
+            x, packed.operand("quad"), packed.scale, bias, sums, 0.5, kind == "ternary", torch.float32
+        )
+        assert torch.equal(y.cpu().double(), exact(x, packed, bias, 0.5))
+    assert kernels_on == {"binary_unpack": 2}
 
 
 @pytest.mark.kernel
@@ -378,6 +397,16 @@ def test_split_sums_do_not_vary(kernels_on):
     assert all(torch.equal(binary_matmul(x, packed), first) for _ in range(20))
 
 
+@pytest.mark.kernel
+def test_offsets_of_rows_beyond_2_31(device, kernels_on):
+    """Rows 2^23 - 16 bytes apart. On Linux memory that is not touched costs nothing."""
+    packed, small = weights(5, 16, "binary", device), integers(300, 16, torch.int8, device)
+    x = torch.empty(300, 2**23 - 16, dtype=torch.int8, device=device)[:, :16].copy_(small)
+    assert x.stride(0) * 299 > 2**31
+    assert torch.equal(binary_matmul(x, packed, step=0.5).cpu().double(), exact(small, packed, None, 0.5))
+    assert kernels_on["binary_matmul"] == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "k"), [(2**19 + 5, 16, 4096), (2**27 + 5, 17, 16)])
 def test_more_than_2_31_elements(m, n, k, kernels_on):
@@ -425,6 +454,12 @@ def _packed(n=4, k=40):
             PackedWeight(torch.zeros(1, 2**13, dtype=torch.int32), torch.ones(1), (1, 2**18)),
             {"step": 1.0},
             "up to 262143 for x of torch.uint8, got 262144",
+        ),
+        (
+            torch.ones(2, 1),
+            PackedWeight(torch.zeros(2**23, 1, dtype=torch.int32), torch.ones(1).expand(2**23), (2**23, 1)),
+            {},
+            "N can be up to 8388607, got 8388608",
         ),
     ],
 )

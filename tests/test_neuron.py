@@ -279,10 +279,13 @@ def test_initial_values():
 def test_sequence_equals_steps(make):
     torch.manual_seed(3)
     current = torch.randn(4, 6, 3, 2, 2)
-    together, single = make(), make()
-    spikes = together(current)
-    assert torch.equal(spikes, torch.cat([single(current[t : t + 1]) for t in range(4)]))
-    assert torch.equal(together.v, single.v)
+    for grad in (False, True):
+        together, single = make(), make()
+        with torch.set_grad_enabled(grad):
+            spikes, single_spikes = together(current), torch.cat([single(current[t : t + 1]) for t in range(4)])
+        bound = 1e-6 if grad and getattr(single, "mem_bn", False) else 0  # its batch norm differs in rounding there
+        assert (spikes - single_spikes).abs().max() <= bound
+        assert (together.v - single.v).abs().max() <= bound
 
 
 def test_state_is_not_saved():

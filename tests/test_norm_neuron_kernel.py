@@ -162,6 +162,31 @@ def test_bn_as_torch_has_it(path, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_again_with_the_statistics_of_before(form, T, path, device, request):
+    """The same spikes and potential, without a statistics pass; from other statistics, others."""
+    x = inputs(form, T, (3, 6, 5, 7), layout="channels_last", device=device)
+    spikes, v, mean, var = FORMS[form][0](*x, bits=3)
+    again, v_again, *_ = FORMS[form][0](*x, bits=3, stats=(mean, var))
+    if path == "kernel":
+        assert torch.equal(again, spikes) and torch.equal(v_again, v)
+        assert request.getfixturevalue("kernels_on")[f"{form}_neuron_again"] == 1
+    assert (v_again - v).abs().max() < 1e-5 and (again != spikes).float().mean() < 0.01
+    assert again.stride() == spikes.stride() and not again.requires_grad
+    assert not torch.allclose(FORMS[form][0](*x, stats=(mean + 1, var))[0], FORMS[form][0](*x)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_errors_of_statistics(form, kernels_on, device):
+    x = inputs(form, 2, (3, 4), device=device)
+    with pytest.raises(ValueError, match=r"stats must be \(mean, var\) of shape \(2, 4\).*\(4,\)"):
+        FORMS[form][0](*x, stats=(torch.zeros(4, device=device), torch.ones(2, 4, device=device)))
+    x, T = inputs(form, MAX_STEPS + 1, (3, 4), device=device), MAX_STEPS + 1
+    with pytest.raises(ValueError, match=f"at most {MAX_STEPS} steps at a time, got {T}"):
+        FORMS[form][0](*x, stats=(torch.zeros(T, 4, device=device), torch.ones(T, 4, device=device)))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_memory_is_half_of_what_modules_keep(form, path, device):
     x = inputs(form, 4, (2, 8, 8, 8), device=device)
 

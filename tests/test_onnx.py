@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from deploy_tools import logits, trained
+from deploy_tools import logits, shallow, trained
 
 from empf import onnx as empf_onnx
 from empf.deploy import pack
@@ -16,14 +16,17 @@ from empf.onnx import export_onnx
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about its own packages
 @pytest.mark.parametrize(
     "settings",
-    [dict(weights="ternary"), dict(arch="vgg_snn", neuron="mem_bn", seca=2, spike_bits=4, parallel=0.5)],
+    [
+        dict(arch="resnet19", weights="ternary"),
+        dict(arch="vgg_snn", neuron="mem_bn", seca=2, spike_bits=4, parallel=0.5),
+    ],
     ids=str,
 )
-def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path):
+def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    model, x = trained(**settings, width=0.0625, T=2)  # x: digits
+    model, x = shallow(monkeypatch, **settings, width=0.0625, T=2)  # x: digits
     packed = pack(model)
     packed.origin = Origin("digits", tuple("abcdefghij"), (0.3,), (0.4,))
     export_onnx(packed, tmp_path / "net.onnx")

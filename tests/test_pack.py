@@ -12,9 +12,9 @@ from empf.kernels.pack import (
     pack,
     signs,
     unpack,
-    unpack_words,
     weights_per_word,
 )
+from empf.kernels.products import unpack_words
 
 KINDS = ("binary", "ternary")
 

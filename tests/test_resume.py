@@ -1,18 +1,12 @@
 """An interrupted run, continued, equals the uninterrupted one bit for bit, however it was interrupted."""
 
-import errno
-import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from train_tools import TINY, leftovers, metrics, resume, run_train, trace
+from train_tools import TINY, leftovers, resume, run_train, trace
 
 import train
 from empf import runs
@@ -145,77 +139,6 @@ def test_resuming_a_complete_run_restores_its_results(uninterrupted, tmp_path):
     assert trace(run) == trace(uninterrupted["plain"])
 
 
-STORM = ["--epochs", "8", "--limit", "288", *SAVE_ALWAYS]  # more than can be done between the signals
-SIGNALS = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, None]
-
-
-def storm(run: str) -> None:
-    """Kill the run in this folder at random moments; print the exit statuses of its processes.
-
-    The processes are forked from this one, which has never trained: it imports everything once for all of them.
-    """
-    train.load("digits")
-    train.make_optimizer(torch.nn.Linear(1, 1), train.TrainConfig())
-    statuses, rng = [], random.Random(0)
-    config, state = Path(run, "config.json"), Path(run, "state", "state.pt")
-    for number in SIGNALS:
-        started = config.exists()
-        process = os.fork()
-        if process == 0:
-            if started:
-                resume(Path(run), *SAVE_ALWAYS)
-            else:
-                run_train("--output-dir", run, *STORM)
-            sys.stdout.flush()
-            os._exit(0)
-        before = state.stat().st_mtime_ns if started else 0
-        if number is not None:
-            while not (config.exists() and state.stat().st_mtime_ns > before):  # until it saves for the first time
-                if os.waitpid(process, os.WNOHANG)[0]:
-                    sys.exit("the run ended before it was signalled")
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.06))
-            os.kill(process, number)
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-        runs.load_state(Path(run))
-    print(json.dumps(statuses), file=sys.stderr)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_survives_kill_9_at_random_moments(tmp_path):
-    code = "import sys, test_resume; test_resume.storm(sys.argv[1])"
-    paths = os.pathsep.join((str(Path(__file__).parent), str(Path(train.__file__).parent)))
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "killed")],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    statuses = json.loads(result.stderr.splitlines()[-1])
-    assert statuses == [-9 if number == signal.SIGKILL else 0 for number in SIGNALS]
-    assert result.stdout.count("stopped and saved") == 2 and result.stdout.count("finished") == 1
-    assert leftovers(tmp_path / "killed") == []
-    run_train("--output-dir", tmp_path / "whole", *STORM)
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
-
-
-def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    run_train("--output-dir", run, "--max-steps", "2")
-    before = (run / "state/state.pt").read_bytes()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit) as stop:
-        resume(run)
-    assert str(stop.value).startswith(f"error: could not write {run}/state/state.pt (No space left on device): ")
-    assert (run / "state/state.pt").read_bytes() == before and leftovers(run) == []
-    monkeypatch.undo()
-    resume(run)
-    assert len(metrics(run)) == 2
-
-
 @pytest.mark.parametrize("flags", [["--width", "0.125"], ["--arch", "resnet19"], ["--no-crop"], ["--lr", "0.1"]])
 def test_contradicting_flags_are_refused(uninterrupted, flags):
     name = flags[0].strip("-").removeprefix("no-")
@@ -231,13 +154,47 @@ def test_flags_that_change_nothing_are_accepted(uninterrupted, tmp_path):
     assert trace(run) == trace(uninterrupted["plain"])
 
 
-def test_another_number_of_processes_is_refused(uninterrupted, tmp_path):
-    state = runs.load_state(uninterrupted["plain"])
+def test_processes_that_cannot_share_the_batch_are_refused(uninterrupted, tmp_path, monkeypatch):
+    """Another number of processes keeps the joined batch, here 32 images (see test_distributed.py)."""
     run = tmp_path / "run"
-    runs.save_state(run, {**state, "processes": 2})
-    (run / "config.json").write_bytes((uninterrupted["plain"] / "config.json").read_bytes())
-    with pytest.raises(SystemExit, match="error: .* was trained by 2 processes, not 1: .* --num_processes 2"):
+    run_train("--output-dir", run, "--max-steps", "1")
+    monkeypatch.setattr(train.Accelerator, "num_processes", 5)
+    with pytest.raises(SystemExit, match="error: the run has 32 images .* 5 processes cannot share: .*8, 16 or 32"):
         resume(run)
+    monkeypatch.undo()
+    resume(run)
+    assert trace(run) == trace(uninterrupted["plain"])
+
+
+def test_a_checkpoint_in_another_memory_layout_continues(uninterrupted, tmp_path):
+    """Of the weights and of their momentum: files of older versions are not channels_last."""
+    run = tmp_path / "run"
+    run_train("--output-dir", run, "--max-steps", "2")
+    state = runs.load_state(run)
+    layouts = {tensor.is_contiguous(memory_format=torch.channels_last) for tensor in convolutions(state)}
+    assert layouts == {True}
+    state["model"] = {name: tensor.contiguous() for name, tensor in state["model"].items()}
+    for slot in state["optimizer"]["state"].values():
+        slot["momentum_buffer"] = slot["momentum_buffer"].contiguous()
+    runs.save_state(run, state)
+    resume(run)
+    assert trace(run) == trace(uninterrupted["plain"])
+
+
+def convolutions(state: dict) -> list[torch.Tensor]:
+    """Weights with a kernel of 3x3 and several input channels: where the layouts differ."""
+    return [tensor for tensor in state["model"].values() if tensor.dim() == 4 and min(tensor.shape[1:]) > 1]
+
+
+def test_accumulation_continues_exactly(tmp_path):
+    """6 batches in groups of 4 and 2, with one update each."""
+    flags = ["--batch-size", "16", "--accumulate", "4"]
+    run_train(*flags, "--output-dir", tmp_path / "whole")
+    run_train(*flags, "--output-dir", tmp_path / "stopped", "--max-steps", "3")
+    position = runs.load_state(tmp_path / "stopped")["at"]
+    assert (position["epoch"], position["batch"]) == (1, 4)
+    resume(tmp_path / "stopped")
+    assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
 
 
 def test_checkpoint_of_another_architecture_is_refused(uninterrupted, tmp_path):

@@ -5,19 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from make_data import image_folder, pictures
-from train_tools import leftovers, metrics, run_train, trace
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_tools import in_double, leftovers, metrics, run_train, trace
 
 import empf
 import train
 from empf import config as settings
-from empf import runs
+from empf import loop, runs
 from empf.config import TrainConfig
+from empf.health import Health
 
 ROOT = Path(train.__file__).parent
 
@@ -203,6 +207,106 @@ def test_threads_are_set_although_the_launcher_allows_one(tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "set_num_threads", wanted.append)
     run_train("--output-dir", tmp_path / "run", "--threads", "0", "--max-steps", "1")
     assert wanted[0] == settings.cpu_threads(0) >= 1
+
+
+# ---- the loop
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path, monkeypatch):
+    """With frozen norms, in float64: the same losses and weights. `every`, as each batch draws its own time steps."""
+    build = train.empf.build
+
+    def with_frozen_norms(config):
+        model = build(config)
+        with torch.no_grad():
+            for _ in range(20):  # running statistics with which the neurons fire
+                empf.reset(model)
+                model(torch.randn(32, 1, 8, 8))
+        empf.freeze_norm(model)
+        return model
+
+    monkeypatch.setattr(train.empf, "build", with_frozen_norms)
+    flags = ["--learning", "every", "--no-crop", "--lr", "0.02"]
+    with in_double():
+        run_train(*flags, "--output-dir", tmp_path / "large")
+        run_train(*flags, "--batch-size", "8", "--accumulate", "4", "--output-dir", tmp_path / "small")
+    large, small = (runs.load_state(tmp_path / name)["model"] for name in ("large", "small"))
+    torch.manual_seed(0)
+    start = dict(build(TrainConfig(T=2, width=0.0625).model()).named_parameters())
+    assert (start["stem.conv.weight"] - large["stem.conv.weight"]).abs().max() > 1e-3
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-9, atol=1e-12)
+    for a, b in zip(metrics(tmp_path / "small"), metrics(tmp_path / "large"), strict=True):
+        assert (a["loss"], a["accuracy"]) == (pytest.approx(b["loss"], rel=1e-9), b["accuracy"])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that would wait for a device: reading a number, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "equal",
+            "is_nonzero",
+            "masked_select",
+        ):
+            self.found[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("network", [{}, {"neuron": "mem_bn", "seca": 1}, {"parallel": 0.5, "spike_bits": 4}], ids=str)
+def test_nothing_is_read_from_the_device_within_the_loop(network):
+    """Forward, backward, update and the sums; also in the batches that the health checks look at."""
+    config = TrainConfig(T=2, width=0.0625, **network)
+    model = empf.build(config.model())
+    optimizer, meter, health = (
+        train.make_optimizer(model, config),
+        loop.Meter(None, [0.0] * 3),
+        Health(model, 10),
+    )
+    images, target = torch.randn(4, 1, 8, 8), torch.arange(4)
+    with Reads() as reads:
+        for number in (9, 10):
+            with health.watch(number):
+                loss, logits = empf.online_backward(model, images, target, F.cross_entropy, steps=[2])
+            meter.add(loss, logits, target)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert reads.found == Counter()
+        loss.item()
+        assert sum(reads.found.values()) == 1  # it does see them
+
+
+def test_activations_keep_the_layout_of_the_weights(monkeypatch):
+    """channels_last from the stem on, without a conversion between the convolutions."""
+    seen = []
+
+    def noted(module, inputs, output):
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (inputs[0], output))
+
+    model = empf.build(TrainConfig(width=0.0625, T=3, dataset="cifar10").model()).to(memory_format=torch.channels_last)
+    for module in model.blocks.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(noted)
+    empf.online_backward(model, torch.randn(2, 3, 32, 32), torch.arange(2), F.cross_entropy, steps=[3])
+    assert len(seen) == 2 * 2 * 19 and all(seen)
+
+
+def test_a_loss_that_is_not_finite_is_found_in_the_batch_it_came_from(tmp_path):
+    """Losses are read some batches later: then the batch is drawn once more, to see whether its data are the cause."""
+    batches = train.Batches(train.load("digits", limit=64)[0], 16, train=True)
+    nan = float("nan")
+    error = loop.divergence(batches, 4, [1.0, nan, nan], tmp_path)
+    assert re.match("training diverged, the loss is not finite in epoch 1, batch 3: lower --lr", str(error))
+    batches.data.images.data = batches.data.images.float()
+    batches.data.images[:] = nan
+    error = loop.divergence(batches, 4, [1.0, 2.0], tmp_path)  # that of another process
+    assert re.match("the data of epoch 1, batch 4 hold numbers that are not finite: repair", str(error))
 
 
 # ---- optimizer and schedule

@@ -29,7 +29,7 @@ def run(tmp_path, script, **environment):
     )
 
 
-@pytest.mark.parametrize("case", ["definitions", "without Triton", "interpreter"])
+@pytest.mark.parametrize("case", ["without Triton", "interpreter"])
 def test_examples_run_in_a_copy(case, tmp_path):
     vendored(tmp_path)
     names = ["empf", "einops", "datasets", "accelerate"] + ["triton"] * (case == "without Triton")
@@ -40,7 +40,7 @@ def test_examples_run_in_a_copy(case, tmp_path):
     script += "\n".join(examples()).replace("empf.kernels", "my_package.fast")
     if case == "interpreter":
         script += "\nprint(*sorted(LAUNCHES))"
-    environment = {"TRITON_INTERPRET": "1", "EMPF_KERNELS": "on"} if case == "interpreter" else {"EMPF_KERNELS": "off"}
+    environment = {"TRITON_INTERPRET": "1", "EMPF_KERNELS": "on"} if case == "interpreter" else {}
     done = run(tmp_path, script, **environment)
     assert done.returncode == 0, done.stderr
     if case == "interpreter":
@@ -51,17 +51,8 @@ def test_examples_run_in_a_copy(case, tmp_path):
 def test_every_public_function_has_an_example():
     text = "".join(examples())
     public = ("pack", "unpack", "binary_matmul", "binary_conv2d", "neuron_update", "quantize_spikes", "bn_neuron",
-              "mem_bn_neuron", "binary_conv2d_neuron", "backend", "set_backend")  # fmt: skip
+              "mem_bn_neuron", "binary_conv2d_neuron", "backend", "set_backend", "set_tuning")  # fmt: skip
     assert [name for name in public if not re.search(rf"\b{name}\(", text)] == []
-
-
-def test_two_copies_live_side_by_side(tmp_path):
-    vendored(tmp_path)
-    shutil.copytree(tmp_path / "my_package", tmp_path / "other_package")
-    modules = [f"{package}.fast.{path.stem}" for package in ("my_package", "other_package")
-               for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"]  # fmt: skip
-    done = run(tmp_path, "".join(f"import {module}\n" for module in modules))
-    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_but_torch_and_triton_is_imported():
@@ -70,13 +61,13 @@ def test_nothing_but_torch_and_triton_is_imported():
         assert set(imported) - set(sys.stdlib_module_names) <= {"torch", "triton"}, path.name
 
 
-def test_import_makes_no_cuda_call(tmp_path):
-    """With CUDA initialisation made an error, every module can still be imported."""
+def test_two_copies_live_side_by_side_and_import_makes_no_cuda_call(tmp_path):
+    """With CUDA initialisation made an error, every module of both can be imported."""
     vendored(tmp_path)
-    modules = "".join(
-        f"import my_package.fast.{path.stem}\n" for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"
-    )
+    shutil.copytree(tmp_path / "my_package", tmp_path / "other_package")
     script = "import torch\ndef fail(*a, **k): raise RuntimeError('CUDA call')\n"
     script += "torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = fail\n"
-    done = run(tmp_path, script + modules)
+    modules = [f"{package}.fast.{path.stem}" for package in ("my_package", "other_package")
+               for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"]  # fmt: skip
+    done = run(tmp_path, script + "".join(f"import {module}\n" for module in modules))
     assert done.returncode == 0, done.stderr

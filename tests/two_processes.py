@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from train_tools import TINY
+from train_tools import TINY, in_double
 
 import empf
 import train
 from empf import config as settings
 from empf import runs
 from empf.data import Augment, Batches, load
+from empf.sync_norm import sync_norms
 
-CASES = {  # settings of the network; mode of learning; steps drawn in two batches, T = 2
+# 3 epochs of 10 joined batches of 32 images, the same for any number of processes
+SYNC = ["--epochs", "3", "--limit", "320", "--sync-bn", "--no-crop"]
+
+CASES = {  # settings of the network; mode of learning; steps drawn in two batches, T = 2; are the norms joined
     "random": ({}, "random", [[2], [1]]),
     "two steps": ({}, "random", [[1, 2], [1, 2]]),
     "mem_bn": ({"neuron": "mem_bn"}, "random", [[1], [2]]),
@@ -27,6 +31,9 @@ CASES = {  # settings of the network; mode of learning; steps drawn in two batch
     "seca": ({"seca": 2}, "every", [[], []]),
     "stbp": ({"neuron": "mem_bn", "seca": 1}, "stbp", [[], []]),
     "lif": ({"neuron": "lif"}, "random", [[2], [1]]),
+    "joined norms": ({"seca": 1}, "random", [[2], [1]], True),
+    "joined mem_bn": ({"neuron": "mem_bn", "parallel": 0.5}, "random", [[1, 2], [2]], True),
+    "joined, stbp": ({"neuron": "mem_bn", "arch": "resnet19"}, "stbp", [[], []], True),
 }
 
 
@@ -37,10 +44,13 @@ def gradients(model, batch, learning, steps, **wrappers) -> dict[str, torch.Tens
     return {name: p.grad.clone() for name, p in named}
 
 
-def compare_gradients(accelerator, network: dict, learning: str, draws: list[list[int]]) -> dict[str, float]:
+def compare_gradients(
+    accelerator, network: dict, learning: str, draws: list[list[int]], joined_norms: bool = False
+) -> dict[str, float]:
     """Largest difference between the gradients of two processes and of one that has the joined batch, in float64.
 
-    Norms are frozen. Two batches: DDP complains about a parameter without a gradient when the second one comes.
+    Norms are frozen, or have the statistics of the joined batch. Two batches: DDP complains about a parameter without
+    a gradient when the second one comes.
     """
     data, _ = load("digits", limit=48)
     augment = Augment(crop=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
@@ -49,10 +59,16 @@ def compare_gradients(accelerator, network: dict, learning: str, draws: list[lis
     torch.manual_seed(0)
     config = settings.from_flags({"width": 0.125, "T": 2, **network}).model()
     single = empf.build(config).double().train()
-    empf.freeze_norm(single)
+    with torch.no_grad():
+        for _ in range(20):  # running statistics with which the neurons fire
+            empf.reset(single)
+            single(next(iter(joined))[0].double())
     double = empf.build(config).double().train()
     double.load_state_dict(single.state_dict())
-    empf.freeze_norm(double)
+    if joined_norms:
+        sync_norms(double)
+    empf.freeze_norm(single, not joined_norms)
+    empf.freeze_norm(double, not joined_norms)
     model = accelerator.prepare(double)
     wrappers = dict(backward=accelerator.backward, no_sync=lambda: accelerator.no_sync(model))
     difference, largest, without = 0.0, 0.0, 0
@@ -65,26 +81,32 @@ def compare_gradients(accelerator, network: dict, learning: str, draws: list[lis
             largest = max(largest, expected[name].abs().max().item())
         model.zero_grad()
         single.zero_grad()
-    return {"difference": difference, "largest": largest, "without": without}
+    for mine, other in zip(double.buffers(), single.buffers(), strict=True):
+        difference = max(difference, (mine - other).abs().max().item())
+    silent = sum(not expected[name].any() for name in expected if name.endswith("conv.weight"))
+    return {"difference": difference, "largest": largest, "without": without, "silent": silent}
 
 
 class Spy:
-    """Notes the steps drawn, the running means evaluated and the files written; sends SIGTERM at batch `signal_at`."""
+    """Notes steps drawn, losses, running means and heads evaluated, files written; SIGTERM at batch `signal_at`."""
 
     def __init__(self):
         self.backward, self.evaluate, self.write = train.empf.online_backward, train.correct_per_step, runs.write_atomic
         train.empf.online_backward, train.correct_per_step = self.on_batch, self.on_test
         runs.write_atomic = self.on_write
-        self.steps, self.means, self.files, self.signal_at = [], [], [], None
+        self.steps, self.losses, self.means, self.heads, self.files, self.signal_at = [], [], [], [], [], None
 
     def on_batch(self, *args, steps, **kwargs):
         self.steps.append(steps)
         if len(self.steps) == self.signal_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return self.backward(*args, steps=steps, **kwargs)
+        loss, logits = self.backward(*args, steps=steps, **kwargs)
+        self.losses.append(loss.item())
+        return loss, logits
 
     def on_test(self, model, batches):
         self.means.append(model.stem.bn.running_mean.tolist())
+        self.heads.append(model.head.weight.norm().item())
         return self.evaluate(model, batches)
 
     def on_write(self, path, data):
@@ -98,13 +120,14 @@ def main(folder: Path) -> None:
     accelerator = train.make_accelerator(settings.from_flags(vars(flags(TINY))))
     found = {"gradients": {name: compare_gradients(accelerator, *case) for name, case in CASES.items()}}
 
-    def run(name: str, *extra: str) -> None:
+    def run(name: str, *extra: str, engine=accelerator) -> None:
         config = settings.from_flags(
             vars(flags([*TINY, "--batch-size", "16", "--output-dir", str(folder / name), *extra]))
         )
-        train.train(accelerator, config, None)
+        train.train(engine, config, None)
 
     def resume(name: str) -> None:
+        accelerator.wait_for_everyone()  # the first process has just saved
         config = settings.for_resume(runs.read_config(folder / name)["train"], {})
         train.train(accelerator, config, folder / name)
 
@@ -115,6 +138,24 @@ def main(folder: Path) -> None:
     resume("within")
     run("between", "--max-steps", "3")
     resume("between")
+
+    spy.losses.clear()
+    with in_double():
+        run("joined", *SYNC)
+        found["joined"] = gather_object([spy.losses])
+        run("two then one", *SYNC, "--max-steps", "14")
+        resume("one then two")  # the test has begun it
+
+    train.COMPRESSION["powersgd"][1]["start_powerSGD_iter"] = 2
+    compressing = train.make_accelerator(settings.from_flags(vars(flags([*TINY, "--grad-compression", "powersgd"]))))
+    spy.heads.clear()
+    run("compressed", "--grad-compression", "powersgd", engine=compressing)
+    found["compressed"] = gather_object([spy.heads])
+    try:
+        train.make_accelerator(settings.from_flags(vars(flags([*TINY, "--grad-compression", "bf16"]))))
+    except ValueError as error:
+        found["bf16"] = str(error)
+
     spy.steps.clear()
     spy.signal_at = 2 if accelerator.process_index == 1 else None
     run("signalled")

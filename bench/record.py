@@ -1,0 +1,216 @@
+"""Train, pack and evaluate the record network: ResNet-18 with four time steps on CIFAR-100, binary and ternary.
+
+    python bench/record.py --data FOLDER                   all of it; without --data from the Hugging Face Hub
+    python bench/record.py --data FOLDER --minutes 25      one slice of it; the same command continues
+    python bench/record.py --table                         the rows of the README, from the results so far
+    python bench/record.py --smoke                         all of it within two minutes on a CPU, on a tiny network
+
+Training is that of train.py, in runs/record-WEIGHTS: at the end of a slice, on Ctrl-C and on SIGTERM it saves; after
+a crash it continues from its last checkpoint. Then eval.py packs the network and evaluates the packed file on the whole
+test set. Writes bench/results/record-WEIGHTS.json (--smoke: beside the run, on random pictures unless --data is given).
+"""
+
+import ctypes
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+from bench.machine import machine
+from empf.config import Parser
+from empf.data import DATASETS
+from empf.runs import read_config, write_atomic
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+WEIGHTS = ("binary", "ternary")
+
+RECIPE = {  # flags of train.py
+    "dataset": "cifar100", "arch": "resnet18", "width": 1.0, "T": 4, "neuron": "mem_bn", "seca": 2,
+    "learning": "random", "epochs": 300, "batch_size": 64, "lr": 0.01, "weight_decay": 5e-4, "warmup_epochs": 5.0,
+    "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "ema": 0.999, "seed": 0, "save_minutes": 5.0,
+    "mixed_precision": "bf16" if torch.cuda.is_available() else "no",
+}  # fmt: skip
+SMOKE = {"width": 0.0625, "epochs": 2, "batch_size": 32, "warmup_epochs": 0.5, "lr": 0.05, "limit": 128, "ema": 0.5}
+
+
+def flags(recipe: dict) -> list[str]:
+    return [part for name, value in recipe.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def die_with_parent() -> None:
+    """Linux: where this process is killed, training gets a SIGTERM: it saves, and no second one runs beside it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def call(script: str, *arguments: str, seconds: float | None = None) -> bool:
+    """Run a script of the repository; after so many seconds, or on Ctrl-C, ask it to save and stop.
+
+    Returns whether it was left alone to its end. Raises ValueError where it failed.
+    """
+    child = subprocess.Popen([sys.executable, str(ROOT / script), *arguments], preexec_fn=die_with_parent)
+    asked, interrupted = False, None
+    while True:
+        try:
+            code = child.wait(None if asked else seconds)
+            break
+        except subprocess.TimeoutExpired:
+            child.terminate()
+        except KeyboardInterrupt as error:
+            child.terminate()
+            interrupted = error
+        asked = True
+    if interrupted is not None:
+        raise interrupted
+    if code and not (asked and code == -signal.SIGTERM):  # it may not have come to its first batch
+        raise ValueError(f"{script} failed with exit status {code}: see its message above; the same command continues")
+    return not asked
+
+
+def epochs(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def train(run: Path, recipe: dict, data: str | None, seconds: float | None) -> bool:
+    """Train until the end or for so many seconds; returns whether the run is finished."""
+    where = [] if data is None else ["--data", data]
+    if (run / "config.json").exists():
+        started = read_config(run)["train"]
+        other = {name: started.get(name) for name, value in recipe.items() if started.get(name) != value}
+        if other:
+            raise ValueError(f"{run} was started with other settings ({other}): move it away or choose another --runs")
+        if len(epochs(run)) == recipe["epochs"]:
+            return True
+        call("train.py", "--resume", str(run), *where, seconds=seconds)
+    else:
+        call("train.py", *flags(recipe), "--output-dir", str(run), *where, seconds=seconds)
+    return len(epochs(run)) == recipe["epochs"]
+
+
+def evaluate(run: Path, recipe: dict, data: str | None) -> dict:
+    """Pack the finished run, evaluate the packed file, and sum up."""
+    packed, where = run / "packed.safetensors", [] if data is None else ["--data", data]
+    if "limit" in recipe:
+        where += ["--limit", str(recipe["limit"])]
+    found = {}
+    for name, arguments in (("run", [str(run), "--pack", str(packed)]), ("packed", [str(packed)])):
+        file = run / f"eval-{name}.json"
+        call("eval.py", *arguments, *where, "--json", str(file))
+        found[name] = json.loads(file.read_text())
+    config, history, result = read_config(run), epochs(run), found["packed"]
+    return {
+        "command": f"python bench/record.py --weights {recipe['weights']}",
+        "recipe": recipe, "trained_with": {"commit": config["git_commit"], **config["versions"]},
+        "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "test_images": result["images"], "accuracy": result["accuracy"], "accuracy_unpacked": found["run"]["accuracy"],
+        "packed": found["run"]["packed"], "file_mb": result["file_mb"],
+        **{name: result[name] for name in ("params_mb", "params_full_mb", "nops", "sops", "energy_mj")},
+        "minutes_of_training": sum(e["seconds"] for e in history) / 60,
+        "images_per_s": statistics.median(e["images_per_s"] for e in history),
+        "epochs": [{name: e[name] for name in ("epoch", "loss", "train_accuracy", "accuracy")} for e in history],
+    }  # fmt: skip
+
+
+def table(results: list[dict]) -> str:
+    """Rows for the README."""
+    lines = [
+        "| data | network | synapses | epochs | test accuracy of the packed file | file | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        c, m = r["recipe"], r["machine"]
+        lines.append(
+            f"| {c['dataset']}, {r['test_images']:,} test images | {c['arch']} x{c['width']:g}, T = {c['T']} | "
+            f"{c['weights']} | {c['epochs']} | {r['accuracy'][-1]:.2f} % | {r['file_mb']:.2f} MB | "
+            f"{r['minutes_of_training']:.0f} min on {m.get('gpu', m['cpu'])} |"
+        )
+    return "\n".join(lines)
+
+
+def synthetic(folder: Path, name: str, images: int) -> Path:
+    """Random pictures in parquet files with the columns and features of the Hub's copy of CIFAR-100."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    spec = DATASETS[name]
+    generator = torch.Generator().manual_seed(0)
+    label = {"names": [f"class{c:03}" for c in range(spec.num_classes)], "_type": "ClassLabel"}
+    features = {"img": {"_type": "Image"}, "fine_label": label}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    schema = pyarrow.schema({"img": kind, "fine_label": pyarrow.int64()}, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = []
+        for i in range(images):
+            shape = (spec.image_size, spec.image_size, 3)
+            pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(png := BytesIO(), "PNG")
+            rows.append({"img": {"bytes": png.getvalue(), "path": None}, "fine_label": i % spec.num_classes})
+        buffer = BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer)
+        write_atomic(folder / f"{split}-00000-of-00001.parquet", buffer.getvalue())
+    return folder
+
+
+def record(weights: str, folder: Path, data: str | None, smoke: bool, until: float | None) -> dict | None:
+    """The result of one network, if it is finished by `until` (of time.monotonic)."""
+    name = f"record-{weights}"
+    run = folder / (f"smoke-{name}" if smoke else name)
+    out = (run if smoke else RESULTS) / f"{name}.json"
+    recipe = {**RECIPE, **(SMOKE if smoke else {}), "weights": weights}
+    if out.exists() and (result := json.loads(out.read_text()))["recipe"] == recipe:
+        return result
+    if smoke and data is None:
+        data = str(synthetic(folder / "smoke-data", recipe["dataset"], recipe["limit"]))
+    seconds = None if until is None else until - time.monotonic()
+    if (seconds is not None and seconds <= 0) or not train(run, recipe, data, seconds):
+        return None
+    result = evaluate(run, recipe, data)
+    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="default: one after the other")
+    p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
+    p.add_argument("--minutes", type=float, help="save and stop after so many minutes; the same command continues")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    p.add_argument("--smoke", action="store_true", help="try all of it with a tiny network and few images")
+    p.add_argument("--table", action="store_true", help="only print the rows of the README")
+    args = p.parse_args(argv)
+    if args.table:
+        files = [file for w in WEIGHTS if (file := RESULTS / f"record-{w}.json").exists()]
+        print(table([json.loads(file.read_text()) for file in files]))
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    results = []
+    try:
+        for weights in args.weights:
+            result = record(weights, args.runs, args.data, args.smoke, until)
+            if result is None:
+                print("time is over, all is saved; the same command continues")
+                break
+            results.append(result)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped, all is saved; the same command continues")
+    if results:
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main()

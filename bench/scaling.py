@@ -1,0 +1,267 @@
+"""How training scales to many GPUs, on paper: bytes exchanged per update, operations per update, efficiency.
+
+    python bench/scaling.py             ResNet-18 and ResNet-34 on 1 to 1,024 GPUs; bench/results/scaling.json
+    python bench/scaling.py --flops 2e14 --network 25 --sync-bn
+    python bench/scaling.py --check     two CPU processes: counted bytes, measured efficiency
+
+Counted, on torch's meta device: operations of convolutions and matrix products of an update with one random step (mean
+over t*), and after which of them each gradient is complete. Exchanged by data-parallel training: the gradient of every
+parameter (latent weights are fp32, also those of 1-bit synapses), 4 numbers every 20 updates, and with --sync-bn two
+numbers per channel for every batch norm and time step, and two more for the step with gradient.
+
+Assumed: every GPU computes at --flops FLOP/s; all-reduce within a node is a ring over links of --node GB/s; between
+nodes a ring, or a tree where that is faster, of the share of each GPU over its own link of --network GB/s; --latency
+per hop; gradients leave in the buckets of DDP (1 MB, then 25 MB) as soon as they are complete, beside the computation
+(`overlap`) or only after it. No noise, no congestion, data always ready.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads leave a busy machine alone
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+import empf
+from bench.cluster import READ_EVERY, SCALARS, Links, buckets, count, predict, slowest_network
+from bench.machine import machine, spread
+from empf.config import Parser
+from empf.models import ModelConfig, build
+from empf.runs import write_atomic
+
+NETWORKS = {  # name -> configuration, images per GPU
+    "resnet18": (ModelConfig(arch="resnet18", num_classes=100, image_size=32), 64),
+    "resnet34": (ModelConfig(arch="resnet34", num_classes=1000, image_size=224), 64),
+}
+GPUS = [2**n for n in range(11)]
+
+
+def study(links: Links, sync_bn: bool) -> dict:
+    """Counted work and predicted efficiency of each network on each number of GPUs."""
+    result = {"assumed": asdict(links), "sync_bn": sync_bn, "machine": machine(), "networks": {}}
+    for name, (config, batch_size) in NETWORKS.items():
+        work = count(config, batch_size)
+        options = {
+            "after the backward pass": {"overlap": False},
+            "overlap": {},
+            "overlap, bf16": {"compress": 0.5},
+            "overlap, PowerSGD": {"compress": work.powersgd_bytes / work.bytes},
+        }
+        result["networks"][name] = {
+            "image_size": config.image_size, "T": config.T, "batch_size": batch_size,
+            "gflop_forward": work.forward / 1e9, "gflop_backward": work.backward / 1e9,
+            "bytes": {
+                "gradients": work.bytes, "buckets": [size for size, _ in buckets(work.gradients)],
+                "gradients_bf16": work.bytes // 2, "gradients_powersgd": work.powersgd_bytes,
+                "batch_norms": work.norm_bytes if sync_bn else 0, "scalars_per_update": SCALARS / READ_EVERY,
+            },
+            "flop_per_byte": (work.forward + work.backward) / work.bytes,
+            "dominates_below_gb_per_s": slowest_network(work, GPUS[-1], links),
+            "gpus": {
+                p: {label: predict(work, p, links, sync_bn=sync_bn, **kw) for label, kw in options.items()}
+                for p in GPUS
+            },
+        }  # fmt: skip
+    return result
+
+
+def conclusion(name: str, network: dict) -> str:
+    """What the numbers say about the gradient traffic of the largest cluster."""
+    p, options = max(network["gpus"].items(), key=lambda item: int(item[0]))
+    late, full = options["after the backward pass"], options["overlap"]
+    best = max(options, key=lambda label: options[label]["efficiency"])
+    dominates = "dominates" if full["exchanging"] > full["computing"] else "does not dominate"
+    return (
+        f"{name} on {p} GPUs: exchanging gradients takes {1e3 * full['exchanging']:.2f} ms and computing "
+        f"{1e3 * full['computing']:.2f} ms: gradient traffic {dominates}; it would below "
+        f"{network['dominates_below_gb_per_s']:.1f} GB/s between nodes. Efficiency {100 * late['efficiency']:.0f} % "
+        f"without overlap, {100 * full['efficiency']:.0f} % with it, best {100 * options[best]['efficiency']:.0f} % "
+        f"({best})"
+    )
+
+
+def report(r: dict) -> str:
+    """The study for people."""
+    a = r["assumed"]
+    lines = [
+        f"assumed: {a['flops']:.3g} FLOP/s per GPU, {a['node']:g} GB/s within nodes of {a['per_node']}, "
+        f"{a['network']:g} GB/s per GPU between them, {1e6 * a['latency']:g} us per hop"
+        + (", batch norms synchronised" if r["sync_bn"] else ""),
+    ]
+    for name, n in r["networks"].items():
+        b = n["bytes"]
+        lines += [
+            "",
+            f"{name}, {n['image_size']}x{n['image_size']}, T = {n['T']}, {n['batch_size']} images per GPU: "
+            f"{n['gflop_forward']:.1f} GFLOP forward (past steps included), {n['gflop_backward']:.1f} backward",
+            f"gradients {b['gradients'] / 1e6:.2f} MB in {len(b['buckets'])} buckets (bf16 "
+            f"{b['gradients_bf16'] / 1e6:.2f}, PowerSGD {b['gradients_powersgd'] / 1e6:.2f}), batch norms "
+            f"{b['batch_norms'] / 1e6:.2f} MB, scalars {b['scalars_per_update']:g} bytes; "
+            f"{n['flop_per_byte']:.0f} FLOP per byte of gradients",
+            "",
+        ]
+        labels = list(next(iter(n["gpus"].values())))
+        lines += ["| GPUs | computing ms | exchanging ms | " + " | ".join(f"{label} %" for label in labels) + " |"]
+        lines += ["|---" * (3 + len(labels)) + "|"]
+        for p, options in n["gpus"].items():
+            plain = options["overlap"]
+            cells = [f"{1e3 * plain['computing']:.2f}", f"{1e3 * plain['exchanging']:.2f}"]
+            cells += [f"{100 * o['efficiency']:.1f}" for o in options.values()]
+            lines.append(f"| {p} | " + " | ".join(cells) + " |")
+        lines += ["", conclusion(name, n)]
+    return "\n".join(lines)
+
+
+# ---- against reality, with two processes
+
+
+def counting_hook(sent: Counter, bucket):
+    """A communication hook of DDP: counts what it sends."""
+    sent.update(bytes=bucket.buffer().nbytes, buckets=1)
+    return allreduce_hook(None, bucket)
+
+
+def seconds_of(call, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def worker(width: float, batch_size: int, rounds: int) -> None:
+    """One of two processes: counts and times updates; rank 0 prints the result."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, p = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    config = ModelConfig(width=width, T=2, image_size=32)
+    model = build(config).to(memory_format=torch.channels_last).train()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    sent = Counter()
+    parallel.register_comm_hook(sent, counting_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    x = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    target = torch.arange(batch_size) % 10
+
+    def updates():
+        for t in range(1, config.T + 1):
+            empf.online_backward(parallel, x, target, F.cross_entropy, steps=[t])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def timed(call) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) / config.T
+
+    updates()  # warm-up; DDP forms its buckets anew after the first update
+    sent.clear()
+    updates()
+    found = {name: number / config.T for name, number in sent.items()}
+    times = {"alone": [], "beside": [], "exchanging": []}
+    for _ in range(rounds):
+        for name, seconds in times.items():
+            dist.barrier()
+            if name == "exchanging":
+                seconds.append(timed(updates))
+            elif name == "beside" or rank == 0:
+                with parallel.no_sync():
+                    seconds.append(timed(updates))
+    size = sum(q.numel() * q.element_size() for q in model.parameters())
+    large, small = torch.zeros(size // 4), torch.zeros(SCALARS // 4)
+    hop = seconds_of(lambda: dist.all_reduce(small), 21) / (2 * (p - 1))
+    rate = 2 * (p - 1) / p * size / max(seconds_of(lambda: dist.all_reduce(large), 11) - 2 * (p - 1) * hop, 1e-9)
+    if rank == 0:
+        print(json.dumps({"counted": found, "seconds": times, "hop": hop, "gb_per_s": rate / 1e9, "processes": p}))
+    dist.destroy_process_group()
+
+
+def check(width: float, batch_size: int, rounds: int) -> dict:
+    """Counted against predicted bytes, measured against predicted efficiency, on two CPU processes of one thread.
+
+    alone: one process works, the other waits; beside: both work, without exchange; exchanging: both train together.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    options = ["--worker", "--width", str(width), "--images", str(batch_size), "--rounds", str(rounds)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise ValueError(f"the two processes failed: {done.stderr.strip()[-500:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    work = count(ModelConfig(width=width, T=2, image_size=32), batch_size)
+    beside = statistics.median(found["seconds"]["beside"])
+    links = Links(
+        flops=(work.forward + work.backward) / beside, node=found["gb_per_s"], per_node=2, latency=found["hop"]
+    )  # fmt: skip
+    result = {
+        "machine": machine(), "processes": found["processes"], "width": width, "batch_size": batch_size,
+        "bytes": {"predicted": work.bytes, "counted": found["counted"]["bytes"]},
+        "buckets": {"predicted": len(buckets(work.gradients)), "counted": found["counted"]["buckets"]},
+        "gloo": {"gb_per_s": found["gb_per_s"], "seconds_per_hop": found["hop"]},
+        "ms_per_update": {name: spread(1e3 * s for s in seconds) for name, seconds in found["seconds"].items()},
+        "efficiency": {
+            # gloo needs the very cores that compute, so nothing overlaps
+            "predicted": predict(work, 2, links, overlap=False)["efficiency"],
+            "measured": spread(
+                b / e for b, e in zip(found["seconds"]["beside"], found["seconds"]["exchanging"], strict=True)
+            ),
+            "measured_against_one_process": spread(
+                a / e for a, e in zip(found["seconds"]["alone"], found["seconds"]["exchanging"], strict=True)
+            ),
+        },
+    }  # fmt: skip
+    if result["bytes"]["predicted"] != result["bytes"]["counted"]:
+        raise ValueError("predicted {predicted} bytes per update, counted {counted}".format(**result["bytes"]))
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--flops", type=float, default=Links.flops, help="FLOP/s that a GPU reaches (default: %(default)g)")
+    p.add_argument("--node", type=float, default=Links.node, help="GB/s of a GPU within a node (default: %(default)g)")
+    p.add_argument("--network", type=float, default=Links.network, help="and between nodes (default: %(default)g)")
+    p.add_argument("--per-node", type=int, default=Links.per_node, help="GPUs in a node (default: %(default)s)")
+    p.add_argument("--latency", type=float, default=Links.latency, help="seconds per hop (default: %(default)g)")
+    p.add_argument("--sync-bn", action="store_true", help="with synchronised batch norms")
+    p.add_argument("--check", action="store_true", help="compare with two CPU processes")
+    p.add_argument("--rounds", type=int, default=7, help="of --check (default: %(default)s)")
+    p.add_argument("--width", type=float, default=0.5, help="of the network of --check (default: %(default)s)")
+    p.add_argument("--images", type=int, default=16, help="per process in --check (default: %(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: scaling.json, scaling-check.json in results/")
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.worker:
+        worker(args.width, args.images, args.rounds)
+        return
+    results = Path(__file__).parent / "results"
+    try:
+        if args.check:
+            result, out = check(args.width, args.images, args.rounds), results / "scaling-check.json"
+            print(json.dumps(result, indent=1))
+        else:
+            links = Links(args.flops, args.node, args.network, args.per_node, args.latency)
+            result, out = study(links, args.sync_bn), results / "scaling.json"
+            print(report(result))
+        write_atomic(args.json or out, (json.dumps(result, indent=1) + "\n").encode())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Recordings of event cameras, read into arrays.
+
+    AEDAT 2.0   header lines that begin with "#", then big-endian pairs (uint32 address, uint32 time in microseconds);
+                address of the 128x128 DVS128: bit 0 polarity (0 = on), bits 1-7 x, bits 8-14 y, bit 15 not a pixel
+    AEDAT 4     compressed packets, read by the package `aedat`
+
+The camera is not aware of up and down: two readings of x and y are in use for AEDAT 2.0, see `ORIENTATIONS`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SENSOR = 128  # pixels along one side of the DVS128
+
+# x and y (columns from the left, rows from the top) of a picture, from the fields of the address. One is the other
+# turned by a quarter: left and right of the first are bottom and top of the second.
+ORIENTATIONS = {
+    "transposed": lambda x, y: (SENSOR - 1 - y, SENSOR - 1 - x),  # most papers on DVS-CIFAR10
+    "mirrored": lambda x, y: (SENSOR - 1 - x, y),  # dat2mat.m, which was published with the recordings
+}
+
+
+@dataclass(frozen=True)
+class Events:
+    """E events in the order of the file: `x`, `y` (column, row) and `on` (brighter; else darker), `t` in microseconds.
+
+    `height`, `width`: pixels of the sensor.
+    """
+
+    t: np.ndarray  # E int64
+    x: np.ndarray  # E uint16
+    y: np.ndarray  # E uint16
+    on: np.ndarray  # E bool
+    height: int = SENSOR
+    width: int = SENSOR
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def read_events(path: str | Path, orientation: str = "transposed") -> Events:
+    """The events of a recording, AEDAT 2.0 of a DVS128 (.aedat) or AEDAT 4 (.aedat4).
+
+    `orientation`, for AEDAT 2.0 (AEDAT 4 stores columns and rows): `transposed` is x = 127 - y', y = 127 - x' of the
+    fields x', y' of the address; `mirrored` is x = 127 - x', y = y'.
+
+    A header without events gives no events. Raises ValueError that names the file if it is empty, cut short, of
+    another format or not from a DVS128; FileNotFoundError if it is missing.
+    """
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"orientation must be one of {', '.join(ORIENTATIONS)}, got {orientation!r}")
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no recording {path}: check the path") from error
+    if not data:
+        raise ValueError(f"{path} is empty: copy the recording again")
+    if Path(path).suffix.lower() == ".aedat4":
+        if not data.startswith(b"#!AER-DAT4"):
+            raise ValueError(f"{path} does not begin like AEDAT 4: copy the recording again, or rename it")
+        return _read_aedat4(path)
+    if data.startswith(b"#!AER-DAT") and not data.startswith(b"#!AER-DAT2"):
+        found = data[2:12].decode("latin1")
+        raise ValueError(f"{path} is {found}: it must be AER-DAT2.0, or AER-DAT4.0 with a name that ends in .aedat4")
+    return _read_aedat2(data, path, orientation)
+
+
+def _read_aedat2(data: bytes, path: str | Path, orientation: str) -> Events:
+    start = 0
+    while data.startswith(b"#", start):  # no address begins with "#": its first byte is 0
+        end = data.find(b"\n", start)
+        if end < 0:
+            raise ValueError(f"{path} ends in its header: copy the recording again")
+        start = end + 1
+    if (len(data) - start) % 8:
+        raise ValueError(f"{path} ends in the middle of an event: copy the recording again")
+    pairs = np.frombuffer(data, ">u4", offset=start).reshape(-1, 2)  # E 2
+    address, t = pairs[:, 0].astype(np.uint32), pairs[:, 1].astype(np.int64)
+    used = np.bitwise_or.reduce(address) if len(address) else np.uint32(0)
+    if used >> 16:
+        raise ValueError(f"{path} has addresses beyond 16 bits: it is damaged, or not a recording of a DVS128")
+    if used >> 15:  # marks of the camera, such as synchronisation
+        pixel = address < 1 << 15
+        address, t = address[pixel], t[pixel]
+    address = address.astype(np.uint16)
+    x, y = ORIENTATIONS[orientation](address >> 1 & 127, address >> 8)
+    return Events(t, x, y, address & 1 == 0)
+
+
+def _read_aedat4(path: str | Path) -> Events:
+    try:
+        import aedat
+    except ImportError as error:
+        raise ValueError(f"{path} is AEDAT 4, which needs a package: pip install aedat") from error
+    try:
+        decoder = aedat.Decoder(str(path))
+        streams = {id: s for id, s in decoder.id_to_stream().items() if s["type"] == "events"}
+        packets = [p["events"] for p in decoder if p["stream_id"] in streams]
+    except RuntimeError as error:  # what the decoder raises for every damage
+        raise ValueError(f"cannot read {path} ({error}): copy the recording again") from error
+    if len(streams) != 1:
+        raise ValueError(f"{path} has {len(streams)} streams of events: it must have one")
+    (stream,) = streams.values()
+    fields = [np.concatenate([p[name] for p in packets]) if packets else np.empty(0) for name in ("t", "x", "y", "on")]
+    dtypes = (np.int64, np.uint16, np.uint16, bool)
+    arrays = [field.astype(dtype) for field, dtype in zip(fields, dtypes, strict=True)]
+    return Events(*arrays, height=stream["height"], width=stream["width"])

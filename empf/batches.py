@@ -1,0 +1,246 @@
+"""Batches of images, augmented whole on the device where they lie.
+
+    images   [N, C, H, W]   uint8     as stored, resident on the device
+    labels   [N]            int64
+    batch    [B, C, H, W]   float32   (pixel/255 - mean) / std
+    targets  [B]            int64, or [B, classes] float32 when labels are smoothed or mixed
+
+Mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; Cutout: arXiv 1708.04552.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from empf.sets import ImageSet
+
+if TYPE_CHECKING:
+    from empf.events import EventBatches, EventSet
+    from empf.shards import StreamSet
+    from empf.streaming import StreamBatches
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to training images, in this order. Everything is off by default.
+
+    `crop`: shift by up to the dataset's `crop_padding` pixels, black beyond the border. `flip`: mirror left to right
+    with probability 1/2, where that keeps the class. `cutout`: side in pixels of a square at a uniform centre that is
+    set to the mean colour. `mixup`, `cutmix`: alpha of the Beta(alpha, alpha) that draws the share of the image itself;
+    the rest comes from the image at the mirrored place of the joined batch; where both are on, each batch gets one of
+    them with probability 1/2. `label_smoothing`: share of the target spread evenly over all classes.
+    """
+
+    crop: bool = False
+    flip: bool = False
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("cutout", "mixup", "cutmix", "label_smoothing"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.label_smoothing > 1:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
+
+    @property
+    def soft_targets(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
+
+
+class ImageBatches:
+    """What all batches of images have: the seed and the epoch, the share of a rank, and how a batch is prepared."""
+
+    def __init__(
+        self,
+        data: "ImageSet | StreamSet",
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        augment: Augment | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or seed < 0 or not 0 <= rank < world:
+            raise ValueError(
+                f"needs batch_size >= 1, seed >= 0 and 0 <= rank < world, got {batch_size=}, {seed=}, {rank=}, {world=}"
+            )
+        if train and len(data) < batch_size * world and (drop_last or len(data) < world):
+            raise ValueError(
+                f"{len(data)} training images do not fill one batch of {batch_size * world}: "
+                "use a smaller --batch-size or a larger --limit"
+            )
+        self.data, self.batch_size, self.train, self.seed = data, batch_size, train, seed
+        self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.augment = augment or Augment()
+        self.epoch = 0
+        mean, std = (
+            torch.tensor(values, device=data.device)[:, None, None]  # C 1 1
+            for values in (data.spec.mean, data.spec.std)
+        )
+        self._gain, self._shift = 1 / (255 * std), -mean / std
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of this rank; the same on all ranks in training."""
+        if not self.train:
+            first, last = self._share(len(self.data))
+            return -(-(last - first) // self.batch_size)
+        full, rest = divmod(len(self.data), self.batch_size * self.world)
+        return full + (not self.drop_last and rest >= self.world)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from number `start` of the present epoch on."""
+        raise NotImplementedError
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of this rank's part of `count` rows."""
+        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.float().mul_(self._gain).add_(self._shift)
+
+    def _cut_out(self, images: Tensor, y: Tensor, x: Tensor) -> None:
+        """A square at the centres `y, x` [B] of each image becomes the mean colour."""
+        cutout = self.augment.cutout
+        offset = torch.arange(images.shape[-1], device=images.device) + cutout // 2
+        distance = [offset - centre[:, None] for centre in (y, x)]  # B H, B W
+        inside_y, inside_x = ((d >= 0) & (d < cutout) for d in distance)
+        images.masked_fill_((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0)
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        smoothing, classes = self.augment.label_smoothing, self.data.spec.num_classes
+        return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+
+    def _mixed(
+        self, images: Tensor, targets: Tensor, mates: Tensor, mate_targets: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """One share, or one box, for the whole batch."""
+        augment, side = self.augment, self.data.spec.image_size
+        cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
+        alpha = augment.cutmix if cutmix else augment.mixup
+        share = float(rng.beta(alpha, alpha))
+        if cutmix:
+            half = int(side * (1 - share) ** 0.5) // 2
+            centre = rng.integers(0, side, 2)
+            (top, left), (bottom, right) = (centre - half).clip(0), (centre + half).clip(max=side)
+            images[:, :, top:bottom, left:right] = mates[:, :, top:bottom, left:right]
+            share = 1 - int((bottom - top) * (right - left)) / side**2
+        else:
+            images = torch.lerp(mates, images, share)
+        return images, torch.lerp(mate_targets, targets, share)
+
+
+class Batches(ImageBatches):
+    """Batches of an `ImageSet`, as (images float32 [B, C, H, W] normalised, targets), on the device of the set.
+
+    Training: rank r of `world` gets the r-th part of a joined batch of `batch_size * world` images, so that several
+    processes see together what one process with the larger batch sees: the same images in the same order, augmented
+    and mixed the same way. Everything drawn is a pure function of (seed, epoch, number of the batch), so
+    `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly. Targets are int64 [B], or float32
+    [B, classes] if `augment` mixes images or smooths labels. The rest of the images that does not fill a joined batch
+    is left out, or is one more, smaller batch with `drop_last=False`.
+
+    Test: images in their order, not augmented, targets int64 [B]. Each rank gets one contiguous part, every image in
+    exactly one of them; the parts differ by at most one image and the last batch may be smaller, so ranks may differ
+    by one in their number of batches: reduce over processes after the loop, not inside it.
+    """
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.train:
+            first, last = self._share(len(self.data))
+            for at in range(first + start * self.batch_size, last, self.batch_size):
+                rows = slice(at, min(at + self.batch_size, last))
+                yield self._normalise(self.data.images[rows]), self.data.labels[rows]
+            return
+        joined = self.batch_size * self.world
+        order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(len(self.data))
+        for number in range(start, len(self)):
+            rng = np.random.default_rng((self.seed, self.epoch, number + 1))
+            yield self._train_batch(order[number * joined : (number + 1) * joined], rng)
+
+    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """This rank's part of the joined batch `rows`; the random numbers are drawn for the joined batch."""
+        spec, augment, side = self.data.spec, self.augment, self.data.spec.image_size
+        shifts = 2 * spec.crop_padding + 1
+        # per image: row, crop y, crop x, flip, cutout y, cutout x; all are drawn even if unused, so that switching one
+        # of them on leaves the others as they are
+        drawn = rng.integers(0, (shifts, shifts, 2, side, side), (len(rows), 5))
+        drawn = np.concatenate((rows[:, None], drawn), axis=1)
+        first, last = self._share(len(rows))
+        images, labels = self._augmented(drawn[first:last])
+        targets = self._targets(labels) if augment.soft_targets else labels
+        if augment.mixup == 0 and augment.cutmix == 0:
+            return images, targets
+        if self.world == 1:
+            mates, mate_targets = images.flip(0), targets.flip(0)
+        else:  # the partners lie on other ranks, where they are augmented the same way
+            mates, labels = self._augmented(drawn[::-1][first:last])
+            mate_targets = self._targets(labels)
+        return self._mixed(images, targets, mates, mate_targets, rng)
+
+    def _augmented(self, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Crop, flip, normalise and cut out the images that `drawn` [B, 6] names; with their labels."""
+        spec, augment = self.data.spec, self.augment
+        side, padding = spec.image_size, spec.crop_padding
+        rows, y, x, flip, *hole = torch.from_numpy(drawn.T.copy()).to(self.data.images.device)
+        images = self.data.images[rows]  # B C H W
+        if augment.crop:
+            windows = F.pad(images, (padding,) * 4).unfold(2, side, 1).unfold(3, side, 1)  # B C 2P+1 2P+1 H W
+            images = windows[torch.arange(len(rows), device=rows.device), :, y, x]
+        if augment.flip and spec.flip:
+            images = torch.where(flip[:, None, None, None] > 0, images.flip(3), images)
+        images = self._normalise(images)
+        if augment.cutout:
+            self._cut_out(images, *hole)
+        return images, self.data.labels[rows]
+
+
+def batches(
+    data: "ImageSet | StreamSet | EventSet",
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augment: Augment | None = None,
+    workers: int = 0,
+) -> "Batches | StreamBatches | EventBatches":
+    """Batches of what `empf.data.load` returns, of the kind that fits it; all kinds are used alike.
+
+    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take `crop`,
+    `flip` and `label_smoothing`; ValueError where it asks for the others.
+    """
+    options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
+    if isinstance(data, ImageSet):
+        return Batches(data, batch_size, **options)
+    from empf.shards import StreamSet
+
+    if isinstance(data, StreamSet):
+        from empf.streaming import StreamBatches
+
+        return StreamBatches(data, batch_size, workers=workers, **options)
+    from empf.events import EventAugment, EventBatches
+
+    if augment is not None:
+        wrong = [name for name in ("cutout", "mixup", "cutmix") if getattr(augment, name)]
+        if wrong:
+            raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
+        crop = data.spec.crop_padding if augment.crop else 0
+        options["augment"] = EventAugment(flip=augment.flip, crop=crop, label_smoothing=augment.label_smoothing)
+    return EventBatches(data, batch_size, **options)

@@ -1,0 +1,267 @@
+"""Look into a network: how separable its gradient is in time, and what its training keeps in memory.
+
+python -m empf.diagnose RUN                   table, and RUN/separability.png; measured on a batch of training images
+python -m empf.diagnose RUN --untrained       the same configuration, freshly initialised
+python -m empf.diagnose --memory              bytes for T = 1..32 and each learning mode; no run needed
+    --json FILE --figure FILE.png|.pdf|.svg   for both
+
+What is measured and what the theory says is described in `empf/separability.py` and `empf/training_memory.py`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from textwrap import wrap
+
+import torch
+
+from empf import runs
+from empf.batches import batches
+from empf.config import Parser, TrainConfig, cpu_threads
+from empf.data import load
+from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig, SpikingNetwork, build
+from empf.separability import measure
+from empf.training_memory import STEPS, training_memory
+
+FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
+FIGURES = (".png", ".pdf", ".svg")
+POOL = 4096  # images of the split, the first ones, from which the batch is drawn
+
+
+def load_model(run: Path, untrained: bool, device: str) -> SpikingNetwork:
+    if not untrained:
+        return runs.load(run, device)
+    config = runs.read_config(run)
+    torch.manual_seed(config["seed"])  # the weights with which the run began
+    return build(ModelConfig.from_dict(config["model"])).to(device)
+
+
+def separability(
+    run: Path, *, data: str | None, split: str, batch_size: int, seed: int, untrained: bool, device: str
+) -> tuple[dict, dict]:
+    """The measurements of `empf.separability.measure` on a run, with what they were made on; and the samples."""
+    train = TrainConfig.from_dict(runs.read_config(run)["train"])
+    model = load_model(run, untrained, device)
+    pool = min(train.limit or POOL, POOL)
+    images = load(train.dataset, data or train.data, limit=pool, device=device, T=train.T)[split == "test"]
+    x, target = next(iter(batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
+    result, samples = measure(model, x, target)
+    about = {
+        "run": str(run), "untrained": untrained, "dataset": train.dataset, "split": split, "images": len(target),
+        "seed": seed, "device": device, "model": model.config.to_dict(),
+    }  # fmt: skip
+    return about | result, samples
+
+
+def rows_to_text(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table: the first column to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [header, *rows])
+    return "\n".join(lines)
+
+
+def number(value: float | None, spec: str = ".3f") -> str:
+    return "-" if value is None else "0" if value == 0 else format(value, spec)
+
+
+def listed(values: list[float] | None, extent: list[float]) -> str:
+    """Few values are listed, a curve shows its range."""
+    if values is None:
+        return f"{extent[0]:.3g} .. {extent[1]:.3g}"
+    return "{" + ", ".join(f"{v:.3g}" for v in values) + "}"
+
+
+def separability_table(r: dict) -> str:
+    """The result for people."""
+    m, s, gradients = r["model"], r["summary"], r["gradients"]
+    weights = "untrained" if r["untrained"] else "trained"
+    unit = "ds/dm (in units of the gain of Mem-BN)" if m["neuron"] == "mem_bn" else "ds/dm"
+    whole = gradients["all weights"]
+    rows = [
+        ("run", f"{r['run']} ({weights})"),
+        ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
+        ("batch", f"{r['images']} {r['split']} images of {r['dataset']}, seed {r['seed']}; statistics of the batch"),
+        ("separable", "yes" if r["verdict"]["separable"] else "no"),
+        *(("", line) for reason in r["verdict"]["reasons"] for line in wrap(reason, 88)),
+        *(("silent, nothing to measure", name) for name in r["verdict"]["silent"]),
+        (unit, listed(s["ds_dm_values"], s["ds_dm_range"])),
+        ("its dependence on m", f"{number(s['ds_dm_dependence'], '.3g')} (largest difference on one side of θ)"),
+        ("factors, measured - theory", number(s["factor_error"], ".1e")),
+        ("online gradient across steps", number(s["online_leak"], ".1e")),
+        ("online against through time", agreement(whole["mean_of_losses"]) + "  (mean of the steps' losses)"),
+        ("the same, loss of mean logits", agreement(whole["loss_of_mean"])),
+        ("the two losses, through time", agreement(whole["between_losses"])),
+        ("crosses steps", f"{number(s['temporal_share'])} of the norm of the gradient through time"),
+        ("one random step", f"bias {number(s['random_bias'], '.1e')}, variance {number(s['random_variance'])} |g|²"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    neurons = [
+        (
+            name,
+            " ".join(f"{100 * step['above_threshold']:.0f}" for step in steps),
+            listed(*values_of(steps)),
+            number(max(step["dependence"] for step in steps), ".3g"),
+            number(max(step["factor_error"] for step in steps), ".1e"),
+            " ".join(number(step["temporal_share"], ".2f") for step in steps),
+            number(max(step["online_leak"] for step in steps), ".1e"),
+        )
+        for name, steps in r["neurons"].items()
+    ]
+    layers = [
+        (
+            name,
+            *(number(row["mean_of_losses"][key]) for key in ("cosine", "norm_ratio", "sign_agreement")),
+            " ".join(number(step["temporal_share"], ".2f") for step in row["steps"]),
+            number(row["random"]["variance"]),
+            number(row["random"]["bias"], ".1e"),
+        )
+        for name, row in gradients.items()
+    ]
+    across = f"crosses steps, step 1..{m['T']}"
+    at_neurons = ("neurons", f"% above θ, step 1..{m['T']}", "ds/dm", "dependence", "factor error", across, "leak")
+    at_weights = ("weights", "cosine", "norm", "signs", across, "variance", "bias")
+    head = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n\n".join([head, rows_to_text(at_neurons, neurons), rows_to_text(at_weights, layers)])
+
+
+def values_of(steps: list[dict]) -> tuple[list[float] | None, list[float]]:
+    """ds/dm of a layer over its steps: the distinct values where they are few, and the range."""
+    values = [step["ds_dm"]["values"] for step in steps]
+    extent = [min(step["ds_dm"]["min"] for step in steps), max(step["ds_dm"]["max"] for step in steps)]
+    return None if None in values else sorted(set().union(*values)), extent
+
+
+def agreement(row: dict) -> str:
+    return (
+        f"cosine {number(row['cosine'], '.4f')}, norm {number(row['norm_ratio'])}, "
+        f"signs {number(row['sign_agreement'])}"
+    )
+
+
+def memory(config: ModelConfig, batch_size: int, device: str, steps: list[int]) -> dict:
+    """`training_memory` with what it was counted for."""
+    rows = training_memory(config, batch_size, device, sorted(set(steps)))
+    model = {key: value for key, value in config.to_dict().items() if key != "T"}
+    return {"model": model, "batch_size": batch_size, "device": device, "rows": rows}
+
+
+def memory_table(r: dict) -> str:
+    m, rows = r["model"], r["rows"]
+    mb = lambda value: "-" if value is None else f"{value / 1e6:.1f}"  # noqa: E731
+    keys = ("saved", "saved_plain", "theory", "potentials", "total", "allocated")
+    titles = ("saved", "plain", "theory", "potentials", "total", "allocated")
+    table = [
+        (
+            f"{row['T']:>2} {row['learning']}",
+            *(mb(row[key]) for key in keys),
+            f"{row['saved'] / row['saved_plain']:.2f}",
+        )
+        for row in rows
+    ]
+    fixed = ", ".join(f"{key.replace('_', ' ')} {mb(rows[0][key])}" for key in FIXED)
+    head = (
+        f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, {m['image_size']} pixels, "
+        f"batch of {r['batch_size']}, {r['device']}; MB = 10^6 bytes\n"
+        f"whatever T is: {fixed}\n"
+        "saved: for the backward pass; plain: with nothing made again; theory: one step online, T steps through time"
+    )
+    return head + "\n\n" + rows_to_text((" T learning", *titles, "saved / plain"), table)
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m empf.diagnose", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("run", type=Path, nargs="?", help="run folder that train.py wrote")
+    p.add_argument("--batch-size", type=int, help="images (default: 32; with --memory 8, or 64 on a GPU)")
+    p.add_argument("--device", help="default: cuda where there is one, else cpu")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    p.add_argument(
+        "--figure", type=Path, metavar="FILE",
+        help="default: separability.png in the run folder; with --memory none",
+    )  # fmt: skip
+    run = p.add_argument_group("gradient of a run")
+    run.add_argument("--untrained", action="store_true", help="the network as the run began, before training")
+    run.add_argument("--data", help="local folder of the data set; default: where the run found it")
+    run.add_argument("--split", choices=("train", "test"), default="train", help="images (default: train)")
+    run.add_argument("--seed", type=int, default=0, help="draws the images (default: 0)")
+    m = p.add_argument_group("memory of a configuration")
+    m.add_argument("--memory", action="store_true", help="count the memory of training instead")
+    m.add_argument("--T", type=int, nargs="+", default=STEPS, help="time steps (default: 1 2 4 8 16 32)")
+    m.add_argument("--arch", choices=ARCHS, default="resnet18", help="default: resnet18")
+    m.add_argument("--width", type=float, default=1.0, help="default: 1")
+    m.add_argument("--weights", choices=WEIGHTS, default="binary", help="default: binary")
+    m.add_argument("--neuron", choices=NEURONS, default="empf", help="default: empf")
+    m.add_argument("--parallel", type=float, default=0.0, help="share of parallel neurons (default: 0)")
+    m.add_argument("--image-size", type=int, help="default: 32; vgg_snn 48")
+    m.add_argument("--num-classes", type=int, default=100, help="default: 100")
+    return p
+
+
+def memory_config(args) -> ModelConfig:
+    events = args.arch == "vgg_snn"
+    return ModelConfig(
+        arch=args.arch, width=args.width, weights=args.weights, neuron=args.neuron, parallel=args.parallel,
+        num_classes=args.num_classes, image_size=args.image_size or (48 if events else 32),
+        in_channels=2 if events else 3,
+    )  # fmt: skip
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
+
+
+def diagnose(args) -> None:
+    """Measure, print, write."""
+    if (args.run is None) != args.memory:
+        raise ValueError("give either a run folder that train.py wrote, or --memory")
+    if min(args.threads, args.seed) < 0 or (args.batch_size is not None and args.batch_size < 2):
+        raise ValueError(
+            "--batch-size must be at least 2 (statistics of the batch), --threads and --seed at least 0, got "
+            f"{args.batch_size}, {args.threads} and {args.seed}"
+        )
+    torch.set_num_threads(cpu_threads(args.threads))
+    if min(args.T) < 1:
+        raise ValueError(f"--T takes numbers of time steps from 1 on, got {min(args.T)}")
+    if args.figure is not None and args.figure.suffix not in FIGURES:
+        raise ValueError(f"--figure must end with {', '.join(FIGURES)}, got {args.figure.name}")
+    if args.figure is not None and not runs.has_matplotlib():
+        raise ValueError("--figure needs matplotlib: pip install 'empf[plot]'")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    if args.memory:
+        batch_size = args.batch_size or (64 if device.startswith("cuda") else 8)
+        result = memory(memory_config(args), batch_size, device, args.T)
+        text, figure = memory_table(result), args.figure
+        draw = lambda figures: figures.draw_memory(result, figure)  # noqa: E731
+    else:
+        result, samples = separability(
+            args.run, data=args.data, split=args.split, batch_size=args.batch_size or 32, seed=args.seed,
+            untrained=args.untrained, device=device,
+        )  # fmt: skip
+        text = separability_table(result)
+        figure = args.figure or args.run / f"separability{'-untrained' if args.untrained else ''}.png"
+        draw = lambda figures: figures.draw_separability(result, samples, figure)  # noqa: E731
+    print(text)
+    if args.json is not None:
+        runs.write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    if figure is not None and runs.has_matplotlib():
+        from empf import diagnose_figures
+
+        draw(diagnose_figures)
+        print(f"\nfigure: {figure}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        diagnose(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

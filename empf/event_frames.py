@@ -1,0 +1,151 @@
+"""Event frames: the events of a recording counted per time bin, polarity and pixel.
+
+    events   E                   see `empf.aedat.Events`
+    counts   [T, 2, H, W]        channel 0: darker, channel 1: brighter
+    frames   [T, 2, size, size]  float32, mean count per pixel of the area that a pixel of the frame covers
+
+A bin without events is a zero frame.
+"""
+
+import math
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from empf.aedat import ORIENTATIONS, Events, read_events
+
+BINS = ("count", "time")
+RESIZES = ("area", "8bit")
+RECORDINGS = (".aedat", ".aedat4")
+ARRAYS = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How a recording becomes T frames of `size` x `size` pixels.
+
+    by: `count`: bin i has the events i*d..(i+1)*d - 1 with d = E // T, the last one also the rest;
+        `time`: T bins of equal length from the first to the last event.
+    orientation: how AEDAT 2.0 is read, see `empf.aedat.read_events`.
+    resize: `area`: exact area averaging. `8bit`: what many published results were obtained with, for comparison only:
+        the two polarities as grey and alpha of an 8-bit picture. It stores -count modulo 256, divided by 255, and
+        weights the first polarity by the second, so that what has one polarity only is lost.
+    """
+
+    T: int
+    size: int = 48
+    by: str = "count"
+    orientation: str = "transposed"
+    resize: str = "area"
+
+    def __post_init__(self) -> None:
+        for name in ("T", "size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in (("by", BINS), ("orientation", tuple(ORIENTATIONS)), ("resize", RESIZES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+def count_events(events: Events, T: int, by: str = "count") -> np.ndarray:
+    """Events per bin, polarity and pixel: [T, 2, H, W] int64. `by` as in `FrameSettings`."""
+    H, W = events.height, events.width
+    index = events.on * np.int64(H * W)
+    index += events.y * np.int64(W)
+    index += events.x
+    if by == "count":
+        each = len(events) // T
+        for t in range(1, T):
+            index[t * each : None if t == T - 1 else (t + 1) * each] += t * (2 * H * W)
+    elif len(events):
+        first, last = events.t.min(), events.t.max()
+        index += (events.t - first) * T // (last - first + 1) * (2 * H * W)
+    return np.bincount(index, minlength=T * 2 * H * W).reshape(T, 2, H, W)
+
+
+def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
+    """Mean over the area that each pixel of the result covers: [..., H, W] -> [..., size, size] float32.
+
+    Counts are summed exactly (sums below 2^24) and rounded once, at the end.
+    """
+    rows, columns = (_overlaps(size, side) for side in frames.shape[-2:])
+    sums = rows @ torch.from_numpy(frames.astype(np.float32)) @ columns.T
+    return (sums / (rows[0].sum() * columns[0].sum())).numpy()
+
+
+@lru_cache
+def _overlaps(size: int, side: int) -> Tensor:
+    """Length that pixel i of the result has in common with pixel j, in a unit that makes it whole: [size, side]."""
+    common = math.gcd(size, side)
+    wide, narrow = side // common, size // common  # a pixel of the result, a pixel of the source
+    i, j = torch.arange(size)[:, None], torch.arange(side)
+    overlap = torch.minimum((i + 1) * wide, (j + 1) * narrow) - torch.maximum(i * wide, j * narrow)
+    return overlap.clamp(min=0).float()
+
+
+def resize_8bit(frames: np.ndarray, size: int) -> np.ndarray:
+    """The resize that is common in the literature, with its flaws: see `FrameSettings`."""
+    from PIL import Image
+
+    pictures = (frames * 255).astype(np.int64).astype(np.uint8).transpose(0, 2, 3, 1)  # T H W 2, wraps around
+    small = [
+        Image.frombytes("LA", p.shape[1::-1], p.tobytes()).resize((size, size), Image.Resampling.BILINEAR)
+        for p in pictures
+    ]
+    return np.stack([np.asarray(p) for p in small]).transpose(0, 3, 1, 2) / np.float32(255)
+
+
+def read_frames(path: str | Path, settings: FrameSettings) -> np.ndarray:
+    """Frames of one file, a recording or frames [T, 2, H, W] as .npy or .npz: float32 [T, 2, size, size].
+
+    Raises ValueError that names the file if it is damaged or does not fit the settings.
+    """
+    path = Path(path)
+    if path.suffix.lower() in ARRAYS:
+        frames = _read_array(path, settings.T)
+    elif path.suffix.lower() in RECORDINGS:
+        frames = count_events(read_events(path, settings.orientation), settings.T, settings.by)
+    else:
+        raise ValueError(f"{path} is not a recording: it must end in {', '.join(RECORDINGS + ARRAYS)}")
+    resize = resize_area if settings.resize == "area" else resize_8bit
+    return resize(frames, settings.size)
+
+
+def _read_array(path: Path, T: int) -> np.ndarray:
+    try:
+        array = np.load(path)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            with array as archive:
+                if len(archive.files) != 1:
+                    raise ValueError(f"it holds {len(archive.files)} arrays, not one")
+                array = archive[archive.files[0]]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}: check the path") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path} ({error}): write the file again") from error
+    if array.ndim != 4 or array.shape[:2] != (T, 2) or array.dtype.kind not in "uif" or not np.isfinite(array).all():
+        raise ValueError(
+            f"{path} holds {array.dtype} {list(array.shape)}: it must hold finite numbers [T = {T}, 2, H, W]"
+        )
+    return array
+
+
+def event_frames_of_file(
+    path: str | Path,
+    T: int,
+    size: int = 48,
+    *,
+    by: str = "count",
+    orientation: str = "transposed",
+    resize: str = "area",
+) -> Tensor:
+    """The frames of one recording (.aedat, .aedat4, or frames as .npy, .npz): float32 [T, 2, size, size].
+
+    `by`, `orientation` and `resize` as in `FrameSettings`. Raises ValueError or FileNotFoundError that names the file.
+    """
+    return torch.from_numpy(read_frames(path, FrameSettings(T, size, by, orientation, resize)))

@@ -1,0 +1,234 @@
+"""Event datasets: recordings by class, decoded once into a cache of frames, and batches of them.
+
+    frames   [N, T, 2, H, W]   float16   mean counts, resident on the device
+    labels   [N]               int64
+    batch    [T, B, 2, H, W]   float32   time first
+
+    FOLDER/<class>/*.aedat                                      DVS-CIFAR10: split by name, see `SPLITS`
+    FOLDER/train/<class>/*.npy, FOLDER/test/<class>/*.npy       any recordings or frames [T, 2, H, W]
+
+float16 has 11 significant bits: at 48x48 pixels the mean of up to 32 events per pixel is exact (it is a multiple of
+1/64), a larger one is off by at most 0.05 %. Bytes would turn the many means below 1/2 into nothing.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from empf.batches import Batches
+from empf.event_cache import FrameCache, default_folder
+from empf.event_frames import ARRAYS, RECORDINGS, FrameSettings, event_frames_of_file
+from empf.sets import DATASETS, DataSpec
+
+__all__ = ["DVS_CIFAR10", "SPLITS", "EventAugment", "EventBatches", "EventSet", "event_frames_of_file", "load_events"]
+
+DVS_CIFAR10 = DATASETS["dvs-cifar10"]
+
+# "9:1" has three meanings. Of the recordings of a class, in the order of their numbers:
+SPLITS = {
+    "first900": "the first 9/10 for training (files 0-899 of 1000)",
+    "test100": "the first 1/10 for testing (files 0-99 of 1000)",
+    "random": "1/10 for testing, drawn with the seed of the split",
+}
+_FOLDERS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
+
+
+@dataclass(frozen=True)
+class EventSet:
+    """A whole split: `frames` float16 [N, T, 2, H, W], `labels` int64 [N] on one device, `class_names` by label.
+
+    `split`: the rule that made it (a name of `SPLITS`, `random` with its seed, or `folders`), for the record.
+    `flip_dim`: the dimension along which the scene is mirrored from left to right, -1 or -2.
+    """
+
+    frames: Tensor
+    labels: Tensor
+    class_names: list[str]
+    spec: DataSpec
+    split: str
+    flip_dim: int = -1
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def device(self) -> torch.device:
+        return self.frames.device
+
+    @property
+    def images(self) -> Tensor:
+        """What `Batches` takes rows of."""
+        return self.frames
+
+    def to(self, device: str | torch.device) -> "EventSet":
+        return replace(self, frames=self.frames.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: list[Path]
+    labels: np.ndarray
+    class_names: list[str]
+
+
+def load_events(
+    path: str | Path,
+    *,
+    T: int = 10,
+    size: int = 48,
+    split: str = "first900",
+    by: str = "count",
+    orientation: str = "transposed",
+    resize: str = "area",
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+) -> tuple[EventSet, EventSet]:
+    """The training and the test recordings in the folder `path` as frames; decoded by all cores the first time.
+
+    `path` has a folder for each class, with recordings (.aedat, .aedat4) or frames [T, 2, H, W] (.npy, .npz); they are
+    split by the rule `split` (see `SPLITS`; `seed` draws the random one). Where `path` has the folders train and test
+    (or validation, valid, val) with the classes inside, these are the split.
+
+    `T, size, by, orientation, resize`: see `empf.event_frames.FrameSettings`. `limit` keeps the first recordings of
+    each split, one of each class in turn. `workers`: processes that decode, by default one per core.
+
+    The frames are kept in the folder `cache` (default: events in $EMPF_CACHE or ~/.cache/empf), see
+    `empf/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode once,
+    other settings or changed files are decoded anew. The cache can be deleted at any time.
+
+    Raises ValueError or FileNotFoundError with one sentence; damaged files are all named after the rest is decoded.
+    """
+    settings = FrameSettings(T, size, by, orientation, resize)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 recording, got {limit}: leave it out to use all")
+    path, folder = Path(path), default_folder() if cache is None else Path(cache)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}: check the path given with --data")
+    parts = [next((path / a for a in aliases if (path / a).is_dir()), None) for aliases in _FOLDERS.values()]
+    if None not in parts:
+        train, test = (_list(part) for part in parts)
+        if train.class_names != test.class_names:
+            raise ValueError(f"{parts[0]} and {parts[1]} have different classes: use the same folders in both")
+        files = _Files(train.paths + test.paths, np.concatenate((train.labels, test.labels)), train.class_names)
+        is_test, rule = np.arange(len(files.paths)) >= len(train.paths), "folders"
+    else:
+        files = _list(path)
+        is_test, rule = _is_test(files, split, seed), f"random, seed {seed}" if split == "random" else split
+    if len(kinds := sorted({file.suffix.lower() for file in files.paths})) > 1:
+        raise ValueError(f"{path} has files of several kinds ({', '.join(kinds)}): keep one")
+    rows = [np.flatnonzero(~is_test)[:limit], np.flatnonzero(is_test)[:limit]]
+    if not all(map(len, rows)):
+        raise ValueError(f"{path} has too few recordings for the split {rule}: a class needs at least 2")
+    frames = FrameCache(folder, path, files.paths, settings)
+    frames.fill(np.concatenate(rows), workers)
+    padding = round(DVS_CIFAR10.crop_padding * size / DVS_CIFAR10.image_size)
+    spec = replace(DVS_CIFAR10, image_size=size, num_classes=len(files.class_names), crop_padding=padding)
+    flip_dim = -2 if orientation == "mirrored" and kinds == [".aedat"] else -1
+    train, test = (
+        EventSet(frames.read(r), torch.from_numpy(files.labels[r]), files.class_names, spec, rule, flip_dim)
+        for r in rows
+    )
+    return train.to(device), test.to(device)
+
+
+def _list(folder: Path) -> _Files:
+    """The files of each class in the order of their numbers; all classes in turn, so that the first are of each."""
+    found = []
+    classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    for label, name in enumerate(classes):
+        files = [f for f in (folder / name).iterdir() if f.suffix.lower() in RECORDINGS + ARRAYS]
+        numbers = [(int(n[0]) if (n := re.search(r"\d+$", f.stem)) else -1, f.name, f) for f in files]
+        found += [(turn, label, file) for turn, (_, _, file) in enumerate(sorted(numbers))]
+    if not found:
+        raise FileNotFoundError(f"no recordings in {folder}: expected <class>/*.aedat (or .aedat4, .npy, .npz)")
+    _, labels, paths = zip(*sorted(found), strict=True)
+    return _Files(list(paths), np.array(labels, np.int64), classes)
+
+
+def _is_test(files: _Files, split: str, seed: int) -> np.ndarray:
+    """Which files the rule `split` puts in the test set; the same share of every class."""
+    test = np.zeros(len(files.paths), bool)
+    for label in range(len(files.class_names)):
+        own = np.flatnonzero(files.labels == label)  # in the order of their numbers
+        train = len(own) * 9 // 10
+        if split == "random":
+            own = np.random.default_rng((seed, label)).permutation(own)
+        test[own[: len(own) - train] if split == "test100" else own[train:]] = True
+    return test
+
+
+@dataclass(frozen=True)
+class EventAugment:
+    """What is done to training recordings, in this order, the same in all steps of one. Everything is off by default.
+
+    `flip`: mirror the scene left to right with probability 1/2, where that keeps the class. `roll`: shift by up to so
+    many pixels in both directions, what leaves on one side comes back on the other. `crop`: the same, but it comes back
+    empty. `label_smoothing`: share of the target spread evenly over all classes.
+    """
+
+    flip: bool = False
+    roll: int = 0
+    crop: int = 0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("roll", "crop", "label_smoothing"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.label_smoothing > 1:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
+
+
+class EventBatches(Batches):
+    """Batches of an `EventSet`, as (events float32 [T, B, 2, H, W], targets), on the device of the set.
+
+    Order, shares of the processes and restarts are those of `empf.batches.Batches`. Targets are int64 [B], or float32
+    [B, classes] where training smooths the labels.
+    """
+
+    def __init__(
+        self, data: EventSet, batch_size: int, *, train: bool, augment: EventAugment | None = None, **options
+    ) -> None:
+        super().__init__(data, batch_size, train=train, augment=augment or EventAugment(), **options)
+
+    def _normalise(self, frames: Tensor) -> Tensor:
+        return frames.transpose(0, 1).float().contiguous()
+
+    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """This rank's part of the joined batch `rows`; the random numbers are drawn for the joined batch."""
+        a, device = self.augment, self.data.device
+        # per recording: flip, then (y, x) of roll and crop, as numbers in 0..1: switching one of them on leaves the
+        # others as they are
+        reach = np.array([a.roll] * 2 + [a.crop] * 2)
+        choices = np.array([2, *(2 * reach + 1)])
+        drawn = (rng.random((len(rows), 5)) * choices).astype(np.int64) - (0, *reach)
+        first, last = self._share(len(rows))
+        drawn = np.concatenate((rows[:, None], drawn), axis=1)[first:last]
+        rows, flip, *shifts = torch.from_numpy(drawn.T.copy()).to(device)  # B each
+        flip = flip * (a.flip and self.data.spec.flip)
+        side, axes = self.data.frames.shape[-1], []
+        for dim, roll, crop in zip((-2, -1), shifts[:2], shifts[2:], strict=True):
+            axes.append(_sources(side, flip if dim == self.data.flip_dim else 0 * flip, roll, crop))
+        (y, y_inside), (x, x_inside) = axes  # B side
+        events = self.data.frames[rows[:, None, None], :, :, y[:, :, None], x[:, None, :]]  # B H W T 2
+        events = events * (y_inside[:, :, None] & x_inside[:, None, :])[..., None, None]
+        events = events.permute(3, 0, 4, 1, 2).float().contiguous()  # T B 2 H W
+        labels = self.data.labels[rows]
+        return events, self._targets(labels) if a.label_smoothing else labels
+
+
+def _sources(side: int, flip: Tensor, roll: Tensor, crop: Tensor) -> tuple[Tensor, Tensor]:
+    """Along one axis: where each pixel of B augmented recordings comes from, and whether that is inside; [B, side]."""
+    place = torch.arange(side, device=flip.device) - crop[:, None]
+    inside = (place >= 0) & (place < side)
+    place = (place - roll[:, None]) % side
+    return torch.where(flip[:, None] > 0, side - 1 - place, place), inside

@@ -1,0 +1,171 @@
+"""Spikes in plain torch with few passes over memory: the engine of training on a CPU.
+
+Same arithmetic as `neuron_step`, number by number and in the same order, but piece by piece: all operations on a piece
+of the batch run while it is in the cache. Nothing here is seen by autograd; see recompute.py.
+
+x (k, N, C, ...)      v, one step (N, C, ...)      leak, threshold (k,) or (k, C)      gain, shift (k, C)
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from empf.kernels.neuron import spike_codes
+from empf.kernels.steps import empty_like_steps, is_channels_last
+
+PIECE = (
+    1 << 18
+)  # numbers of one step in a piece, for each thread; smaller ones would fit the cache better but cost calls
+
+
+def pieces(*steps: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """The tensors (N, C, ...) cut along the batch alike, so that the pieces fit the cache; whole on an accelerator."""
+    first = steps[0]
+    size = len(first)
+    if first.device.type == "cpu":
+        size = max(1, PIECE * torch.get_num_threads() * size // max(1, first.numel()))
+    if size >= len(first):
+        yield steps
+        return
+    cut = {}  # a tensor that is given twice is cut once: an operation in place is recognised by that
+    for step in steps:
+        if id(step) not in cut:
+            cut[id(step)] = [None] * -(-len(first) // size) if step is None else step.split(size)
+    yield from zip(*(cut[id(step)] for step in steps), strict=True)
+
+
+def lane(p: Tensor, step: Tensor) -> Tensor:
+    """(C,) so that it broadcasts against (N, C, ...) with long runs in memory; () stays."""
+    if p.dim() == 0 or step.dim() == 2:
+        return p
+    if step.dim() == 4 and is_channels_last(step[None]):
+        c, width = step.shape[1], step.shape[3]
+        return p.repeat(width).view(width, c).t().unsqueeze(1)  # C 1 W, the channel innermost
+    return p.view(-1, *[1] * (step.dim() - 2))
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.no_grad()
+def normalise(y: Tensor, gain: Tensor, shift: Tensor, rest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """gain * y + shift (+ rest), y (k, N, C, ...), gain, shift (k, C); `out` may be `rest`."""
+    in_place = out is not None and out is rest
+    out = empty_like_steps(y, y.dtype) if out is None else out
+    for t, step in enumerate(y):
+        gain_t, shift_t = lane(gain[t], step), lane(shift[t], step)
+        for y_n, rest_n, out_n in pieces(step, None if rest is None else rest[t], out[t]):
+            normed = torch.addcmul(shift_t, y_n, gain_t, out=None if in_place else out_n)
+            if rest is not None:
+                torch.add(normed, rest_n, out=out_n)
+    return out
+
+
+@torch.no_grad()
+def charge(x: Tensor, v: Tensor | None, leak: Tensor | None) -> Tensor:
+    """m = leak * v + x of one step, in fp32 at least; not to be written to."""
+    if v is None:
+        return x.to(working_dtype(x))
+    m = empty_like_steps(x[None], working_dtype(x), one_step=True)
+    leak = lane(leak, x)
+    for x_n, v_n, m_n in pieces(x, v, m):
+        torch.mul(v_n, leak, out=m_n).add_(x_n)
+    return m
+
+
+@torch.no_grad()
+def fire(
+    x: Tensor,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    bits: int | None = None,
+    step: float = 0.25,
+    more: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """k steps of a neuron: (spikes, v after the last step).
+
+    gain, shift: the current is gain * x + shift. leak None: a parallel neuron, without v.
+    out: where the spikes of one step go, in fp32 at least. Then v is not computed, and terms (x, gain, shift) may come
+    with `more`.
+    """
+    dtype, k = working_dtype(x), len(x)
+    spikes = empty_like_steps(x, x.dtype) if out is None else out
+    v_out = empty_like_steps(x, dtype, one_step=True) if leak is not None and out is None else None
+    v = None if leak is None else v
+    direct = bits is None and spikes.dtype == dtype  # the spikes are written where they are computed
+
+    def lanes(p):
+        return [None] * k if p is None else [lane(q.to(dtype), x[0]) for q in p]
+
+    parameters = list(zip(lanes(leak), lanes(threshold), lanes(gain), lanes(shift), strict=True))
+    more = [(y[0], lane(g[0], x[0]), lane(h[0], x[0])) for y, g, h in more]
+    for *both, v_n, v_out_n in pieces(*x, *spikes, *(y for y, _, _ in more), v, v_out):
+        for x_t, spikes_t, (leak_t, threshold_t, gain_t, shift_t) in zip(
+            both[:k], both[k : 2 * k], parameters, strict=True
+        ):
+            here = spikes_t if direct else None
+            i = x_t if gain_t is None else torch.addcmul(shift_t, x_t, gain_t, out=here)
+            for y_n, (_, gain_y, shift_y) in zip(both[2 * k :], more, strict=True):
+                i = torch.add(torch.addcmul(shift_y, y_n, gain_y), i, out=here)
+            if v_n is not None:
+                m = torch.mul(v_n, leak_t, out=v_out_n).add_(i)
+            else:
+                m = i.to(dtype) if v_out_n is None else v_out_n.copy_(i)
+            s = torch.sub(m, threshold_t, out=here).clamp_min_(0)
+            if v_out_n is not None:
+                v_n = m.sub_(s)
+            if not direct:
+                spikes_t.copy_(s if bits is None else spike_codes(s, bits, step) * step)
+    return spikes, v_out
+
+
+@torch.no_grad()
+def statistics(x: Tensor, running: tuple[Tensor, Tensor], momentum: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of one step (N, C, ...); moves `running` (mean, variance) in place."""
+    if x.numel() < 2 * x.shape[1]:
+        raise ValueError(f"batch statistics need more than one value per channel, got {tuple(x.shape)}")
+    return torch.ops.aten.batch_norm_update_stats(x, *running, momentum)
+
+
+@torch.no_grad()
+def fire_backward(
+    d_spikes: Tensor, s: Tensor, v: Tensor | None, leak: Tensor | None, threshold: Tensor, top: float | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(d_mh, d_leak, d_threshold) of one step (N, C, ...) whose v is a constant; d_leak is that of a vanilla neuron.
+
+    s: the spikes before the quantiser; it is overwritten by d_mh. No gradient above `top`. leak, threshold and their
+    gradients: (1,) or (1, C).
+    """
+    d_threshold, d_leak = [], []
+    for d_n, s_n, v_n in pieces(d_spikes, s, v):
+        above = None if top is None else s_n > top
+        torch.ops.aten.threshold_backward.grad_input(d_n.to(s.dtype), s_n, 0, grad_input=s_n)
+        if above is not None:
+            s_n.masked_fill_(above, 0)
+        d_threshold.append(total(s_n, threshold))
+        if v is not None:
+            d_leak.append(total(s_n * v_n, leak))
+    d_threshold = -torch.stack(d_threshold).sum(0)
+    if v is not None:
+        return s, torch.stack(d_leak).sum(0), d_threshold
+    return s, None if leak is None else torch.zeros_like(leak), d_threshold
+
+
+@torch.no_grad()
+def leak_gradient(d_m: Tensor, v: Tensor | None, leak: Tensor) -> Tensor:
+    """Sum of d_m * v, one step (N, C, ...), in the shape of leak, (1,) or (1, C)."""
+    if v is None:
+        return torch.zeros_like(leak)
+    return torch.stack([total(d_n * v_n, leak) for d_n, v_n in pieces(d_m, v)]).sum(0)
+
+
+def total(d: Tensor, p: Tensor) -> Tensor:
+    """The sum of (N, C, ...) in the shape (1,) or (1, C) of the parameter."""
+    return d.sum([i for i in range(d.dim()) if i != 1] if p.dim() == 2 else None).unsqueeze(0)

@@ -1,0 +1,204 @@
+"""Can the network still learn? A cheap look at a few batches of each epoch, and warnings with a name and a remedy.
+
+    density     share of non-zero spikes of each layer of neurons, over the time steps that were run
+    gradient    |dW| / |W| of each layer of synapses, Frobenius norms
+    flips       share of the 1-bit (or ternary) weights that are no longer what they were an epoch ago
+    leak, threshold, alpha, beta    smallest and largest value in each layer of neurons
+
+Nothing is read from the device while the epoch runs. In training by several processes the first one looks, at its own
+part of the batches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from empf.models import SpikingNetwork
+from empf.neuron import EMPFNeuron, StatefulNeuron
+from empf.synapse import quantize_weight
+
+LOOKS = 4  # batches per epoch, and at most every tenth
+SPARSE, DENSE = 1e-3, 0.98  # shares of non-zero spikes
+EDGE = 0.01  # a sigmoid this close to 0 or 1 has lost 96 % of its slope
+LARGE = 10.0  # of alpha and beta, which start at 0.5
+VANISHED = 1e-4  # of the largest gradient of all layers
+RATE, EXPECTED = 0.1, 20  # weights flip above this share of the peak learning rate, if so many would at the median rate
+
+
+class Health:
+    """What is seen of `model` in one epoch of `batches` batches, and its quantised weights of an epoch ago.
+
+    `watch(number)` goes around the forward and backward pass of each batch, `report` ends the epoch.
+    """
+
+    def __init__(self, model: SpikingNetwork, batches: int):
+        self.model = model
+        every = max(10, -(-batches // LOOKS))
+        self.looked_at = set(range(min(every, batches), batches + 1, every))
+        self.neurons = {name: m for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
+        self.synapses = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        full = model.config.weights == "full"
+        self.quantised = [n for n in self.synapses if not full and n.split(".")[0] not in ("stem", "head")]
+        self.states = self.weight_states()
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen: dict[str, dict[str, list]] = {"density": {}, "gradient": {}}  # per layer: sum, what it is divided by
+        self.stateful: dict[str, list[int]] = {}  # parallel layers with a potential of this shape
+
+    @contextmanager
+    def watch(self, number: int) -> Iterator[None]:
+        """Look at the batch inside, if its number (from 1) is one of the few."""
+        if number not in self.looked_at:
+            yield
+            return
+        hooks = [m.register_forward_hook(self.counter(name)) for name, m in self.neurons.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, m in self.synapses.items():
+            if m.weight.grad is not None:
+                self.add("gradient", name, m.weight.grad.norm() / m.weight.detach().norm().clamp(min=1e-30), 1)
+        for name, m in self.neurons.items():
+            if getattr(m, "parallel", False) and m.v is not None:
+                self.stateful[name] = list(m.v.shape)
+
+    def counter(self, name: str):
+        def count(module: nn.Module, inputs: tuple, spikes: Tensor) -> None:
+            self.add("density", name, torch.count_nonzero(spikes.detach()), spikes.numel())
+
+        return count
+
+    def add(self, what: str, name: str, value: Tensor, count: int) -> None:
+        total = self.seen[what].setdefault(name, [0, 0])
+        total[0], total[1] = total[0] + value, total[1] + count
+
+    @torch.no_grad()
+    def weight_states(self) -> dict[str, Tensor]:
+        """-1, 0 or 1 for each weight that has to be binary or ternary."""
+        kind = self.model.config.weights
+        return {n: quantize_weight(self.synapses[n].weight, kind).sign().to(torch.int8) for n in self.quantised}
+
+    def state_dict(self) -> dict:
+        """For a run that is continued, also within an epoch."""
+        seen = {
+            what: {n: [float(total), count] for n, (total, count) in layers.items()}
+            for what, layers in self.seen.items()
+        }
+        return {"states": self.states, "seen": seen, "stateful": self.stateful}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """After the model's; None where the run so far went without: it begins to look here."""
+        if state is None:
+            self.states = self.weight_states()
+            return
+        device = next(self.model.parameters()).device
+        self.states = {name: tensor.to(device) for name, tensor in state["states"].items()}
+        self.seen, self.stateful = state["seen"], dict(state["stateful"])
+
+    @torch.no_grad()
+    def report(self, rate: float) -> dict:
+        """End the epoch: the values of each layer, and `warnings`, a list of sentences.
+
+        `rate`: the lowest learning rate of the epoch as a share of the peak.
+        """
+        values = {what: {n: float(s) / c for n, (s, c) in layers.items()} for what, layers in self.seen.items()}
+        states = self.weight_states()
+        values["flips"] = {n: (now != self.states[n]).float().mean().item() for n, now in states.items()}
+        ranges = {name: self.ranges(name) for name in ("leak", "threshold", "alpha", "beta")}
+        warnings = [
+            *self.density_warnings(values["density"]),
+            *self.range_warnings(ranges),
+            *self.gradient_warnings(values["gradient"]),
+            *self.flip_warnings(values["flips"], rate),
+            *self.structure_warnings(),
+        ]
+        self.states = states
+        self.clear()
+        return {**rounded(values), **rounded({k: v for k, v in ranges.items() if v}), "warnings": warnings}
+
+    def ranges(self, parameter: str) -> dict[str, list[float]]:
+        """Smallest and largest value in each layer that learns this parameter."""
+        learning = {
+            n: getattr(m, parameter)
+            for n, m in self.neurons.items()
+            if isinstance(m, EMPFNeuron) and hasattr(m, parameter) and not (m.parallel and parameter == "leak")
+        }
+        return {n: [v.min().item(), v.max().item()] for n, v in learning.items()}
+
+    def density_warnings(self, density: dict[str, float]) -> Iterator[str]:
+        for name, share in density.items():
+            if share < SPARSE:
+                yield (
+                    f"{name}: only {100 * share:.2g} % of its spikes are not zero, what follows it learns nothing: "
+                    "start again with a lower --lr or more --warmup-epochs"
+                )
+            if share > DENSE and getattr(self.neurons[name], "activation", "relu") == "relu":
+                yield (
+                    f"{name}: {100 * share:.1f} % of its spikes are not zero, its threshold does not select any more: "
+                    "start again with a lower --lr, or with --neuron mem_bn"
+                )
+
+    def range_warnings(self, ranges: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+        for parameter, layers in ranges.items():
+            bounds = (EDGE, 1 - EDGE) if parameter in ("leak", "threshold") else (-LARGE, LARGE)
+            for name, (low, high) in layers.items():
+                if not (bounds[0] <= low and high <= bounds[1]):  # also where one is not a number
+                    value = high if not high <= bounds[1] else low
+                    yield (
+                        f"{name}: its {parameter} has run away to {value:.4g} (of {bounds[0]:g} to {bounds[1]:g}): "
+                        "start again with a lower --lr or more --warmup-epochs"
+                    )
+
+    def gradient_warnings(self, gradient: dict[str, float]) -> Iterator[str]:
+        largest = max(gradient.values(), default=0.0)
+        for name, size in gradient.items():
+            if size < VANISHED * largest:
+                yield (
+                    f"{name}: its gradient vanishes, |dW| / |W| is {size:.2g} and {largest:.2g} elsewhere: look for a "
+                    "silent layer behind it, or start again with --neuron mem_bn or fewer layers"
+                )
+
+    def flip_warnings(self, flips: dict[str, float], rate: float) -> Iterator[str]:
+        """Late in the schedule nothing flips, and in a small layer not always something."""
+        usual = median(flips.values()) if flips else 0.0
+        for name, share in flips.items():
+            weights = self.states[name].numel()
+            if share == 0 and rate >= RATE and (usual == 0 or usual * weights >= EXPECTED):
+                yield (
+                    f"{name}: none of its {weights} weights has flipped in this epoch, it has stopped learning: raise "
+                    "--lr, and check that the layer is not frozen (requires_grad, latent weights beyond -1..1)"
+                )
+
+    def structure_warnings(self) -> Iterator[str]:
+        for name, shape in self.stateful.items():
+            yield (
+                f"{name}: it is parallel, but holds a membrane potential of shape {tuple(shape)}: "
+                "its steps depend on each other; let its forward leave v = None"
+            )
+        kind = self.model.config.weights
+        for name in self.quantised:
+            module = self.synapses[name]
+            rows = (module.effective_weight() if hasattr(module, "effective_weight") else module.weight).flatten(1)
+            size = rows.abs()
+            fits = size == size.amax(1, keepdim=True)
+            if kind == "ternary":
+                fits |= size == 0
+            if not fits.all():
+                channel = int((~fits).sum(1).argmax())
+                yield (
+                    f"{name}: it is not {kind}, channel {channel} has {len(rows[channel].unique())} different weights: "
+                    "build it as BinaryConv2d or BinaryLinear, else it cannot be packed"
+                )
+
+
+def rounded(values: dict) -> dict:
+    """Four significant digits are enough for a log."""
+    if isinstance(values, dict):
+        return {name: rounded(value) for name, value in values.items()}
+    return [rounded(v) for v in values] if isinstance(values, list) else float(f"{values:.4g}")

@@ -1,0 +1,378 @@
+"""How separable is the gradient in time? Measured on one batch, on the network as it trains (batch statistics).
+
+neurons     each spiking neuron is given the currents that it sees in the network, and autograd returns every
+                F[t, t'] = d s[t] / d I[t'],   t' <= t
+            F[t, t] is ds/dm. Theory for EM-PF: with on[t] = [mh[t] > threshold] and g the gain of Mem-BN (else 1),
+                F[t, t'] = on[t] g[t] * prod_{j = t' .. t-1} leak[j+1] (1 - on[j]) g[j]
+            so ds/dm is 0 or g, whatever m is, and nothing crosses a spike. n-bit spikes: the first on[t] is 0 above
+            the largest code too (straight-through), those of the reset are not: it uses the spike before the quantiser.
+            Mem-BN: the statistics are those of the batch, taken as constants; then mh = g m + h, and a neuron is a
+            function of its own current alone. ds/dm is given in units of g.
+gradients   of all weights: online (v detached) against through time, with the same loss and the same batch. The batch
+            statistics of a step are the same in both and both differentiate through them: they differ in time only.
+random      the gradient of each t* = 1..T by itself: bias of their mean against `every`, and variance over t*.
+
+arXiv 2410.07547, sec. 4
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from empf.models import SpikingNetwork
+from empf.neuron import StatefulNeuron, per_channel
+from empf.online import online_backward, reset, set_online
+
+FACTOR_TOLERANCE = 1e-5  # of a measured against a predicted factor, relative to max(1, predicted)
+FEW_VALUES = 8  # ds/dm with more distinct values is a curve
+SAMPLES = 200  # neurons of each layer and step that a figure shows
+ELEMENTS = 2**21  # neurons of a layer whose factors are measured: the batch is cut where it has more
+
+Gradients = dict[str, Tensor]
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; afterwards buffers, gradients and modes are as before, and the state is reset."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    names = ("training", "online", "frozen_norm")
+    modes = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in model.modules()]
+    model.train()
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, before in modes:
+            vars(module).update(before)
+        reset(model)
+
+
+@torch.no_grad()
+def record_currents(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The currents (T, N, C, ...) that each spiking neuron sees, by name of the neuron."""
+    names = {m: name for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
+    currents: dict[str, Tensor] = {}
+
+    def keep(neuron: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        currents[names[neuron]] = inputs[0].clone()
+
+    handles = [neuron.register_forward_pre_hook(keep) for neuron in names]
+    reset(model)
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reset(model)
+    if missing := sorted(set(names.values()) - currents.keys()):
+        raise ValueError(f"the network does not call its neuron {missing[0]}, so its current cannot be measured")
+    return currents
+
+
+@dataclass
+class Trajectory:
+    """What a neuron does with its currents: a tensor per step, (N, C, ...) or broadcasting to it."""
+
+    x: list[Tensor]  # mh - threshold
+    gain: list[Tensor]  # mh = gain * m + shift
+    leak: list[Tensor]
+    near: list[Tensor]  # so near to a switching point, in this step or before, that rounding decides
+    top: float  # spikes above it are clipped by the quantiser
+
+    def on(self, t: int) -> Tensor:
+        return self.x[t] > 0
+
+    def region(self, t: int) -> Tensor:
+        """0 below the threshold, 1 above it, 2 above the largest code."""
+        return self.on(t).int() + (self.x[t] > self.top).int()
+
+    def predicted(self, t: int) -> list[Tensor]:
+        """F[t, 0..t] by the theory."""
+        product = (self.region(t) == 1) * self.gain[t]
+        row = [product]
+        for j in reversed(range(t)):
+            product = product * self.leak[j + 1] * ~self.on(j) * self.gain[j]
+            row.insert(0, product)
+        return row
+
+
+@torch.no_grad()
+def follow(neuron: StatefulNeuron, current: Tensor) -> Trajectory:
+    """Run the neuron over `current` (T, N, C, ...). Mem-BN is left with the statistics of this batch, frozen."""
+    dims = current.dim() - 1
+    mem_bn, parallel = getattr(neuron, "mem_bn", False), getattr(neuron, "parallel", False)
+    bits = getattr(neuron, "spike_bits", None)
+    path = Trajectory([], [], [], [], float("inf") if bits is None else (2**bits - 1) * neuron.spike_step)
+    batch = [d for d in range(dims) if d != 1]
+    near = torch.zeros_like(current[0], dtype=torch.bool)
+    if mem_bn:
+        neuron.frozen_norm = True
+    neuron.reset()
+    for t, i in enumerate(current):  # N C ...
+        leak, theta = (per_channel(p[t], dims) for p in (neuron.leak, neuron.threshold))
+        m = i if parallel or neuron.v is None else leak * neuron.v + i
+        gain, shift = i.new_ones(()), i.new_zeros(())
+        if mem_bn:
+            neuron.running_mean[t] = m.mean(batch)
+            neuron.running_var[t] = m.var(batch, correction=0)
+            gain, shift = (per_channel(p[t], dims) for p in neuron.folded_norm())
+        x = gain * m + shift - theta
+        rounding = 8 * torch.finfo(m.dtype).eps * ((gain * m).abs() + shift.abs() + theta)
+        near = near | (x.abs() <= rounding) | ((x - path.top).abs() <= rounding)
+        path.x.append(x), path.gain.append(gain), path.leak.append(leak), path.near.append(near)
+        neuron(current[t : t + 1])
+    neuron.reset()
+    return path
+
+
+def factors(neuron: StatefulNeuron, current: Tensor, online: bool, one_by_one: bool = False) -> Iterator[list[Tensor]]:
+    """Rows t = 0..T-1 of F as autograd has them: d s[t] / d I[t'] for t' = 0..t, each (N, C, ...).
+
+    `one_by_one`: a call for each step, with the potential handed on in `.v`, instead of one call for all of them.
+    """
+    leaves = [i.clone().requires_grad_() for i in current]
+    neuron.online = online
+    neuron.reset()
+    spikes = [neuron(i.unsqueeze(0))[0] for i in leaves] if one_by_one else neuron(torch.stack(leaves))
+    for t, s in enumerate(spikes):
+        row = torch.autograd.grad(s.sum(), leaves[: t + 1], retain_graph=True, allow_unused=True)
+        yield [torch.zeros_like(s) if f is None else f for f in row]
+    neuron.reset()
+
+
+def spread(values: Tensor, region: Tensor, sure: Tensor) -> float:
+    """Largest difference of `values` within one region: exactly 0 for a step function of m - threshold."""
+    widest = 0.0
+    for r in range(3):
+        if (inside := values[sure & (region == r)]).numel():
+            widest = max(widest, float(inside.max() - inside.min()))
+    return widest
+
+
+def distribution(values: Tensor, x: Tensor) -> dict:
+    """Of ds/dm over neurons at x = mh - threshold: distinct values and their shares, or the mean curve over x."""
+    found, counts = values.unique(return_counts=True)
+    few = len(found) <= FEW_VALUES
+    result = {
+        "values": found.tolist() if few else None, "shares": (counts.double() / len(values)).tolist() if few else None,
+        "min": float(found[0]), "max": float(found[-1]), "mean": float(values.double().mean()), "curve": None,
+    }  # fmt: skip
+    if not few:
+        edges = torch.linspace(-2, 2, 41, device=x.device, dtype=x.dtype)
+        bins, inside = torch.bucketize(x, edges) - 1, (x > -2) & (x <= 2)
+        sums, counts = (torch.bincount(bins[inside], weights=w, minlength=40) for w in (values[inside].double(), None))
+        mean = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+        result["curve"] = {"x": ((edges[1:] + edges[:-1]) / 2).tolist(), "mean": mean}
+    return result
+
+
+def measure_neuron(neuron: StatefulNeuron, current: Tensor) -> tuple[list[dict], list[dict]]:
+    """Per time step: ds/dm, factors by lag, leaks of the online mode; and samples of them for a figure."""
+    path = follow(neuron, current)
+    images = max(1, min(current.shape[1], ELEMENTS // current[0, 0].numel()))
+    cut = lambda tensors: [p[:images] if p.dim() == current.dim() - 1 else p for p in tensors]  # noqa: E731
+    path.x, path.near, current = cut(path.x), cut(path.near), current[:, :images]
+    steps, samples = [], []
+    online = zip(factors(neuron, current, True), factors(neuron, current, True, one_by_one=True), strict=True)
+    leaks = [max([0.0, *(float(f.abs().max()) for row in rows for f in row[:-1])]) for rows in online]
+    for t, row in enumerate(factors(neuron, current, False)):
+        near, predicted = path.near[t], [p.expand_as(row[0]) for p in path.predicted(t)]
+        sure = near if near.all() else ~near  # there is always something to look at
+        ds_dm = torch.where(path.gain[t] == 0, row[t], row[t] / path.gain[t])  # in units of the gain
+        size = [float(f.abs().double().mean()) for f in row]
+        errors = [((f - p).abs() / p.abs().clamp(min=1))[sure] for f, p in zip(row, predicted, strict=True)]
+        steps.append({
+            "step": t + 1,
+            "above_threshold": float(path.on(t).double().mean()),
+            "ds_dm": distribution(ds_dm[sure], path.x[t][sure]),
+            "dependence": spread(ds_dm, path.region(t), sure),
+            "gain": [float(path.gain[t].min()), float(path.gain[t].max())],
+            "factors": [
+                {
+                    "lag": t - past, "measured": size[past], "predicted": float(predicted[past].abs().double().mean()),
+                    "error": float(errors[past].max()),
+                }
+                for past in reversed(range(t + 1))
+            ],
+            "factor_error": max(float(e.max()) for e in errors),
+            "temporal_share": sum(size[:-1]) / total if (total := sum(size)) else 0.0,
+            "online_leak": leaks[t],
+            "undecided": int(near.sum()),
+        })  # fmt: skip
+        pick = torch.linspace(0, ds_dm.numel() - 1, min(SAMPLES, ds_dm.numel())).long()
+        at = lambda tensor, pick=pick: tensor.detach().flatten()[pick.to(tensor.device)].cpu().tolist()  # noqa: E731
+        samples.append({
+            "x": at(path.x[t]), "ds_dm": at(ds_dm),
+            "factors": [(t - past, at(predicted[past]), at(row[past])) for past in range(t + 1)],
+        })  # fmt: skip
+    return steps, samples
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    """The accumulated gradients, cleared from the model; zeros where there is none."""
+    taken = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+def through_time(model: SpikingNetwork, x: Tensor, target: Tensor) -> Iterator[Gradients]:
+    """The gradient through time of the loss of each step's logits, t = 1..T."""
+    set_online(model, False)
+    reset(model)
+    for logits in model(x):
+        F.cross_entropy(logits, target).backward(retain_graph=True)
+        yield take_gradients(model)
+    set_online(model, True)
+    reset(model)
+
+
+def online_mean_logits(model: SpikingNetwork, x: Tensor, target: Tensor) -> Gradients:
+    """The online gradient of the loss that `stbp` has, the one of the mean logits."""
+    reset(model)
+    F.cross_entropy(model(x).mean(0), target).backward()
+    reset(model)
+    return take_gradients(model)
+
+
+def mean_of(gradients: list[Gradients]) -> Gradients:
+    return {name: torch.stack([g[name] for g in gradients]).mean(0) for name in gradients[0]}
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+def compare(a: list[Tensor], b: list[Tensor]) -> dict[str, float | None]:
+    """a (online) against b (through time): None where a gradient is zero."""
+    aa, bb = dot(a, a), dot(b, b)
+    if not (aa > 0 and bb > 0):
+        return dict.fromkeys(("cosine", "norm_ratio", "sign_agreement", "temporal_share"))
+    difference = [x - y for x, y in zip(a, b, strict=True)]
+    used = sum(int(((x != 0) | (y != 0)).sum()) for x, y in zip(a, b, strict=True))
+    agree = sum(int(((x.sign() == y.sign()) & (x != 0)).sum()) for x, y in zip(a, b, strict=True))
+    return {
+        "cosine": dot(a, b) / (aa * bb) ** 0.5,
+        "norm_ratio": (aa / bb) ** 0.5,
+        "sign_agreement": agree / used,
+        "temporal_share": (dot(difference, difference) / bb) ** 0.5,
+    }
+
+
+def estimator(steps: list[list[Tensor]], every: list[Tensor]) -> dict[str, float | None]:
+    """The gradient of a random t*, enumerated: |mean - every| / |every| and the mean of |g - mean|^2 / |mean|^2."""
+    mean = [torch.stack(tensors).double().mean(0) for tensors in zip(*steps, strict=True)]
+    norm, target = dot(mean, mean), dot(every, every)
+    if not (norm > 0 and target > 0):
+        return dict.fromkeys(("bias", "variance"))
+    away = [dot(d, d) for g in steps if (d := [x - y for x, y in zip(g, mean, strict=True)])]
+    off = [x - y for x, y in zip(mean, every, strict=True)]
+    return {"bias": (dot(off, off) / target) ** 0.5, "variance": sum(away) / len(away) / norm}
+
+
+def compare_gradients(model: SpikingNetwork, x: Tensor, target: Tensor) -> dict[str, dict]:
+    """What `measure` returns as "gradients": for all weights, all other parameters, and the weights of each layer,
+
+    mean_of_losses  `every` against through time; loss: mean over the steps of the loss of each step's logits
+    steps           the same for the loss of each step alone, which is what `random` back-propagates
+    loss_of_mean    online against through time (`stbp`); loss of the mean logits
+    between_losses  both through time: the first loss against the second
+    random          see `estimator`
+    """
+    # kept graphs: a potential that is not detached then shows as a wrong gradient, not as an error of autograd
+    library = partial(
+        online_backward, model, x, target, F.cross_entropy, backward=partial(Tensor.backward, retain_graph=True)
+    )
+
+    def learn(learning: str, steps: list[int] | None = None) -> Gradients:
+        library(learning=learning, steps=steps)
+        return take_gradients(model)
+
+    drawn, every, stbp = [learn("random", [t]) for t in range(1, model.config.T + 1)], learn("every"), learn("stbp")
+    timed, mean_logits = list(through_time(model, x, target)), online_mean_logits(model, x, target)
+    timed_mean = mean_of(timed)
+    layers = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    groups = {"all weights": layers, "all other parameters": [n for n in every if n not in set(layers)]}
+    rows = {}
+    for group, names in (groups | {name: [name] for name in layers}).items():
+        part = lambda gradients, names=names: [gradients[n] for n in names]  # noqa: E731
+        rows[group] = {
+            "mean_of_losses": compare(part(every), part(timed_mean)),
+            "steps": [compare(part(a), part(b)) for a, b in zip(drawn, timed, strict=True)],
+            "loss_of_mean": compare(part(mean_logits), part(stbp)),
+            "between_losses": compare(part(timed_mean), part(stbp)),
+            "random": estimator([part(g) for g in drawn], part(every)),
+        }
+    return rows
+
+
+def measure(model: SpikingNetwork, x: Tensor, target: Tensor) -> tuple[dict, dict[str, list[dict]]]:
+    """All measurements on one batch, as plain values, and samples of neurons by layer for a figure.
+
+    x: images (N, C, H, W) or events (T, N, C, H, W) with labels `target` (N,). The model is left as it was, its state
+    reset. Keys of the result: "summary", "verdict", "neurons" (by layer, a list over steps), "gradients" (by layer).
+
+    The summary: cosine, norm_ratio, sign_agreement, temporal_share (|through time - online| / |through time|),
+    random_bias and random_variance take all weights as one vector; the loss is the mean over the steps of the
+    cross-entropy of each step's logits, which is that of `every` and the expectation of `random`. The others are the
+    worst over all layers and steps.
+    """
+    neurons, samples = {}, {}
+    with restored(model):
+        for name, current in record_currents(model, x).items():
+            if not current.isfinite().all():
+                raise ValueError(f"the current of {name} is not finite: the network cannot be measured")
+            neurons[name], samples[name] = measure_neuron(model.get_submodule(name), current)
+    with restored(model):
+        gradients = compare_gradients(model, x, target)
+    whole, steps = gradients["all weights"], [step for layer in neurons.values() for step in layer]
+    values = [step["ds_dm"]["values"] for step in steps]
+    union = None if None in values else sorted(set().union(*values))
+    summary = {
+        **whole["mean_of_losses"],
+        "random_bias": whole["random"]["bias"],
+        "random_variance": whole["random"]["variance"],
+        "ds_dm_values": union if union is not None and len(union) <= FEW_VALUES else None,
+        "ds_dm_range": [min(step["ds_dm"]["min"] for step in steps), max(step["ds_dm"]["max"] for step in steps)],
+        "ds_dm_dependence": max(step["dependence"] for step in steps),
+        "factor_error": max(step["factor_error"] for step in steps),
+        "online_leak": max(step["online_leak"] for step in steps),
+    }
+    return {"summary": summary, "verdict": verdict(neurons), "neurons": neurons, "gradients": gradients}, samples
+
+
+def verdict(neurons: dict[str, list[dict]]) -> dict:
+    """Separable or not, and why: what speaks against it, with the worst layer; or what holds everywhere.
+
+    "silent": layers without a neuron above its threshold, of which nothing can be said.
+    """
+    worst = {}
+    for key in ("dependence", "factor_error", "online_leak"):
+        worst[key] = max(((step[key], name, step["step"]) for name, steps in neurons.items() for step in steps))
+    reasons = []
+    for key, allowed, text in (
+        ("dependence", 0.0, "ds/dm depends on the potential: it differs by {:.3g} on one side of the threshold"),
+        ("factor_error", FACTOR_TOLERANCE, "gradient factors differ from the predicted ones by up to {:.3g}"),
+        ("online_leak", 0.0, "the online mode is not: its gradient crosses time steps with factors up to {:.3g}"),
+    ):
+        value, name, step = worst[key]
+        if not value <= allowed:  # not a number counts as a fault
+            reasons.append(f"{text.format(value)} ({name}, step {step})")
+    separable = not reasons
+    if separable:
+        reasons = [
+            "ds/dm is a step function of m - threshold in every layer and step, all factors are products of masks and "
+            f"leaks (error {worst['factor_error'][0]:.1e}), nothing crosses steps online"
+        ]
+    silent = [name for name, steps in neurons.items() if not any(step["above_threshold"] for step in steps)]
+    return {"separable": separable, "reasons": reasons, "silent": silent}

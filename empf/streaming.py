@@ -1,0 +1,291 @@
+"""Batches of a split that is read while it is used: worker processes read, shuffle, decode and crop.
+
+An epoch permutes the blocks of the split (row groups, or files) and gives each rank the same number of rows of that
+order; a block that lies across a border is read by both sides, each taking its own rows. The rows of a rank are cut
+the same way into `LANES` lanes, each shuffled through a buffer. Batch k holds the next rows of lane k mod LANES and is
+made by worker k mod workers. So what is in a batch depends on (seed, epoch, rank, k) alone, and how an image is cropped
+on (seed, epoch, image): the number of workers changes the speed, nothing else.
+"""
+
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from empf.batches import Augment, ImageBatches
+from empf.images import BROKEN, centre_crop, one_line, open_image, random_crop
+from empf.shards import Row, StreamSet
+
+LANES = 16
+BUFFER = 8192  # about 1 GB of ImageNet
+TOO_MANY_BROKEN = 0.01
+
+
+class StreamBatches(ImageBatches):
+    """Batches of a `StreamSet`, as (images float32 [B, C, H, W] normalised, targets), on the device of the set.
+
+    Training: blocks and images in random order, random resized crop and flip where `augment` asks for `crop` and
+    `flip`; cutout, mixup and cutmix on whole batches, with partners from the same rank. All ranks have the same number
+    of batches; what is left over differs from epoch to epoch. Everything drawn is a pure function of (seed, epoch,
+    rank, number of the batch), so `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly, and
+    without reading the blocks that are done with.
+
+    Test: the centre crop of every image, in exactly one batch of one rank. Ranks may differ by one in their number of
+    batches: reduce over processes after the loop, not inside it.
+
+    `workers`: processes that read and decode, of which 1, 2, 4, 8 or 16 are used; 0 reads in this process. `buffer`:
+    encoded images that all of them hold together in training; the next one is drawn among those of its lane.
+
+    An image that cannot be decoded is named once in a warning and skipped: in training another image of the batch
+    takes its place, in a test it is missing from its batch. ValueError if there are too many of them.
+    """
+
+    data: StreamSet
+
+    def __init__(self, data: StreamSet, batch_size: int, *, workers: int = 0, buffer: int = BUFFER, **options) -> None:
+        super().__init__(data, batch_size, **options)
+        if workers < 0 or buffer < LANES:
+            raise ValueError(f"needs workers >= 0 and buffer >= {LANES}, got {workers=}, {buffer=}")
+        self.workers = max(n for n in range(LANES + 1) if n <= workers and (n == 0 or LANES % n == 0))
+        self.buffer = buffer
+        self.broken: dict[str, str] = {}  # what was skipped so far, with the reason
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        first, last = self._share(len(self.data))
+        if self.train:
+            last = first + len(self) * self.batch_size
+        made = _MadeBatches(
+            self.data, self.batch_size, len(self), start, first, last, self.train, self.augment,
+            (self.seed, self.epoch), self.rank, self.buffer // LANES,
+        )  # fmt: skip
+        device, broken = self.data.device, 0
+        loader = DataLoader(
+            made,
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context() if self.workers else None,
+            generator=torch.Generator(),  # leaves the global one as it is
+        )
+        for number, batch in enumerate(_watched(loader), start):
+            broken += self._report(batch)
+            if broken > max(1, TOO_MANY_BROKEN * (last - first)):
+                raise ValueError(
+                    f"{broken} of the {last - first} images read in this epoch cannot be used, the last one "
+                    f"because {batch.broken[-1][1]}: repair the data set, or copy it again"
+                )
+            if len(batch.labels) == 0:
+                if self.train:
+                    raise ValueError(f"no image of a batch can be used: {'; '.join(batch.broken[0])}")
+                continue
+            images = self._normalise(batch.images.to(device, non_blocking=True))
+            labels = batch.labels.to(device, non_blocking=True)
+            yield self._prepared(images, labels, number) if self.train else (images, labels)
+
+    def _prepared(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Cut out and mix a training batch."""
+        augment, side = self.augment, self.data.spec.image_size
+        rng = np.random.default_rng((self.seed, self.epoch, 2, self.rank, number))
+        holes = rng.integers(0, side, (2, len(images)))
+        if augment.cutout:
+            self._cut_out(images, *torch.from_numpy(holes).to(images.device))
+        targets = self._targets(labels) if augment.soft_targets else labels
+        if augment.mixup == 0 and augment.cutmix == 0:
+            return images, targets
+        return self._mixed(images, targets, images.flip(0), targets.flip(0), rng)
+
+    def _report(self, batch: "_Batch") -> int:
+        """Warn of what is broken and was not known so; the number of broken images in the batch."""
+        if batch.error is not None:
+            raise ValueError(batch.error)
+        for where, reason in batch.broken:
+            if where not in self.broken:
+                warnings.warn(f"skipped {where}: {reason}", stacklevel=3)
+            self.broken[where] = reason
+        return len(batch.broken)
+
+
+class _Batch(NamedTuple):
+    """What a worker makes of a batch. `broken`: (where, reason); `error`: why there are no more batches."""
+
+    images: Tensor  # B C H W uint8
+    labels: Tensor  # B
+    broken: list[tuple[str, str]]
+    error: str | None = None
+
+
+@dataclass
+class _MadeBatches(IterableDataset):
+    """The batches of one epoch and rank, from number `start` of `count` on; each worker makes its part of them.
+
+    `first` and `last` + 1: the rows of this rank, in the order of the epoch. `drawn`: seed and epoch. `held`: rows of a
+    lane among which the next one is drawn.
+    """
+
+    data: StreamSet
+    batch_size: int
+    count: int
+    start: int
+    first: int
+    last: int
+    train: bool
+    augment: Augment
+    drawn: tuple[int, int]
+    rank: int
+    held: int
+
+    def __iter__(self) -> Iterator[_Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        blocks = np.arange(len(self.data.blocks))
+        if self.train:
+            blocks = np.random.default_rng((*self.drawn, 0)).permutation(blocks)
+        lanes: dict[int, Iterator[tuple[int, Row]]] = {}
+        try:
+            for number in range(self.start + worker, self.count, workers):
+                turn, lane = divmod(number, LANES)
+                if lane not in lanes:
+                    lanes[lane] = self._lane(lane, turn * self.batch_size, blocks)
+                yield self._batch([next(lanes[lane]) for _ in range(self._size(number))])
+        except (OSError, ValueError) as error:
+            yield _Batch(torch.empty(0), torch.empty(0), [], one_line(error))
+
+    def _size(self, number: int) -> int:
+        return min(self.batch_size, self.last - self.first - number * self.batch_size)
+
+    def _lane(self, lane: int, skip: int, blocks: np.ndarray) -> Iterator[tuple[int, Row]]:
+        """(place in the split, row) of a lane in the order of the epoch, without the first `skip`."""
+        sizes = [sum(map(self._size, range(other, self.count, LANES))) for other in range(lane + 1)]
+        first, size = self.first + sum(sizes[:-1]), sizes[-1]
+        order = np.arange(size)
+        if self.train and self.data.blocks[:, 3].max() > 1:  # else the order of the blocks is that of the images
+            order = _shuffled(size, self.held, np.random.default_rng((*self.drawn, 1, self.rank, lane)))
+        order = order[skip:]
+        wanted = np.zeros(size, bool)
+        wanted[order] = True
+        rows = self._rows(first, wanted, blocks)
+        held: dict[int, tuple[int, Row]] = {}
+        for at in order.tolist():
+            while at not in held:
+                place, *item = next(rows)
+                held[place] = item
+            yield held.pop(at)
+
+    def _rows(self, first: int, wanted: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[int, int, Row]]:
+        """(place in the lane, place in the split, row) of the wanted rows of a lane that begins at row `first`."""
+        sizes = self.data.blocks[:, 3]
+        in_split = sizes.cumsum() - sizes  # place of the first row of each block
+        begins = sizes[blocks].cumsum() - sizes[blocks] - first  # in the lane
+        from_block = np.searchsorted(begins, 0, "right") - 1
+        to_block = np.searchsorted(begins, len(wanted))
+        for block, begin in zip(blocks[from_block:to_block], begins[from_block:to_block].tolist(), strict=True):
+            inside = np.flatnonzero(wanted[max(begin, 0) : begin + int(sizes[block])]) + max(begin, 0)
+            if len(inside):
+                start, stop = int(inside[0]) - begin, int(inside[-1]) + 1 - begin
+                for at, row in enumerate(self.data.source.read(*self.data.blocks[block, :3], start, stop), start):
+                    if wanted[begin + at]:
+                        yield begin + at, int(in_split[block]) + at, row
+
+    def _batch(self, rows: list[tuple[int, Row]]) -> _Batch:
+        side, classes = self.data.spec.image_size, self.data.spec.num_classes
+        images = np.empty((len(rows), 3, side, side), np.uint8)
+        labels, broken = [], []
+        for place, row in rows:
+            problem = row.problem
+            if problem is None and not (isinstance(row.label, int) and 0 <= row.label < classes):
+                problem = f"the label is {row.label!r}, but {self.data.spec.name} has the labels 0..{classes - 1}"
+            if problem is None:
+                try:
+                    with open_image(row.image) as image:
+                        images[len(labels)] = self._cropped(image, place)
+                except BROKEN as error:
+                    problem = one_line(error)
+            if problem is None:
+                labels.append(row.label)
+            else:
+                broken.append((row.where, problem))
+        kept = np.arange(len(labels))
+        if self.train and len(labels):
+            kept = np.arange(len(rows)) % len(labels)
+        return _Batch(torch.from_numpy(images[kept]), torch.tensor(labels, dtype=torch.int64)[kept], broken)
+
+    def _cropped(self, image: Image.Image, place: int) -> np.ndarray:
+        side = self.data.spec.image_size
+        if not self.train:
+            return centre_crop(image, side)
+        rng = np.random.default_rng((*self.drawn, 3, place))
+        flip = self.augment.flip and self.data.spec.flip
+        return random_crop(image, side, rng, crop=self.augment.crop, flip=flip)
+
+
+def _shuffled(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order of `count` rows that can be followed while at most `most` of them are held."""
+    order, held = np.arange(count), list(range(min(most, count)))
+    for at, draw in enumerate(rng.random(count).tolist()):
+        place = int(draw * len(held))
+        order[at] = held[place]
+        if at + most < count:
+            held[place] = at + most
+        else:
+            held[place] = held[-1]
+            held.pop()
+    return order
+
+
+def _watched(loader: DataLoader) -> Iterator[_Batch]:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise OSError(
+                f"a process that reads data was killed ({one_line(error)}): if memory is short, use less --workers"
+            ) from error
+        yield batch
+
+
+def _unchanged(batch: _Batch) -> _Batch:
+    return batch
+
+
+# Ctrl-C and SIGTERM reach the whole group of processes: training finishes its batch and saves, and needs data for that.
+_FOR_THE_MAIN_PROCESS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start_worker(worker: int) -> None:
+    _ignore_signals()
+    warnings.simplefilter("ignore")  # Pillow's on odd metadata
+
+
+def _ignore_signals() -> set[int]:
+    """For this thread and the processes that it starts from now on; returns what was ignored before."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return set()
+    return signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes that do not inherit the threads of this one, which torch, CUDA and the progress bar have started."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])  # torch is imported once, not by every worker
+    before = _ignore_signals()
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context

@@ -1,0 +1,123 @@
+"""bench/train.py: the loops it compares are the same learning, and what it counts is really there."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import loops
+from bench import train as bench
+from bench.loops import Loop, Setting, Watch
+
+TINY = Setting(width=0.0625, T=2, batch_size=4)
+
+
+def test_measurement_of_a_small_network(monkeypatch):
+    monkeypatch.setattr(bench, "peak", lambda setting, variant: 1_000_000)  # without five processes
+    monkeypatch.setattr(bench, "largest_rate", lambda setting, clock: 1e9)
+    r = json.loads(json.dumps(bench.measure(TINY, repeats=2)))
+    assert list(r["variants"]) == list(bench.VARIANTS) and {"cpu", "threads", "commit", "date"} <= set(r["machine"])
+    assert max(r["gradients_apart"]["float64"].values()) < 1e-9
+    for name, v in r["variants"].items():
+        parts = v["ms_per_update"]
+        assert v["images_per_s"]["median"] > 0 and parts["forward"] > 0 and parts["backward"] > 0
+        total = 4e3 / sum(parts.values())  # images/s if the medians of the parts are added
+        assert total == pytest.approx(v["images_per_s"]["median"], rel=0.35)  # on a busy machine
+        assert ("past" in parts) == (name in loops.ONE_STEP)
+    gflop, saved = ({n: f(v) for n, v in r["variants"].items()} for f in (
+        lambda v: v["gflop_per_update"], lambda v: v["bytes"]["saved"],
+    ))  # fmt: skip
+    assert gflop["kept"] < gflop["authors"] < gflop["every"]  # the stem once, and in each step
+    assert saved["random"] == saved["every"] < saved["kept"] == saved["authors"] < saved["stbp"]
+    text = bench.report(r)
+    assert "layout conversions in an update: none" in text and "host reads in an update: none" in text
+
+
+def test_another_order_of_learning_is_refused(monkeypatch):
+    right = loops.authors_order
+    monkeypatch.setattr(loops, "authors_order", lambda model, x, target, criterion, t, backward: right(
+        model, x, target, criterion, max(1, t - 1), backward
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="the gradients of authors are .* nothing timed"):
+        bench.check_gradients(TINY)
+
+
+@pytest.mark.parametrize("variant", ["random", "kept", "every", "stbp"])
+def test_no_layout_conversion_and_no_read_by_the_host(variant):
+    """Forward, backward and optimizer of a channels_last network."""
+    seen = bench.watch(Loop(TINY), variant)
+    assert not seen.conversions and not seen.reads
+
+
+def test_a_conversion_and_a_read_are_seen():
+    loop = Loop(TINY)
+    x = torch.randn(2, 3, 8, 8)
+    with Watch(loop.model) as seen:
+        x.contiguous(memory_format=torch.channels_last)
+        x.to(memory_format=torch.channels_last, copy=True)
+        torch.empty(2, 3, 8, 8).to(memory_format=torch.channels_last).copy_(x)
+        x.clone()
+        x.sum().item()
+    assert sum(seen.conversions.values()) == 4 and seen.reads == {"_local_scalar_dense": 1}
+    plain = bench.watch(Loop(Setting(width=0.0625, T=2, batch_size=4, channels_last=False)))
+    assert any(name.startswith("convolution_backward") for name in plain.conversions)
+    loop.model.stem.register_forward_hook(lambda module, inputs, out: out + out.sum().item() * 0)
+    assert sum(bench.watch(loop).reads.values()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_peak_memory_of_this_process():
+    with bench.cpu_peak() as growth:
+        before = growth()
+        block = torch.ones(20_000_000)
+        assert growth() - before > 0.95 * block.nbytes
+        del block
+    with bench.cpu_peak() as growth:
+        assert growth() < 10_000_000  # the peak starts anew
+
+
+def test_events_and_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda setting, repeats, cpu_time: {"setting": setting.width})
+    monkeypatch.setattr(bench, "report", lambda result: "done")
+    bench.main(
+        [
+            "--width",
+            "0.25",
+            "--device",
+            "cpu",
+            "--threads",
+            str(torch.get_num_threads()),
+            "--json",
+            str(tmp_path / "r.json"),
+        ]
+    )
+    assert json.loads((tmp_path / "r.json").read_text()) == {"setting": 0.25} and "done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--cuda-graph needs a GPU"):
+        bench.main(["--device", "cpu", "--cuda-graph"])
+    setting = Setting("vgg_snn", width=0.0625, T=2, batch_size=2)
+    exact = bench.compare(Loop(setting, torch.float64), 2)
+    assert max(exact.values()) < 1e-9
+
+
+def test_the_flags_of_a_setting_give_the_setting(monkeypatch):
+    found = []
+    monkeypatch.setattr(bench, "peak_alone", lambda setting, variant: found.append((setting, variant)) or 7)
+    setting = Setting("resnet19", 0.125, 3, 5, "ternary", "cpu", bf16=True, channels_last=False)
+    bench.main(["--alone", "every", *bench.flags(setting)])
+    assert found == [(setting, "every")] and Path(bench.__file__).name == "train.py"
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_gives_the_gradients_of_the_loop():
+    eager, captured = (Loop(Setting(width=0.25, T=2, batch_size=8, device="cuda", cuda_graph=g)) for g in (False, True))
+    captured.model.load_state_dict(eager.model.state_dict())
+    x, target = next(eager.batches)
+    for t in (2, 1, 2):
+        eager.model.zero_grad()
+        eager.gradients("random", t, x, target)
+        captured.replay("random", t, x, target)
+        for a, b in zip(eager.model.parameters(), captured.model.parameters(), strict=True):
+            assert (a.grad - b.grad).norm() <= 1e-2 * a.grad.norm() + 1e-7
+        captured.optimizer.zero_grad(set_to_none=False)

@@ -1,0 +1,319 @@
+"""Event datasets: splits, the cache of frames, batches and their augmentation."""
+
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from make_events import aedat2, random_rows, recordings
+
+from empf import event_cache
+from empf.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, event_frames_of_file, load_events
+
+SMALL = dict(T=3, size=8, workers=1)
+
+
+def numbers(events, folder, **settings):
+    """(class, number in the file name) of each recording of a set, recognised by its frames."""
+    found = {}
+    for file in sorted(folder.rglob("*.aedat")):
+        frames = event_frames_of_file(file, events.frames.shape[1], events.frames.shape[-1], **settings)
+        found[frames.numpy().tobytes()] = (file.parent.name, int(file.stem.split("_")[-1]))
+    assert len(found) == len(list(folder.rglob("*.aedat")))
+    return [found[frames.float().numpy().tobytes()] for frames in events.frames]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return recordings(tmp_path_factory.mktemp("events") / "dvs", classes=2, each=20)
+
+
+def test_splits_by_number(folder, tmp_path):
+    pairs = {}
+    for split in ("first900", "test100", "random"):
+        train, test = load_events(folder, split=split, cache=tmp_path, **SMALL)
+        pairs[split] = numbers(train, folder), numbers(test, folder)
+        for events, found in zip((train, test), pairs[split], strict=True):
+            assert [events.class_names[label] for label in events.labels] == [name for name, _ in found]
+            assert events.frames.dtype == torch.float16 and events.frames.shape[1:] == (3, 2, 8, 8)
+            assert events.split == ("random, seed 0" if split == "random" else split)
+        assert sorted(pairs[split][0] + pairs[split][1]) == sorted((f"class{c}", n) for c in (0, 1) for n in range(20))
+    # by number, not by name, where 10 comes before 2; all classes in turn
+    assert pairs["first900"][1] == [("class0", 18), ("class1", 18), ("class0", 19), ("class1", 19)]
+    assert pairs["test100"][1] == [("class0", 0), ("class1", 0), ("class0", 1), ("class1", 1)]
+    assert sorted(name for name, _ in pairs["random"][1]) == ["class0"] * 2 + ["class1"] * 2
+    again = load_events(folder, split="random", seed=1, cache=tmp_path, **SMALL)[1]
+    assert again.split == "random, seed 1"
+    assert len({tuple(pairs[s][1]) for s in pairs} | {tuple(numbers(again, folder))}) == 4
+
+
+def test_spec_limit_and_move(folder, tmp_path):
+    train, test = load_events(folder, limit=3, cache=tmp_path, **SMALL)
+    assert numbers(train, folder) == [("class0", 0), ("class1", 0), ("class0", 1)]
+    assert (len(train), len(test)) == (3, 3)
+    assert (train.spec.image_size, train.spec.num_classes, train.spec.channels) == (8, 2, 2)
+    assert train.spec.name == DVS_CIFAR10.name == "dvs-cifar10"
+    assert len(list((tmp_path).glob("*.npy"))) == 2  # 16 recordings each: not all 40 were decoded
+    assert train.to("meta").frames.device.type == "meta"
+
+
+def test_folders_of_frames_are_their_own_split(tmp_path):
+    rng = np.random.default_rng(0)
+    expected = {}
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("left", "right"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            frames = rng.integers(0, 9, (count, 3, 2, 8, 8))
+            for i, f in enumerate(frames):
+                np.save(tmp_path / "data" / part / name / f"{i}.npy", f)
+            expected[part, name] = torch.from_numpy(frames).half()
+    train, test = load_events(tmp_path / "data", cache=tmp_path / "cache", **SMALL)
+    for events, part in ((train, "train"), (test, "val")):
+        assert events.split == "folders" and events.class_names == ["left", "right"]
+        for label, name in enumerate(events.class_names):
+            assert torch.equal(events.frames[events.labels == label], expected[part, name])
+
+
+def test_what_is_in_the_cache_is_not_decoded_again(tmp_path, monkeypatch):
+    folder, cache = recordings(tmp_path / "dvs", classes=2, each=20), tmp_path / "cache"
+    decoded = []
+    read = event_cache.read_frames
+    monkeypatch.setattr(event_cache, "read_frames", lambda file, s: decoded.append(file.name) or read(file, s))
+
+    # two damaged files in the second of three shards: both named, the other two shards are kept
+    for name in ("cifar10_class0_9.aedat", "cifar10_class1_10.aedat"):
+        damaged = folder / name.split("_")[1] / name
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"class0_9\.aedat ends in the middle of an event.*class1_10\.aedat ends in"):
+        load_events(folder, cache=cache, **SMALL)
+    assert len(decoded) == 40 and len(list(cache.glob("*.npy"))) == 2
+
+    for name in ("cifar10_class0_9.aedat", "cifar10_class1_10.aedat"):
+        (folder / name.split("_")[1] / name).write_bytes(whole)
+    decoded.clear()
+    first = load_events(folder, cache=cache, **SMALL)
+    assert len(decoded) == 16
+
+    decoded.clear()
+    second = load_events(folder, cache=cache, **SMALL)
+    assert not decoded
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(first, second, strict=True))
+
+    # what a killed process leaves, and what a bad disk does to a shard
+    shards = sorted(cache.glob("*.npy"))
+    (cache / f".{shards[0].name}.123.tmp").write_bytes(b"half")
+    shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    third = load_events(folder, cache=cache, **SMALL)
+    assert 0 < len(decoded) <= 16 and not list(cache.glob(".*.tmp"))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(first, third, strict=True))
+
+    # a changed file, then each changed setting
+    file = folder / "class0" / "cifar10_class0_0.aedat"
+    file.write_bytes(aedat2(random_rows(200, seed=77)))
+    os.utime(file, ns=(1, 1))
+    decoded.clear()
+    changed = load_events(folder, cache=cache, **SMALL)[0]
+    assert len(decoded) == 16
+    assert torch.equal(changed.frames[0].float(), event_frames_of_file(file, 3, 8))
+    for setting in (dict(by="time"), dict(orientation="mirrored"), dict(T=2), dict(size=4), dict(resize="8bit")):
+        decoded.clear()
+        load_events(folder, cache=cache, limit=1, **{**SMALL, **setting})
+        assert decoded, setting
+
+
+def test_several_processes_decode_the_same(folder, tmp_path):
+    alone = load_events(folder, cache=tmp_path / "a", **SMALL)
+    together = load_events(folder, cache=tmp_path / "b", **{**SMALL, "workers": 2})
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == sorted(f.name for f in (tmp_path / "b").iterdir())
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process to kill is forked")
+def test_a_killed_decoding_is_continued(tmp_path, monkeypatch):
+    folder, cache = recordings(tmp_path / "dvs", classes=2, each=32), tmp_path / "cache"  # 4 shards
+    options, read = {**SMALL, "workers": 2, "cache": cache}, event_cache.read_frames
+    with monkeypatch.context() as patch:
+        patch.setattr(event_cache, "read_frames", lambda *arguments: time.sleep(0.02) or read(*arguments))
+        process = multiprocessing.get_context("fork").Process(target=load_events, args=(folder,), kwargs=options)
+        process.start()
+        while process.is_alive() and not list(cache.glob("*.npy")):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    kept = {file: file.stat().st_mtime_ns for file in cache.glob("*.npy")}
+    assert 0 < len(kept) < 4
+    with FileLock(cache / ".lock", timeout=20):  # the workers of the killed process have noticed
+        pass
+    continued = load_events(folder, **options)
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+    whole = load_events(folder, **{**options, "cache": tmp_path / "other"})
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(continued, whole, strict=True))
+
+
+def test_errors_of_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*none: check the path given with --data"):
+        load_events(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no recordings in .*: expected <class>/"):
+        load_events(tmp_path)
+    with pytest.raises(ValueError, match="split must be one of first900, test100, random, got '9:1'"):
+        load_events(tmp_path, split="9:1")
+    with pytest.raises(ValueError, match="limit must be at least 1 recording"):
+        load_events(tmp_path, limit=0)
+    recordings(tmp_path / "one", classes=2, each=1)
+    with pytest.raises(ValueError, match="too few recordings for the split first900"):
+        load_events(tmp_path / "one", cache=tmp_path / "cache", **SMALL)
+    (tmp_path / "one" / "class0" / "1.npy").touch()
+    with pytest.raises(ValueError, match=r"several kinds \(.aedat, .npy\): keep one"):
+        load_events(tmp_path / "one", cache=tmp_path / "cache", **SMALL)
+    recordings(tmp_path / "two" / "train", classes=2, each=1)
+    recordings(tmp_path / "two" / "test", classes=3, each=1)
+    with pytest.raises(ValueError, match="different classes: use the same folders in both"):
+        load_events(tmp_path / "two", cache=tmp_path / "cache", **SMALL)
+
+
+def event_set(count: int = 22, T: int = 3, side: int = 6, flip_dim: int = -1) -> EventSet:
+    """Random frames, all of them different; recording i has the label i mod 10."""
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 99, (count, T, 2, side, side))).half()
+    spec = replace(DVS_CIFAR10, image_size=side)
+    return EventSet(frames, torch.arange(count) % 10, [str(i) for i in range(10)], spec, "first900", flip_dim)
+
+
+ALL = EventAugment(flip=True, roll=2, crop=1, label_smoothing=0.1)
+
+
+def epoch(batches, start=0):
+    return [(e.clone(), t) for e, t in batches.iterate(start)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b, strict=True)
+    )
+
+
+def test_training_batches_are_a_pure_function_of_seed_epoch_and_number():
+    batches = EventBatches(event_set(), 5, train=True, seed=3, augment=ALL)
+    assert len(batches) == 4
+    batches.set_epoch(2)
+    whole = epoch(batches)
+    assert all(e.shape == (3, 5, 2, 6, 6) and e.dtype == torch.float32 and e.is_contiguous() for e, _ in whole)
+    other = EventBatches(event_set(), 5, train=True, seed=3, augment=ALL)
+    other.set_epoch(2)
+    assert same(epoch(other, start=2), whole[2:])
+    other.set_epoch(3)
+    assert not same(epoch(other), whole)
+    assert not same(epoch(EventBatches(event_set(), 5, train=True, seed=4, augment=ALL)), whole)
+
+
+def test_ranks_share_what_one_process_sees():
+    whole = epoch(EventBatches(event_set(), 6, train=True, augment=ALL))
+    parts = [epoch(EventBatches(event_set(), 2, train=True, augment=ALL, rank=r, world=3)) for r in range(3)]
+    joined = [(torch.cat([e for e, _ in p], 1), torch.cat([t for _, t in p])) for p in zip(*parts, strict=True)]
+    assert same(joined, whole)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_each_test_recording_comes_once_unchanged(world):
+    data = event_set()
+    parts = [EventBatches(data, 4, train=False, rank=r, world=world, augment=ALL) for r in range(world)]
+    found = [epoch(p) for p in parts]
+    assert [len(f) for f in found] == [len(p) for p in parts]
+    batches = [b for f in found for b in f]
+    assert torch.equal(torch.cat([e for e, _ in batches], 1), data.frames.transpose(0, 1).float())
+    assert torch.equal(torch.cat([t for _, t in batches]), data.labels)
+    assert same(epoch(parts[0], start=1), found[0][1:])
+
+
+def augmented(augment: EventAugment, flip_dim: int = -1, epochs: int = 12):
+    """(augmented, original) pairs [T, 2, H, W] of several epochs; labels are found by the order of the epoch."""
+    data = event_set(20, flip_dim=flip_dim)
+    changed = EventBatches(data, 20, train=True, augment=augment)
+    plain = EventBatches(data, 20, train=True)
+    for number in range(epochs):
+        changed.set_epoch(number)
+        plain.set_epoch(number)
+        ((after, _),), ((before, _),) = epoch(changed), epoch(plain)
+        yield from zip(after.unbind(1), before.unbind(1), strict=True)
+
+
+@pytest.mark.parametrize("flip_dim", [-1, -2])
+def test_flip(flip_dim):
+    flipped = [torch.equal(a, b.flip(flip_dim)) for a, b in augmented(EventAugment(flip=True), flip_dim)]
+    kept = [torch.equal(a, b) for a, b in augmented(EventAugment(flip=True), flip_dim)]
+    assert all(f != k for f, k in zip(flipped, kept, strict=True))  # whole recordings, never single frames
+    assert 90 < sum(flipped) < 150
+
+
+def shifts(after, before, roll: bool, reach: int):
+    """The shifts (y, x) within `reach` that turn one into the other, zeros or the other side coming in."""
+    found, side = [], before.shape[-1]
+    for y in range(-reach, reach + 1):
+        for x in range(-reach, reach + 1):
+            moved = before.roll((y, x), (-2, -1))
+            if not roll:
+                moved = moved.clone()
+                moved[..., : max(y, 0), :] = moved[..., side + min(y, 0) :, :] = 0
+                moved[..., : max(x, 0)] = moved[..., side + min(x, 0) :] = 0
+            if torch.equal(after, moved):
+                found.append((y, x))
+    return found
+
+
+@pytest.mark.parametrize("augment", [EventAugment(roll=1), EventAugment(crop=1)])
+def test_roll_and_crop_move_all_steps_alike(augment):
+    seen = [shifts(a, b, augment.roll > 0, reach=2) for a, b in augmented(augment)]
+    assert all(len(s) == 1 for s in seen)
+    counts = {s: seen.count([s]) for (s,) in seen}
+    assert set(counts) == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    assert min(counts.values()) > 10  # 240 recordings, 9 shifts
+
+
+def test_one_augmentation_leaves_the_draws_of_the_others_alone():
+    both = list(augmented(EventAugment(flip=True, roll=1), epochs=2))
+    rolled = [shifts(a, b, True, 1)[0] for a, b in augmented(EventAugment(roll=1), epochs=2)]
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in augmented(EventAugment(flip=True), epochs=2)]
+    for (after, before), shift, flip in zip(both, rolled, flipped, strict=True):
+        assert torch.equal(after, (before.flip(-1) if flip else before).roll(shift, (-2, -1)))
+
+
+@pytest.mark.parametrize("orientation", ["transposed", "mirrored"])
+def test_flip_mirrors_the_scene_in_both_orientations(tmp_path, orientation):
+    """Left and right of the scene are those of `transposed`, where a column is 127 - y' of the address."""
+    rows = random_rows(300)
+    mirrored = [(x, 127 - y, bit, t) for x, y, bit, t in rows]
+    (tmp_path / "dvs" / "a").mkdir(parents=True)
+    for number, events in enumerate((rows, mirrored)):
+        (tmp_path / "dvs" / "a" / f"{number}.aedat").write_bytes(aedat2(events))
+    settings = dict(T=2, size=16, orientation=orientation, workers=1, cache=tmp_path / "cache")
+    scene, mirror = load_events(tmp_path / "dvs", **settings)
+    batches = EventBatches(scene, 1, train=True, augment=EventAugment(flip=True))
+    seen = set()
+    for number in range(12):
+        batches.set_epoch(number)
+        ((events, _),) = epoch(batches)
+        seen.add(next(i for i, s in enumerate((scene, mirror)) if torch.equal(events[:, 0], s.frames[0].float())))
+    assert seen == {0, 1}
+
+
+def test_label_smoothing():
+    ((_, targets),) = epoch(EventBatches(event_set(20), 20, train=True, augment=EventAugment(label_smoothing=0.1)))
+    ((_, labels),) = epoch(EventBatches(event_set(20), 20, train=True))
+    assert torch.allclose(targets.sum(1), torch.ones(20)) and torch.equal(targets.argmax(1), labels)
+    assert torch.allclose(targets.amax(1), torch.tensor(0.91))
+
+
+def test_wrong_arguments_of_batches():
+    with pytest.raises(ValueError, match="22 training images do not fill one batch of 24: use a smaller"):
+        EventBatches(event_set(), 12, train=True, world=2)
+    with pytest.raises(ValueError, match="got batch_size=0"):
+        EventBatches(event_set(), 0, train=False)
+    with pytest.raises(ValueError, match="roll must not be negative, got -1"):
+        EventAugment(roll=-1)
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, got 2"):
+        EventAugment(label_smoothing=2)

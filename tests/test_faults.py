@@ -1,0 +1,219 @@
+"""Faults of the machine: what was saved survives, nothing is half-written, the next start works.
+
+Damaged images and shards are in test_data.py, damaged run folders in test_runs.py, a process that dies among several in
+test_distributed.py, and a death at each single write in test_resume.py.
+"""
+
+import errno
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import tqdm
+from train_tools import leftovers, metrics, resume, run_train, trace
+
+import train
+from empf import runs
+
+SAVE_ALWAYS = ("--save-minutes", "0")
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing happened to: 2 epochs of 3 batches."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    run_train("--output-dir", run)
+    return run
+
+
+def in_another_process(call: str, *arguments: str | Path, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run a function of this module, `call(*sys.argv[1:])`, in a process that has not trained before."""
+    paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+    result = subprocess.run(
+        [*prefix, sys.executable, "-c", f"import sys, test_faults; test_faults.{call}(*sys.argv[1:])", *arguments],
+        capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+# ---- killed and asked to stop
+
+STORM = ["--epochs", "14", "--limit", "288", *SAVE_ALWAYS]  # more than can be done between the signals
+SIGNALS = [*[signal.SIGKILL] * 10, signal.SIGTERM, *[signal.SIGKILL] * 10, signal.SIGINT, None]
+
+
+def storm(run: str) -> None:
+    """Kill the run in this folder at random moments; print the exit statuses of its processes.
+
+    The processes are forked from this one, which has never trained: it imports everything once for all of them.
+    """
+    train.load("digits")
+    train.make_optimizer(torch.nn.Linear(1, 1), train.TrainConfig())
+    statuses, rng = [], random.Random(0)
+    config, state = Path(run, "config.json"), Path(run, "state", "state.pt")
+    for number in SIGNALS:
+        started = config.exists()
+        before = state.stat().st_mtime_ns if started else 0
+        process = os.fork()
+        if process == 0:
+            if started:
+                resume(Path(run), *SAVE_ALWAYS)
+            else:
+                run_train("--output-dir", run, *STORM)
+            sys.stdout.flush()
+            os._exit(0)
+        if number is not None:
+            while not (config.exists() and state.stat().st_mtime_ns > before):  # until it saves for the first time
+                if os.waitpid(process, os.WNOHANG)[0]:
+                    sys.exit("the run ended before it was signalled")
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.06))
+            os.kill(process, number)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        runs.load_state(Path(run))
+    print(json.dumps(statuses), file=sys.stderr)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_20_random_moments_and_both_signals_to_stop(tmp_path):
+    """Each start saves after every batch, and goes on exactly where the last one had saved."""
+    run = tmp_path / "killed"
+    result = in_another_process("storm", run)
+    statuses = json.loads(result.stderr.splitlines()[-1])
+    assert statuses == [-9 if number == signal.SIGKILL else 0 for number in SIGNALS] and statuses.count(-9) == 20
+    assert result.stdout.count("stopped and saved") == 2 and result.stdout.count("finished") == 1
+    assert leftovers(run) == []
+    run_train("--output-dir", tmp_path / "whole", *STORM)
+    assert trace(run) == trace(tmp_path / "whole")
+
+
+# ---- a full disk
+
+
+def refused(run: Path, reason: str) -> None:
+    """Resume where there is no room: one sentence, and the last checkpoint stays. Then room is made by the caller."""
+    before = (run / "state/state.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        resume(run, *SAVE_ALWAYS)
+    assert str(stop.value).startswith(f"error: could not write {run}/state/state.pt ({reason}): make room")
+    assert (run / "state/state.pt").read_bytes() == before and leftovers(run) == []
+
+
+def test_the_disk_refuses_to_flush(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run_train("--output-dir", run, "--max-steps", "2")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(run, "No space left on device")
+    monkeypatch.undo()
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+def test_a_file_may_not_grow(whole, tmp_path):
+    """The kernel refuses in the middle of the write."""
+    run = tmp_path / "run"
+    run_train("--output-dir", run, "--max-steps", "2")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "state/state.pt").stat().st_size // 2, limits[1]))
+    try:
+        refused(run, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
+
+
+def on_a_small_disk(folder: str) -> None:
+    """In a process with mounts of its own: fill a disk of 4 MB, resume, make room, resume."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+    run, filler = Path(folder, "run"), Path(folder, "filler")
+    run_train("--output-dir", run, "--max-steps", "2")
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 14))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    refused(run, "No space left on device")
+    filler.unlink()
+    resume(run)
+    shutil.copytree(run, f"{folder}-copy")  # the disk goes with this process
+
+
+def test_a_small_disk_is_full(whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here; the two tests above refuse to write in other ways")
+    in_another_process("on_a_small_disk", disk, prefix=OWN_MOUNTS)
+    assert trace(tmp_path / "disk-copy") == trace(whole)
+
+
+# ---- everything else
+
+
+def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
+    """The sentence names epoch and batch; what was saved before goes on once the data are repaired."""
+
+    class Poisoned(train.Batches):
+        def iterate(self, start: int = 0):
+            for number, (images, target) in enumerate(super().iterate(start), start + 1):
+                if (self.epoch, number) == (1, 2):
+                    images[0, 0, 0, 0] = float("nan")
+                yield images, target
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(train, "Batches", Poisoned)
+    with pytest.raises(SystemExit, match="error: the data of epoch 2, batch 2 hold numbers that are not finite"):
+        run_train("--output-dir", run, *SAVE_ALWAYS)
+    at = runs.load_state(run)["at"]
+    assert (at["epoch"], at["batch"]) == (1, 1) and leftovers(run) == []
+    monkeypatch.undo()
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+def test_leftovers_and_stale_locks_are_in_nobodys_way(whole, tmp_path):
+    """There are no locks; half-written files of a dead process are removed, files of others stay."""
+    run = tmp_path / "run"
+    run_train("--output-dir", run, "--max-steps", "2")
+    for name in ("state/.state.pt.4711.tmp", ".model.safetensors.4711.tmp", "state/state.pt.lock", ".lock"):
+        (run / name).write_bytes(b"half")
+    resume(run)
+    assert leftovers(run) == [".lock", "state/state.pt.lock"]
+    assert trace(run) == trace(whole)
+
+
+def test_the_clock_goes_backwards(whole, tmp_path, monkeypatch):
+    """Durations and the moments to save come from a clock that cannot."""
+    clock, saves, save_state = itertools.count(2e9, -3600), [], runs.save_state
+    for module in (time, tqdm.std):
+        monkeypatch.setattr(module, "time", lambda: next(clock))
+    monkeypatch.setattr(runs, "save_state", lambda run, state: (saves.append(state["at"]), save_state(run, state)))
+    run = tmp_path / "run"
+    run_train("--output-dir", run, *SAVE_ALWAYS)
+    assert next(clock) < 2e9 - 3600  # it was looked at
+    assert len(saves) == 7  # the beginning and each batch
+    assert all(0 < record["seconds"] < 600 and record["images_per_s"] > 0 for record in metrics(run))
+    assert trace(run) == trace(whole)

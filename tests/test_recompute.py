@@ -1,0 +1,278 @@
+"""Activations made again for the backward pass: same gradients, half the memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import empf
+from empf import recompute
+from empf.kernels import dispatch
+from empf.memory import Storages, saved_for_backward
+from empf.models import Block, Builder, ModelConfig
+from empf.neuron import EMPFNeuron
+
+KINDS = [
+    dict(),
+    dict(neuron="mem_bn"),
+    dict(parallel=0.5),
+    dict(spike_bits=4),
+    dict(neuron="mem_bn", parallel=0.5, spike_bits=2, weights="ternary"),
+    dict(seca=2, weights="ternary"),
+    dict(activation="softplus"),
+    dict(neuron="lif"),
+    dict(arch="resnet34"),  # sums of more than four currents
+    dict(arch="resnet19"),
+    dict(arch="vgg_snn", in_channels=2, image_size=16),
+]
+
+
+def network(dtype=torch.float32, layout=torch.channels_last, **kind):
+    torch.manual_seed(0)
+    settings = dict(num_classes=5, in_channels=1, image_size=8, width=0.0625) | kind
+    return empf.build(ModelConfig(**settings)).to(dtype=dtype, memory_format=layout)
+
+
+def images(model, events=False):
+    c = model.config
+    shape = (6, c.in_channels, c.image_size, c.image_size)
+    x = torch.randn((c.T, *shape) if events else shape, generator=torch.Generator().manual_seed(1))
+    return x.to(model.head.weight.dtype) + 0.5
+
+
+def step(model, x, *, made_again, steps=1, past=2):
+    """(logits, gradients, buffers) of two batches."""
+    target = torch.arange(6) % 5
+    with recompute.enabled(made_again):
+        for _ in range(2):
+            empf.reset(model)
+            logits = model(x, steps=steps, past=past)
+            F.cross_entropy(logits.mean(0), target).backward()
+    return logits, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def assert_same(got, want, bound):
+    """Largest error relative to the largest number, tensor by tensor; sums that cancel count by their terms."""
+    (logits, gradients, buffers), (w_logits, w_gradients, w_buffers) = got, want
+    assert (logits - w_logits).abs().max() <= bound * w_logits.abs().max()
+    typical = torch.stack([g.abs().max() for g in w_gradients.values() if g is not None]).median()
+    assert typical > 1e-4
+    for name, w in w_gradients.items():
+        if w is None:
+            assert gradients[name] is None, name
+        else:
+            assert (gradients[name] - w).abs().max() <= bound * (w.abs().max() + typical), name
+    for name, w in w_buffers.items():
+        assert (buffers[name] - w).abs().max() <= bound * (1 + w.abs().max()), name
+
+
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gradients(kind, past):
+    layout = torch.channels_last if past else torch.contiguous_format
+    results = []
+    for made_again in (True, False):
+        model = network(torch.float64, layout, **kind)
+        results.append(step(model, images(model), made_again=made_again, past=past))
+    assert_same(*results, 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+def test_gradients_in_single_precision(kind):
+    """As near to those in double precision as plain modules come: what differs is rounding."""
+
+    def gradient(made_again, dtype):
+        model = network(dtype, **kind)
+        _, gradients, _ = step(model, images(model), made_again=made_again)
+        return torch.cat([g.double().flatten() for g in gradients.values()])
+
+    exact = gradient(False, torch.float64)
+    error, plain_error = ((gradient(f, torch.float32) - exact).norm() / exact.norm() for f in (True, False))
+    assert error < 2e-5 and error < 2 * plain_error
+
+
+def test_events():
+    results = []
+    for made_again in (True, False):
+        model = network(torch.float64, arch="vgg_snn", in_channels=2, image_size=16)
+        results.append(step(model, images(model, events=True), made_again=made_again))
+    assert_same(*results, 1e-10)
+
+
+@pytest.mark.parametrize("learning", ["every", "stbp"])
+@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn", parallel=0.5)], ids=str)
+def test_other_ways_of_learning(learning, kind):
+    results = []
+    for made_again in (True, False):
+        model = network(torch.float64, **kind)
+        with recompute.enabled(made_again):
+            _, logits = empf.online_backward(
+                model, images(model), torch.arange(6) % 5, F.cross_entropy, learning=learning
+            )
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        results.append((logits, gradients, dict(model.named_buffers())))
+    assert_same(*results, 1e-10)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:5], dict(arch="resnet34")], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_spikes_made_again_are_the_same_bits(kind, layout, monkeypatch):
+    monkeypatch.setattr("empf.fire.PIECE", 500)  # many pieces
+    model = network(torch.float32, layout, **kind)
+    seen = []
+
+    def fed(neuron, x, norm):
+        seen.append(neuron(x) if norm is None else neuron(x, norm=norm))
+        return seen[-1]
+
+    monkeypatch.setattr("empf.models.fed", fed)
+    model(images(model), steps=1, past=2)
+    for spikes in [s for s in seen if hasattr(s, "again")]:
+        again, see = spikes.again
+        made = again.get() if see is None else see(again.get())
+        assert torch.equal(made, spikes) and made.stride() == spikes.stride() and spikes.any()
+    assert sum(hasattr(s, "again") for s in seen) == len([m for m in model.modules() if isinstance(m, EMPFNeuron)])
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(spike_bits=4), dict(parallel=0.5)], ids=str)
+def test_half_the_memory(kind):
+    model = network(image_size=32, in_channels=3, **kind)
+    x = images(model)
+    found = {}
+    for made_again in (True, False):
+        with recompute.enabled(made_again):
+            found[made_again] = saved_for_backward(model, x, past=2)
+    assert found[True]["bytes"] <= 0.5 * found[False]["bytes"]
+    assert found[True]["potentials"] == found[False]["potentials"]
+
+
+def test_memory_is_counted():
+    """Of the first block, plain, by hand: v, s, s stacked and y of each convolution; of the rest, nothing changes."""
+    model = network()
+    model.blocks, model.head = model.blocks[:1], torch.nn.Linear(4, 5)
+    size = 6 * 4 * 8 * 8 * 4  # bytes of an activation; the input of the stem's norm is one more
+    with recompute.enabled(False):
+        plain = saved_for_backward(model, images(model), past=1)
+    again = saved_for_backward(model, images(model), past=1)
+    assert 9 * size <= plain["bytes"] < 9.5 * size and 4 * size <= again["bytes"] < 4.5 * size
+    assert plain["potentials"] == again["potentials"] == 2 * size
+
+
+def test_backward_twice():
+    model = network(torch.float64)
+    x = images(model)
+    loss = model(x, steps=1)[0].square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    for p, g in zip(model.parameters(), once, strict=True):
+        assert torch.allclose(p.grad, 2 * g, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_backward_frees_the_memory(kind):
+    model = network(**kind)
+    x = images(model)
+    with Storages() as made:
+        loss = model(x, steps=1, past=1)[0].square().sum()
+    own = {StorageWeakRef(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
+    before = len(made.alive().keys() - own)
+    loss.backward()
+    empf.reset(model)
+    assert before > 50 and len(made.alive().keys() - own) <= 2  # the loss, the logits
+
+
+def test_hooks_see_the_current():
+    """Where someone watches a neuron, its input is the current, not what the batch norm is still to be fed."""
+    seen = []
+    for made_again in (True, False):
+        model = network(torch.float64)
+        model.blocks[1].conv2.neuron.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
+        with recompute.enabled(made_again):
+            model(images(model), steps=1)
+    assert torch.allclose(*seen, rtol=1e-12, atol=1e-12)
+
+
+def test_part_of_the_gradient():
+    """Of the input alone, or of one layer alone: convolutions and neurons need not both be asked."""
+    wanted = []
+    for made_again in (True, False):
+        model = network(torch.float64)
+        x = images(model).requires_grad_()
+        with recompute.enabled(made_again):
+            loss = model(x, steps=1)[0].square().sum()
+            one = torch.autograd.grad(loss, model.blocks[3].conv1.conv.weight, retain_graph=True)
+            two = torch.autograd.grad(loss, [x, model.blocks[5].conv2.neuron.threshold_logit])
+        wanted.append([*one, *two])
+    for a, b in zip(*wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_precision():
+    gradients, saved = {}, {}
+    for kind in ("again", "plain", "exact"):
+        model = network(width=0.125, image_size=16)
+        x = images(model)
+        with recompute.enabled(kind == "again"), torch.autocast("cpu", torch.bfloat16, enabled=kind != "exact"):
+            saved[kind] = saved_for_backward(model, x)["bytes"]
+            loss = F.cross_entropy(model(x, steps=1, past=1)[0], torch.arange(6) % 5)
+        loss.backward()
+        gradients[kind] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    error, plain_error = ((gradients[k] - gradients["exact"]).norm() for k in ("again", "plain"))
+    assert error < 1.2 * plain_error < 0.5 * gradients["exact"].norm()
+    assert saved["again"] < 0.6 * saved["plain"]
+
+
+def test_enabled_goes_back():
+    with recompute.enabled(False):
+        with recompute.enabled(True):
+            assert recompute.active()
+        assert not recompute.active()
+    assert recompute.active()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, spike_bits=4)], ids=str)
+def test_on_kernels(kind, kernels_on, device):
+    """Two residual blocks with the Triton kernels against plain torch: currents, gradients, statistics, launches."""
+    results = []
+    for mode in ("on", "off"):
+        dispatch.set_backend(mode)
+        torch.manual_seed(0)
+        make = Builder(ModelConfig(T=2, width=0.0625, **kind))
+        blocks = torch.nn.Sequential(Block(make, 4, 8, 2), Block(make, 8, 8, 1)).to(device)
+        x = torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        with recompute.enabled(mode == "on"):
+            with torch.no_grad():
+                blocks(x[:1].detach())
+            out = blocks(x[1:])
+            out.square().sum().backward()
+        gradients = {n: p.grad for n, p in blocks.named_parameters()} | {"x": x.grad}
+        results.append((out, gradients, dict(blocks.named_buffers())))
+        if mode == "on":
+            launches = dict(kernels_on)
+    assert_same(*results, 3e-5)
+    first = "mem_bn_neuron" if kind.get("neuron") else "neuron_update"
+    second = "mem_bn_neuron" if kind.get("neuron") else "bn_neuron"
+    for name in (first, second, f"{second}_again", f"{first}_backward", f"{second}_backward"):
+        assert launches[name] > 0, launches
+
+
+@pytest.mark.kernel
+def test_kernels_with_gradient_through_time(kernels_on, device):
+    results = []
+    for mode in ("on", "off"):
+        dispatch.set_backend(mode)
+        torch.manual_seed(0)
+        make = Builder(ModelConfig(T=2, width=0.0625))
+        block = Block(make, 4, 4, 1).to(device)
+        empf.set_online(block, False)
+        x = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        out = block(x)
+        out.square().sum().backward()
+        gradients = {n: p.grad for n, p in block.named_parameters()} | {"x": x.grad}
+        results.append((out, gradients, dict(block.named_buffers())))
+    assert_same(*results, 3e-5)
+    assert kernels_on["bn_neuron"] == 1 and kernels_on["neuron_update"] == 1

@@ -1,0 +1,395 @@
+"""Streamed sets: who gets which image, the order, what a batch looks like, damage, workers and memory."""
+
+import os
+import signal
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from make_data import STREAMED, assert_same, encoded, image_folder, plain_picture, stream_files, stream_folder
+from PIL import Image
+
+from bench.data import memory_mb, synthetic_imagenet
+from empf.batches import Augment, batches
+from empf.data import DATASETS, load
+from empf.images import centre_crop
+from empf.shards import ParquetFiles
+from empf.streaming import LANES, StreamBatches, _shuffled
+
+TRAIN, TEST = 103, 53  # spread over uneven shards and row groups of 7
+CROPS = Augment(crop=True, flip=True)
+EVERYTHING = Augment(crop=True, flip=True, cutout=5, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+
+
+@pytest.fixture(autouse=True)
+def spec(monkeypatch):
+    monkeypatch.setitem(DATASETS, "streamed", STREAMED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return stream_folder(tmp_path_factory.mktemp("set"), {"train": [40, 1, 62], "validation": [20, 33]})
+
+
+@pytest.fixture
+def sets(folder):
+    return load("streamed", folder)
+
+
+def labels_of(made) -> list[int]:
+    return torch.cat([labels for _, labels in made] or [torch.empty(0)]).tolist()
+
+
+# ---- sharing and order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_image_once(sets, world, workers):
+    train, test = sets
+    seen = []
+    for rank in range(world):
+        made = batches(test, 8, train=False, rank=rank, world=world, workers=workers)
+        got = list(made)
+        assert len(got) == len(made) and all(0 < len(labels) <= 8 for _, labels in got)
+        seen += labels_of(got)
+    assert sorted(seen) == list(range(TEST))
+
+    left_out = []
+    for epoch in range(2):
+        seen = []
+        for rank in range(world):
+            made = batches(train, 8, train=True, seed=3, rank=rank, world=world, workers=workers, augment=CROPS)
+            made.set_epoch(epoch)
+            got = list(made)
+            assert len(got) == len(made) == TRAIN // (8 * world)  # the same on every rank
+            assert all(len(labels) == 8 for _, labels in got)
+            seen += labels_of(got)
+        assert len(set(seen)) == len(seen) == TRAIN // (8 * world) * 8 * world
+        left_out.append(set(range(TRAIN)) - set(seen))
+    assert left_out[0] != left_out[1]
+
+
+@pytest.mark.parametrize("count, world, size", [(1, 1, 4), (2, 3, 4), (17, 2, 1), (16, 1, 1), (40, 3, 2)])
+def test_every_image_once_in_odd_cases(tmp_path, count, world, size):
+    folder = stream_folder(tmp_path, {"train": [count], "validation": [count]}, row_group=100)
+    for part, train in zip(load("streamed", folder), (True, False), strict=True):
+        if train and count < world * size:
+            continue
+        ranks = [batches(part, size, train=train, rank=rank, world=world) for rank in range(world)]
+        seen = [label for made in ranks for label in labels_of(made)]
+        assert len(seen) == len(set(seen)) == (count // (size * world) * size * world if train else count)
+
+
+def test_image_folder_every_image_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "streamed", replace(STREAMED, num_classes=10))
+    image_folder(tmp_path, "cifar10", train=30, test=21).joinpath("test").rename(tmp_path / "val")
+    train, test = load("streamed", tmp_path)
+    assert sorted(labels_of(batches(test, 8, train=False))) == sorted(i % 10 for i in range(21))
+    got = list(batches(train, 10, train=True, augment=CROPS))
+    assert sorted(labels_of(got)) == sorted(list(range(10)) * 3)
+    # single files are drawn from the whole set, not from a buffer: the first batch is not one of each class in turn
+    assert len(set(labels_of(got[:1]))) < 10
+
+
+def test_the_order_is_drawn_anew_and_mixes_all_shards(sets):
+    train, _ = sets
+
+    def order(seed: int, epoch: int) -> list[int]:
+        made = batches(train, 8, train=True, seed=seed, augment=CROPS)
+        made.set_epoch(epoch)
+        return labels_of(made)
+
+    first = order(0, 0)
+    assert first == order(0, 0)
+    for other in (order(0, 1), order(1, 0)):
+        assert np.mean([a == b for a, b in zip(first, other, strict=True)]) < 0.1
+    assert abs(np.corrcoef(np.arange(len(first)), first)[0, 1]) < 0.35
+    assert np.mean(np.diff(first) == 1) < 0.15  # neighbours in the files are apart
+
+
+def test_the_number_of_workers_changes_nothing(sets):
+    train, test = sets
+    for part, options in ((train, dict(train=True, seed=5, augment=EVERYTHING)), (test, dict(train=False))):
+        whole = list(batches(part, 4, **options))
+        for workers in (1, 2, 3):
+            assert_same(list(batches(part, 4, workers=workers, **options)), whole)
+    assert [StreamBatches(train, 4, train=True, workers=n).workers for n in (0, 1, 3, 7, 8, 15, 99)] == [
+        0, 1, 2, 4, 8, 8, 16,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_epoch_resumed_at_any_batch_is_the_same(sets, train):
+    part = sets[0] if train else sets[1]
+
+    def made(workers: int = 0) -> StreamBatches:
+        made = batches(part, 3, train=train, seed=5, workers=workers, augment=EVERYTHING)
+        made.set_epoch(2)
+        return made
+
+    whole = list(made())
+    assert len(whole) == (34 if train else 18)
+    for start in (1, LANES - 1, LANES, LANES + 1, len(whole) - 1, len(whole)):
+        assert_same(list(made().iterate(start=start)), whole[start:])
+    assert_same(list(made(2).iterate(start=LANES + 1)), whole[LANES + 1 :])
+
+
+def test_a_resumed_epoch_reads_little_of_what_is_done(tmp_path, monkeypatch):
+    folder = stream_folder(tmp_path, {"train": [400], "validation": [1]}, row_group=1)
+    (file,) = folder.glob("train*")
+    table = pq.read_table(file)
+    pq.write_table(table, file, row_group_size=2)
+    train, _ = load("streamed", folder)
+    read, blocks = ParquetFiles.read, []
+
+    def counted(self, *arguments):
+        blocks.append(arguments)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(ParquetFiles, "read", counted)
+    made = StreamBatches(train, 4, train=True, buffer=2 * LANES)
+    whole = list(made)
+    assert 200 <= len(blocks) <= 200 + LANES  # a block across the border of two lanes is read twice
+    blocks.clear()
+    assert_same(list(made.iterate(start=92)), whole[92:])
+    assert len(blocks) <= 50  # 32 images are left
+
+
+@pytest.mark.parametrize("count, most", [(0, 4), (1, 4), (4, 4), (50, 1), (300, 16)])
+def test_the_buffer_holds_no_more_than_it_may(count, most):
+    order = _shuffled(count, most, np.random.default_rng(0))
+    assert sorted(order) == list(range(count))
+    held, read = set(), 0
+    for at in order:  # as a lane does it: read until the next image is there
+        while at not in held:
+            held.add(read)
+            read += 1
+        assert len(held) <= most
+        held.remove(at)
+    if count == 300:
+        assert np.abs(order - np.arange(count)).max() > most  # some wait for long
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone(sets):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    list(batches(sets[0], 8, train=True, augment=EVERYTHING))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- what a batch looks like
+
+
+def test_test_images_are_the_normalised_centre_crops(tmp_path):
+    rng = np.random.default_rng(0)
+    stored = [Image.fromarray(rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)) for i in range(5)]
+    folder = stream_files(tmp_path, [encoded(image) for image in stored])
+    spec = STREAMED
+    got = {}
+    for images, labels in batches(load("streamed", folder)[1], 2, train=False):
+        got.update(zip(labels.tolist(), images, strict=True))
+    assert sorted(got) == list(range(5))
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (spec.mean, spec.std))
+    for label, image in enumerate(stored):
+        expected = (torch.from_numpy(centre_crop(image, 24).copy()).double() / 255 - mean) / std
+        torch.testing.assert_close(got[label].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_training_images_are_cropped_the_same_in_every_batch(tmp_path):
+    """An image looks the same whichever rank and batch it is in, and another way in another epoch."""
+    rng = np.random.default_rng(0)
+    items = [encoded(Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))) for _ in range(24)]
+    train, _ = load("streamed", stream_files(tmp_path, items))
+
+    def seen(augment: Augment, epoch: int = 0, **options) -> dict[int, torch.Tensor]:
+        made = batches(train, train=True, seed=1, augment=augment, **options)
+        made.set_epoch(epoch)
+        return {y: x for images, labels in made for x, y in zip(images, labels.tolist(), strict=True)}
+
+    whole = seen(CROPS, batch_size=6)
+    assert len(whole) == 24 and all(image.shape == (3, 24, 24) for image in whole.values())
+    for rank in range(2):
+        for label, image in seen(CROPS, batch_size=4, rank=rank, world=2).items():
+            assert torch.equal(image, whole[label])
+    assert not any(torch.equal(image, whole[label]) for label, image in seen(CROPS, 1, batch_size=6).items())
+    centred, flipped = seen(Augment(), batch_size=6), seen(Augment(flip=True), batch_size=6)
+    mirrored = [torch.equal(flipped[y], centred[y].flip(2)) for y in range(24)]
+    assert all(m or torch.equal(flipped[y], centred[y]) for y, m in enumerate(mirrored))
+    assert 4 <= sum(mirrored) <= 20
+
+
+def test_batches_are_cut_out_and_mixed(sets):
+    def made(augment: Augment) -> list:
+        return list(batches(sets[0], 8, train=True, seed=1, augment=augment))
+
+    whole, holes = made(CROPS), []
+    for (plain, _), (images, _) in zip(whole, made(replace(CROPS, cutout=6)), strict=True):
+        assert torch.equal(images == 0, (images != plain))  # no normalised plain picture is 0
+        holes += [tuple(hole.nonzero()[0].tolist()) for hole in (images == 0).all(1)]
+    assert len(set(holes)) > 50
+    for augment in (replace(CROPS, mixup=0.8), replace(CROPS, cutmix=1.0), replace(CROPS, label_smoothing=0.1)):
+        shares = []
+        for (plain, labels), (images, targets) in zip(whole, made(augment), strict=True):
+            own, other = targets[range(8), labels], targets[range(8), labels.flip(0)]
+            assert targets.shape == (8, 400) and torch.allclose(targets.sum(1), torch.ones(8), atol=1e-5)
+            # each picture is of one colour, so its mean is a sum with the same shares as the targets
+            colours = plain.mean((2, 3))
+            if augment.label_smoothing:
+                assert torch.equal(images, plain) and torch.allclose(own, torch.tensor(0.9 + 0.1 / 400))
+                continue
+            expected = own[:, None] * colours + other[:, None] * colours.flip(0)
+            torch.testing.assert_close(images.mean((2, 3)), expected, rtol=0, atol=1e-3)
+            shares.append(own[0].item())
+        assert augment.label_smoothing or max(shares) - min(shares) > 0.3
+
+
+# ---- damage
+
+
+def damaged_set(folder, count: int = 400, broken: tuple[int, ...] = (5, 17, 300)):
+    items = [encoded(plain_picture(i).convert("L" if i % 50 == 1 else "RGB")) for i in range(count)]
+    items[2] = encoded(plain_picture(2).convert("CMYK"), "JPEG")
+    items[3] = encoded(plain_picture(3).quantize())
+    items[4] = encoded(Image.fromarray(np.full((30, 40), 40000, np.uint16)))
+    for at in broken:
+        items[at] = {"bytes": items[at]["bytes"][:-30], "path": None}
+    return stream_files(folder, items)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_named_once_and_replaced(tmp_path, workers):
+    train, test = load("streamed", damaged_set(tmp_path))
+    made = batches(train, 50, train=True, workers=workers, augment=CROPS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        epochs = []
+        for epoch in range(2):
+            made.set_epoch(epoch)
+            epochs.append(list(made))
+    ours = [str(w.message) for w in caught if "skipped" in str(w.message)]
+    assert len(ours) == 3
+    for at in (5, 17, 300):
+        (message,) = [m for m in ours if m.startswith(f"skipped row {at} of {tmp_path / 'train.parquet'}: ")]
+        assert "\n" not in message and not message.endswith(": ")
+    for got in epochs:
+        assert [len(labels) for _, labels in got] == [50] * 8
+        assert set(labels_of(got)) == set(range(400)) - {5, 17, 300}  # the other images of the batch fill in
+    tests = batches(test, 64, train=False, workers=workers)
+    with pytest.warns(UserWarning, match="skipped row 17 of .*validation.parquet"):
+        seen = labels_of(tests)
+    assert sorted(seen) == sorted(set(range(400)) - {5, 17, 300})
+    assert set(tests.broken) == {f"row {at} of {tmp_path / 'validation.parquet'}" for at in (5, 17, 300)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_broken_images_are_one_error(tmp_path, workers):
+    train, _ = load("streamed", damaged_set(tmp_path, broken=tuple(range(0, 400, 20))))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"\d of the 400 images .* cannot be used, .*copy it"),
+    ):
+        list(batches(train, 20, train=True, workers=workers))
+
+
+def test_labels_out_of_range_are_one_error(tmp_path):
+    items = [encoded(plain_picture(i)) for i in range(8)]
+    train, test = load("streamed", stream_files(tmp_path, items, [-1] * 8))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"the label is -1, but streamed has .* 0\.\.399"):
+        list(batches(train, 8, train=True))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="cannot be used"):
+        list(batches(test, 8, train=False))
+
+
+def test_a_damaged_row_group_costs_its_rows(tmp_path):
+    folder = damaged_set(tmp_path, broken=())
+    file = folder / "validation.parquet"
+    group = pq.ParquetFile(file).metadata.row_group(20)
+    begin = min(group.column(n).data_page_offset for n in range(group.num_columns))
+    content = bytearray(file.read_bytes())
+    content[begin : begin + 30] = os.urandom(30)
+    file.write_bytes(content)
+    _, test = load("streamed", folder)
+    made = batches(test, 1000, train=False)
+    with pytest.warns(UserWarning, match=r"skipped rows 14\d to 146 of .*validation.parquet") as caught:
+        made.broken, rows = {}, None
+        with pytest.raises(ValueError, match="7 of the 400 images"):  # more than 1 %
+            rows = list(made)
+    assert rows is None and len([w for w in caught if "skipped" in str(w.message)]) == 1
+
+
+def test_a_file_that_vanishes_is_one_error(tmp_path):
+    folder = stream_folder(tmp_path, {"train": [40], "validation": [8]})
+    train, _ = load("streamed", folder)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="train-00000-of-00001.parquet") as caught:
+            list(batches(train, 8, train=True, workers=workers))
+        assert "\n" not in str(caught.value)
+
+
+# ---- processes
+
+
+def descendants() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def data_workers(made) -> tuple:
+    """The running batches after the first, and the worker processes."""
+    before = set(descendants())
+    running = iter(made)
+    next(running)
+    # the server that forks the workers, and a tracker of resources, may be new as well and have no work to do
+    return running, [p for p in set(descendants()) - before if p.ppid() != os.getpid()]
+
+
+def test_workers_start_from_a_process_full_of_threads_and_go(sets):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # a forked child would wait for these threads for ever
+    torch.rand(600, 600) @ torch.rand(600, 600)
+    running, workers = data_workers(batches(sets[0], 2, train=True, workers=2))
+    assert len(workers) == 2
+    running.close()  # left early
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+    torch.set_num_threads(threads)
+
+
+def test_signals_to_the_group_leave_the_workers_alone(sets):
+    """Training catches Ctrl-C and SIGTERM, and finishes its batch: that needs data."""
+    made = batches(sets[0], 2, train=True, workers=2)
+    expected = labels_of(made)
+    running, workers = data_workers(made)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in (*workers, *{worker.parent() for worker in workers}):
+            worker.send_signal(number)
+    time.sleep(0.2)
+    assert labels_of(running) == expected[2:]
+
+
+def test_a_killed_worker_is_one_error(sets):
+    running, workers = data_workers(batches(sets[0], 2, train=True, workers=2))
+    workers[0].kill()
+    with pytest.raises(OSError, match="a process that reads data was killed .*use less --workers"):
+        list(running)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from /proc")
+def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
+    broken = synthetic_imagenet(tmp_path, 640, size=(100, 75), row_group=50)
+    made = StreamBatches(load("imagenet1k", tmp_path)[0], 64, train=True, workers=1, buffer=64, augment=CROPS)
+    peaks = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(3):
+            made.set_epoch(epoch)
+            peaks.append(max(memory_mb() for _ in made))
+    assert peaks[2] < peaks[0] + 60  # an epoch of batches is 385 MB
+    named = [str(w.message).split(":")[0] for w in caught if "skipped" in str(w.message)]
+    assert sorted(named) == sorted(f"skipped {where}" for where in broken) and len(broken) == 2
