@@ -11,6 +11,7 @@ The file that --json writes stands for itself: it holds the machine, the code an
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -18,25 +19,29 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: on a busy machine, spinning threads crawl
+
 import torch
 
 import empf
 from bench.machine import machine
 from empf import runs
+from empf.batches import batches as make_batches
 from empf.config import Parser, TrainConfig, cpu_threads
-from empf.data import Batches, load
+from empf.data import load
 from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
 
 
 def evaluate(
-    run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str, out: Path | None
-) -> dict:
+    run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str,
+    out: Path | None, workers: int = 0,
+) -> dict:  # fmt: skip
     """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
     if run.is_file():
-        model, precision = load_packed(run, device), "no"
-        whole, dataset = unpack(model).to(device), model.origin.dataset
+        model, precision, streaming = load_packed(run, device), "no", False
+        whole, dataset, split = unpack(model).to(device), model.origin.dataset, model.origin.split or TrainConfig.split
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
@@ -45,8 +50,11 @@ def evaluate(
         train = TrainConfig.from_dict(training["train"])
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
-    _, test = load(dataset, data, limit=limit, device=device)
-    batches = Batches(test, batch_size, train=False)
+        streaming, split = train.streaming, train.split
+    _, test = load(
+        dataset, data, limit=limit, device=device, streaming=streaming, T=model.config.T, split=split
+    )  # fmt: skip
+    batches = make_batches(test, batch_size, train=False, workers=workers)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
         correct_per_step(model, islice(batches, 1))  # warm-up
         start = time.perf_counter()
@@ -143,6 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count-batches", type=int, default=4, help="batches whose spikes are counted (default: 4)")
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
+    p.add_argument(
+        "--workers", type=int, default=0, help="processes that decode a streamed test set (default: 0)"
+    )
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
@@ -151,10 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if min(args.batch_size, args.count_batches) < 1 or args.threads < 0:
+        if min(args.batch_size, args.count_batches) < 1 or min(args.threads, args.workers) < 0:
             raise ValueError(
-                "--batch-size and --count-batches must be at least 1 and --threads at least 0, "
-                f"got {args.batch_size}, {args.count_batches} and {args.threads}"
+                "--batch-size and --count-batches must be at least 1, --threads and --workers at least 0, "
+                f"got {args.batch_size}, {args.count_batches}, {args.threads} and {args.workers}"
             )
         check_device(device)
         torch.set_num_threads(cpu_threads(args.threads))
@@ -167,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.pack is not None and args.run.is_file():
             raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
         result = evaluate(
-            args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack
+            args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers
         )  # fmt: skip
         print(table(result))
         if args.json is not None:

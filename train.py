@@ -25,8 +25,9 @@ from tqdm import tqdm
 import empf
 from empf import config as settings
 from empf import loop, runs
+from empf.batches import batches as make_batches
 from empf.config import TrainConfig
-from empf.data import Batches, load
+from empf.data import load
 from empf.evaluate import correct_per_step
 from empf.health import Health
 from empf.kernels import backend
@@ -78,14 +79,17 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     state = None if run is None else runs.load_state(run)
     started_with = processes if state is None else state["processes"]
     batch_size = settings.batch_per_process(config.batch_size * started_with, processes)
-    train_set, test_set = load(config.dataset, config.data, limit=config.limit, device=device)
-    share = dict(rank=accelerator.process_index, world=processes)
-    batches = Batches(train_set, batch_size, train=True, seed=config.seed, augment=config.augment(), **share)
-    test_batches = Batches(test_set, max(batch_size, 256), train=False, **share)
+    train_set, test_set = load(
+        config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming, T=config.T,
+        split=config.split,
+    )  # fmt: skip
+    spec, share = train_set.spec, dict(rank=accelerator.process_index, world=processes, workers=config.workers)
+    batches = make_batches(train_set, batch_size, train=True, seed=config.seed, augment=config.augment(), **share)
+    test_batches = make_batches(test_set, max(batch_size, 256), train=False, **share)
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    raw = empf.build(config.model()).to(device, memory_format=torch.channels_last)
+    raw = loop.laid_out(empf.build(config.model(spec)), device)
     if config.sync_bn and processes > 1:
         sync_norms(raw)
     optimizer = make_optimizer(raw, config)
@@ -118,7 +122,6 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         run = Path(broadcast_object_list([folder])[0])
         save()
         if first:  # the configuration comes last: a folder that has one can be resumed
-            spec = train_set.spec
             runs.save_config(run, raw.config, config.to_dict(), train_set.class_names, spec.mean, spec.std)
     else:
         runs.check_fits(raw, state["model"], run)

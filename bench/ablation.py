@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads leave a busy machine alone
@@ -156,6 +157,8 @@ def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet
             done, total = done + 1, total + float(loss)
         losses.append(total / len(batches))
     seconds = time.process_time() - start
+    ordered = Batches(sets[0], 250, train=False)
+    empf.calibrate(model, (images for images, _ in islice(ordered, 20)))
     correct = correct_per_step(model, Batches(sets[1], 250, train=False)).tolist()
     return {
         "variant": name_of(changes), "changes": changes, "seed": seed,

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import NoReturn, get_args, get_type_hints
 
-from empf.data import DATASETS, Augment
+from empf.data import DATASETS, Augment, DataSpec
+from empf.events import SPLITS
 from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
@@ -19,6 +20,8 @@ RECIPES = {
     "digits": dict(
         width=0.25, epochs=30, lr=0.05, warmup_epochs=2.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0, flip=False
     ),
+    "imagenet1k": dict(arch="resnet34", workers=8),
+    "dvs-cifar10": dict(arch="vgg_snn", T=10, mixup=0.0, cutmix=0.0),
 }
 
 
@@ -32,6 +35,9 @@ class TrainConfig:
 
     dataset: str = setting("digits", "data set", tuple(DATASETS))
     data: str | None = setting(None, "local folder of the data set instead of the Hugging Face Hub")
+    streaming: bool = setting(False, "read imagenet1k over the network while training, instead of a download before")
+    workers: int = setting(0, "processes that read and decode what does not fit in memory; 0: training itself does")
+    split: str = setting("first900", "which recordings of dvs-cifar10 are for testing", tuple(SPLITS))
     arch: str = setting("resnet18", "network", ARCHS)
     width: float = setting(1.0, "multiplier of all channel counts")
     T: int = setting(4, "time steps")
@@ -81,7 +87,7 @@ class TrainConfig:
                 raise ValueError(f"{f.name} must be a finite number, got {value}")
         at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1)
         at_least |= dict(
-            seed=0, threads=0, weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0
+            seed=0, threads=0, workers=0, weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0
         )
         for name, bound in at_least.items():
             if (value := getattr(self, name)) is not None and not value >= bound:
@@ -102,9 +108,9 @@ class TrainConfig:
         shared = {f.name for f in fields(self)} & {f.name for f in fields(Augment)}
         return Augment(**{name: getattr(self, name) for name in shared})
 
-    def model(self) -> ModelConfig:
-        """The configuration of the network that fits the data set."""
-        spec = DATASETS[self.dataset]
+    def model(self, spec: DataSpec | None = None) -> ModelConfig:
+        """The configuration of the network that fits the data set; `spec`: as it was found, if not as it is known."""
+        spec = spec or DATASETS[self.dataset]
         shape = dict(num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
         shared = {f.name for f in fields(self)} & {f.name for f in fields(ModelConfig)}
         return ModelConfig(**shape, **{name: getattr(self, name) for name in shared})
@@ -171,14 +177,8 @@ def from_flags(given: dict) -> TrainConfig:
     return TrainConfig.from_dict({**recipe, **given})
 
 
-RESUME_MAY_CHANGE = (
-    "data",
-    "threads",
-    "save_minutes",
-    "max_steps",
-    "tracker",
-    "health",
-)  # they leave the numbers alone
+# These leave the numbers alone.
+RESUME_MAY_CHANGE = ("data", "streaming", "workers", "threads", "save_minutes", "max_steps", "tracker", "health")
 
 
 def for_resume(stored: dict, given: dict) -> TrainConfig:

@@ -6,6 +6,7 @@ of each image is read, see `empf/shards.py`. Events are read by `empf/events.py`
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,7 +162,8 @@ def _find_on_hub(files: dict[str, list[str]], streaming: bool, spec: DataSpec, s
     if streaming:
         return found
     try:
-        return [_fetch(file) for file in found]
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(_fetch, found))
     except OSError as error:
         raise _no_hub(spec, error) from error
 

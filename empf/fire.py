@@ -39,7 +39,7 @@ def lane(p: Tensor, step: Tensor) -> Tensor:
     """(C,) so that it broadcasts against (N, C, ...) with long runs in memory; () stays."""
     if p.dim() == 0 or step.dim() == 2:
         return p
-    if step.dim() == 4 and is_channels_last(step[None]):
+    if step.dim() == 4 and step.device.type == "cpu" and is_channels_last(step[None]):
         c, width = step.shape[1], step.shape[3]
         return p.repeat(width).view(width, c).t().unsqueeze(1)  # C 1 W, the channel innermost
     return p.view(-1, *[1] * (step.dim() - 2))
@@ -134,28 +134,71 @@ def statistics(x: Tensor, running: tuple[Tensor, Tensor], momentum: float) -> tu
     return torch.ops.aten.batch_norm_update_stats(x, *running, momentum)
 
 
+def step_statistics(y: Tensor, norm, momentum: float | None = None) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / deviation), each (k, C), of a `StepBatchNorm` in training; its running statistics move."""
+    momentum = norm.momentum if momentum is None else momentum
+    found = [statistics(step, (norm.running_mean, norm.running_var), momentum) for step in y]
+    mean, var = (torch.stack(values) for values in zip(*found, strict=True))
+    return mean, torch.rsqrt(var + norm.eps)
+
+
+@torch.no_grad()
+def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor) -> None:
+    """Running statistics, as `F.batch_norm` moves them; var is biased, x (T, N, C, ...) what it was taken of."""
+    count = x[0, :, 0].numel()
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * (count / (count - 1)), momentum)
+
+
+def move_statistics(norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
+    """The running statistics of a `StepBatchNorm` after the steps of (T, C) mean and var, in their order."""
+    for mean_t, var_t in zip(mean, var, strict=True):
+        move(norm.running_mean, norm.running_var, mean_t, var_t, norm.momentum, x)
+
+
+def folded(weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch norm as gain * y + shift, each (k, C)."""
+    gain = weight * rstd
+    return gain, bias - mean * gain
+
+
+def mem_folded(alpha, beta, weight, bias, mean, rstd) -> tuple[Tensor, Tensor]:
+    """Mem-BN as gain * m + shift, each (k, C)."""
+    alpha, beta = (p if p.dim() == 2 else p.unsqueeze(1) for p in (alpha, beta))
+    gain, shift = folded(weight, bias, mean, rstd)
+    return alpha + beta * gain, beta * shift
+
+
 @torch.no_grad()
 def fire_backward(
-    d_spikes: Tensor, s: Tensor, v: Tensor | None, leak: Tensor | None, threshold: Tensor, top: float | None
+    d_spikes: Tensor,
+    s: Tensor,
+    v: Tensor | None,
+    leak: Tensor | None,
+    threshold: Tensor,
+    top: float | None,
+    *,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_mh, d_leak, d_threshold) of one step (N, C, ...) whose v is a constant; d_leak is that of a vanilla neuron.
 
-    s: the spikes before the quantiser; it is overwritten by d_mh. No gradient above `top`. leak, threshold and their
-    gradients: (1,) or (1, C).
+    s: the spikes before the quantiser; d_mh may be written over it (`in_place`). No gradient above `top`. leak,
+    threshold and their gradients: (1,) or (1, C).
     """
+    d_mh = s if in_place else torch.empty_like(s)
     d_threshold, d_leak = [], []
-    for d_n, s_n, v_n in pieces(d_spikes, s, v):
+    for d_n, s_n, d_mh_n, v_n in pieces(d_spikes, s, d_mh, v):
         above = None if top is None else s_n > top
-        torch.ops.aten.threshold_backward.grad_input(d_n.to(s.dtype), s_n, 0, grad_input=s_n)
+        torch.ops.aten.threshold_backward.grad_input(d_n.to(s.dtype), s_n, 0, grad_input=d_mh_n)
         if above is not None:
-            s_n.masked_fill_(above, 0)
-        d_threshold.append(total(s_n, threshold))
+            d_mh_n.masked_fill_(above, 0)
+        d_threshold.append(total(d_mh_n, threshold))
         if v is not None:
-            d_leak.append(total(s_n * v_n, leak))
+            d_leak.append(total(d_mh_n * v_n, leak))
     d_threshold = -torch.stack(d_threshold).sum(0)
     if v is not None:
-        return s, torch.stack(d_leak).sum(0), d_threshold
-    return s, None if leak is None else torch.zeros_like(leak), d_threshold
+        return d_mh, torch.stack(d_leak).sum(0), d_threshold
+    return d_mh, None if leak is None else torch.zeros_like(leak), d_threshold
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Nothing is read from the device while the epoch runs. In training by several pro
 part of the batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -20,7 +20,7 @@ from empf.models import SpikingNetwork
 from empf.neuron import EMPFNeuron, StatefulNeuron
 from empf.synapse import quantize_weight
 
-LOOKS = 4  # batches per epoch, and at most every tenth
+LOOKS, IMAGES = 4, 16  # batches per epoch, and at most every twentieth; images of them whose spikes are counted
 SPARSE, DENSE = 1e-3, 0.98  # shares of non-zero spikes
 EDGE = 0.01  # a sigmoid this close to 0 or 1 has lost 96 % of its slope
 LARGE = 10.0  # of alpha and beta, which start at 0.5
@@ -36,7 +36,7 @@ class Health:
 
     def __init__(self, model: SpikingNetwork, batches: int):
         self.model = model
-        every = max(10, -(-batches // LOOKS))
+        every = max(20, -(-batches // LOOKS))
         self.looked_at = set(range(min(every, batches), batches + 1, every))
         self.neurons = {name: m for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
         self.synapses = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -55,12 +55,13 @@ class Health:
         if number not in self.looked_at:
             yield
             return
-        hooks = [m.register_forward_hook(self.counter(name)) for name, m in self.neurons.items()]
+        for name, m in self.neurons.items():  # not with hooks: a neuron that has one does not join the norm before it
+            m.forward = self.counted(name, m.forward)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for m in self.neurons.values():
+                del m.forward  # the method of the class is left
         for name, m in self.synapses.items():
             if m.weight.grad is not None:
                 self.add("gradient", name, m.weight.grad.norm() / m.weight.detach().norm().clamp(min=1e-30), 1)
@@ -68,9 +69,12 @@ class Health:
             if getattr(m, "parallel", False) and m.v is not None:
                 self.stateful[name] = list(m.v.shape)
 
-    def counter(self, name: str):
-        def count(module: nn.Module, inputs: tuple, spikes: Tensor) -> None:
-            self.add("density", name, torch.count_nonzero(spikes.detach()), spikes.numel())
+    def counted(self, name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def count(*args, **kwargs) -> Tensor:
+            spikes = forward(*args, **kwargs)
+            some = spikes.detach()[:, :IMAGES]
+            self.add("density", name, torch.count_nonzero(some), some.numel())
+            return spikes
 
         return count
 

@@ -29,7 +29,8 @@ class Origin:
     """Where the weights of a network come from; empty where it is not known.
 
     `dataset`: its name; `classes`: class names by label; `mean`, `std`: normalisation per channel of pixels in 0..1;
-    `accuracy`: % of the test set after each time step, last epoch; `epochs`: how many were trained.
+    `accuracy`: % of the test set after each time step, last epoch; `epochs`: how many were trained; `split`: which
+    recordings of an event set were for testing.
     """
 
     dataset: str | None = None
@@ -38,6 +39,7 @@ class Origin:
     std: tuple[float, ...] = ()
     accuracy: tuple[float, ...] = ()
     epochs: int | None = None
+    split: str | None = None
 
     @classmethod
     def from_dict(cls, values: dict) -> "Origin":
@@ -66,9 +68,11 @@ class Origin:
         try:
             lines = metrics.read_text().splitlines() if metrics.is_file() else []
             last = json.loads(lines[-1]) if lines else {}
+            train = config["train"]
             origin = cls.from_dict(
                 {
-                    "dataset": config["train"].get("dataset"),
+                    "dataset": train.get("dataset"),
+                    "split": train.get("split") if train.get("dataset") == "dvs-cifar10" else None,
                     "classes": config.get("classes", []),
                     "mean": norm.get("mean", []),
                     "std": norm.get("std", []),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from empf import recompute
-from empf.fire import charge, fire, statistics
+from empf.fire import charge, fire, folded, mem_folded, move, move_statistics, statistics, step_statistics
 from empf.kernels.neuron import neuron_update, quantize_spikes
 from empf.kernels.norm_neuron import bn_neuron, mem_bn_neuron
 from empf.kernels.steps import empty_like_steps
@@ -175,7 +175,7 @@ class EMPFNeuron(StatefulNeuron):
         return alpha + beta * scale, beta * (self.bias - self.running_mean * scale)
 
     def takes(self, norm: nn.Module, x: Tensor) -> bool:
-        """Can `norm`, through which x still has to go, be left to this neuron? No where a hook is to see the current."""
+        """Can `norm`, through which x still has to go, be left to this neuron? Not if a hook is to see the current."""
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = any(getattr(m, kind) for m in (self, norm) for kind in kinds)
         simple = self.activation == "relu" and not self.mem_bn and norm.training and not norm.frozen_norm
@@ -210,11 +210,11 @@ class EMPFNeuron(StatefulNeuron):
                 current, self.v, leak, threshold, norm.weight, norm.bias, eps=norm.eps, parallel=self.parallel,
                 detach=self.online, **options,
             )  # fmt: skip
-            recompute.move_statistics(norm, mean, var, current)
+            move_statistics(norm, mean, var, current)
             return spikes, v
         gain = shift = None
         if norm is not None and fast:
-            gain, shift = recompute.folded(norm.weight, norm.bias, *recompute.step_statistics(current, norm))
+            gain, shift = folded(norm.weight, norm.bias, *step_statistics(current, norm))
         elif norm is not None:
             current = norm(current)
         if fast and not self.mem_bn:
@@ -235,7 +235,7 @@ class EMPFNeuron(StatefulNeuron):
                 current, self.v, leak, threshold, *own, eps=self.eps, detach=self.online, **options
             )
             for running_t, mean_t, var_t in zip(running, mean, var, strict=True):
-                recompute.move(*running_t, mean_t, var_t, self.momentum, current)
+                move(*running_t, mean_t, var_t, self.momentum, current)
             return spikes, v
         if torch.is_grad_enabled() or not recompute.active():
             return self.loop(current, steps, leak, threshold, batch_stats=True)
@@ -244,7 +244,7 @@ class EMPFNeuron(StatefulNeuron):
             at_k = slice(k, k + 1)
             m = charge(current[k], v, leak[k])
             mean, var = statistics(m, running_t, self.momentum)
-            gain, shift = recompute.mem_folded(*(p[at_k] for p in own), mean, torch.rsqrt(var + self.eps))
+            gain, shift = mem_folded(*(p[at_k] for p in own), mean, torch.rsqrt(var + self.eps))
             spikes[k], v = fire(m[None], None, leak[at_k], threshold[at_k], gain=gain, shift=shift, **options)
         return spikes, v
 

@@ -20,7 +20,21 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from empf.fire import charge, fire, fire_backward, lane, leak_gradient, normalise, statistics, working_dtype
+from empf.fire import (
+    charge,
+    fire,
+    fire_backward,
+    folded,
+    lane,
+    leak_gradient,
+    mem_folded,
+    move,
+    move_statistics,
+    normalise,
+    statistics,
+    step_statistics,
+    working_dtype,
+)
 from empf.kernels.dispatch import use_triton
 from empf.kernels.neuron import neuron_update, quantize_spikes
 from empf.kernels.norm_neuron import bn_neuron, mem_bn_neuron
@@ -73,28 +87,31 @@ class Again:
 class Packed(NamedTuple):
     """Stands in for a saved tensor."""
 
-    again: Again
-    see: Callable[[Tensor], Tensor] | None  # from what is made to what was saved
+    swap: "Swap"
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    last: bool  # nothing needs it after this
+
+
+class Swap(NamedTuple):
+    again: Again
+    see: Callable[[Tensor], Tensor] | None  # from what is made to the tensor
+    last: bool  # nothing needs what is made after this
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class Swaps:
     """Tensors in whose place autograd saves an `Again` inside `with swaps.hooks()`."""
 
     def __init__(self):
-        self.known: dict[tuple[int, int], tuple] = {}  # by address: the hooks must not keep the tensors alive
+        self.known: dict[tuple[int, int], Swap] = {}  # by address: the hooks must not keep the tensors alive
 
     def add(self, tensor: Tensor, again: Again, *, see=None, last: bool = False) -> None:
-        self.known[tensor.data_ptr(), tensor.numel()] = again, see, last
+        self.known[tensor.data_ptr(), tensor.numel()] = Swap(again, see, last, tensor.size(), tensor.stride())
 
     def pack(self, saved: Tensor) -> Tensor | Packed:
-        found = self.known.get((saved.data_ptr(), saved.numel()))
-        if found is None:
-            return saved
-        again, see, last = found
-        return Packed(again, see, saved.size(), saved.stride(), last)
+        swap = self.known.get((saved.data_ptr(), saved.numel()))
+        return saved if swap is None else Packed(swap, saved.size(), saved.stride())
 
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self.pack, unpack)
@@ -103,10 +120,13 @@ class Swaps:
 def unpack(packed: Tensor | Packed) -> Tensor:
     if not isinstance(packed, Packed):
         return packed
-    made = packed.again.get()
-    if packed.last:
-        packed.again.drop()
-    made = made if packed.see is None else packed.see(made)
+    again, see, last, size, stride = packed.swap
+    made = again.get()
+    if last:
+        again.drop()
+    made = made if see is None else see(made)
+    if made.stride() != stride:  # made from tensors that lie in memory in another way
+        made = torch.empty_strided(size, stride, dtype=made.dtype, device=made.device).copy_(made)
     return made.as_strided(packed.size, packed.stride)
 
 
@@ -170,14 +190,6 @@ def stacked(steps) -> Tensor:
     return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
 
 
-def step_statistics(y: Tensor, norm, momentum: float | None = None) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / deviation), each (k, C), of a `StepBatchNorm` in training; its running statistics move."""
-    momentum = norm.momentum if momentum is None else momentum
-    found = [statistics(step, (norm.running_mean, norm.running_var), momentum) for step in y]
-    mean, var = (torch.stack(values) for values in zip(*found, strict=True))
-    return mean, torch.rsqrt(var + norm.eps)
-
-
 def batch_norm(y: Tensor, norm, momentum: float, rest: Tensor | None, again: Callable[[], Tensor] | None) -> Tensor:
     """A `StepBatchNorm` in training, on (k, N, C, ...); the current carries its recipe.
 
@@ -206,14 +218,16 @@ def batch_norm(y: Tensor, norm, momentum: float, rest: Tensor | None, again: Cal
 class FireFn(Function):
     """One step of a neuron whose current is x, or BN(x) if mean and rstd are given.
 
-    Saves v and, in the place of its spikes, `raw`: the spikes before the quantiser.
+    Saves v and its spikes or, in their place, `raw`: the spikes before the quantiser.
     """
 
     @staticmethod
     def forward(ctx, x, v, leak, threshold, weight, bias, mean, rstd, bits, step, swaps, raw):
         gain, shift = (None, None) if mean is None else folded(weight, bias, mean, rstd)
         spikes, v_out = fire(x, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step)
-        swaps.add(spikes, raw, last=True)
+        ctx.made_again = raw is not None
+        if ctx.made_again:
+            swaps.add(spikes, raw, last=True)
         ctx.top = None if bits is None else (2**bits - 1) * step
         ctx.save_for_backward(spikes, v, leak, threshold, *(() if mean is None else (x, weight, mean, rstd)))
         if v_out is not None:
@@ -225,7 +239,9 @@ class FireFn(Function):
     def backward(ctx, d_spikes, _):
         s, v, leak, threshold, *norm = ctx.saved_tensors
         d_spikes = lay_out_like(d_spikes, s)
-        d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, threshold, ctx.top)
+        d_x, d_leak, d_threshold = fire_backward(
+            d_spikes[0], s[0], v, leak, threshold, ctx.top, in_place=ctx.made_again
+        )  # fmt: skip
         d_x = d_x[None].to(d_spikes.dtype)
         d_weight = d_bias = None
         if norm:
@@ -255,7 +271,7 @@ class MemFireFn(Function):
     def backward(ctx, d_spikes, _):
         s, x, v, leak, threshold, alpha, beta, weight, bias, mean, rstd = ctx.saved_tensors
         d_spikes = lay_out_like(d_spikes, s)
-        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, threshold, ctx.top)
+        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, threshold, ctx.top, in_place=True)
         d_mh = d_mh[None]
         m = charge(x[0], v, leak[0])[None]
         d_m, sum_hat, sum_1 = norm_backward(d_mh, m, weight[0], mean, rstd)
@@ -267,19 +283,6 @@ class MemFireFn(Function):
         d_alpha, d_beta = ((d if p.dim() == 2 else d.sum())[None] for d, p in ((d_alpha, alpha), (d_beta, beta)))
         d_weight, d_bias = (beta[0] * sum_hat)[None], (beta[0] * sum_1)[None]
         return d_m.to(x.dtype), None, d_leak, d_threshold, d_alpha, d_beta, d_weight, d_bias, *[None] * 7
-
-
-def folded(weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch norm as gain * y + shift, each (k, C)."""
-    gain = weight * rstd
-    return gain, bias - mean * gain
-
-
-def mem_folded(alpha, beta, weight, bias, mean, rstd) -> tuple[Tensor, Tensor]:
-    """Mem-BN as gain * m + shift, each (k, C)."""
-    alpha, beta = (p if p.dim() == 2 else p.unsqueeze(1) for p in (alpha, beta))
-    gain, shift = folded(weight, bias, mean, rstd)
-    return alpha + beta * gain, beta * shift
 
 
 def spike(x: Tensor, neuron, t: int, leak, threshold, norm=None) -> tuple[Tensor, Tensor | None]:
@@ -294,14 +297,16 @@ def spike(x: Tensor, neuron, t: int, leak, threshold, norm=None) -> tuple[Tensor
     if neuron.mem_bn:
         return mem_spike(x, neuron, t, v, leak, threshold, options)
     constants = [None if p is None else p.detach() for p in (leak, threshold)]
-    swaps, stats, recipe = Swaps(), [None] * 4, recipe_of(x)
+    swaps, stats, recipe, raw = Swaps(), [None] * 4, recipe_of(x), None
     if norm is not None:
         stats = [norm.weight, norm.bias, *step_statistics(x, norm)]
         recipe = Recipe(None, ((x.detach(), *(p.detach() for p in folded(*stats))),))
-    raw = Again(lambda: fire_recipe(recipe, v, *constants, rounded=norm is None))
-    with swaps.hooks():
+    if norm is not None or hasattr(x, "recipe") or x.dtype != working_dtype(x) or neuron.spike_bits is not None:
+        raw = Again(lambda: fire_recipe(recipe, v, *constants, rounded=norm is None))
+    with swaps.hooks():  # without a raw, the spikes are kept: to keep the current instead would gain nothing
         spikes, v_out = FireFn.apply(x, v, leak, threshold, *stats, *options.values(), swaps, raw)
-    spikes.again = raw, quantiser(*options.values(), x.dtype)
+    if raw is not None:
+        spikes.again = raw, quantiser(*options.values(), x.dtype)
     return spikes, v_out
 
 
@@ -370,20 +375,6 @@ def fire_recipe(recipe: Recipe, v, leak, threshold, *, rounded: bool) -> Tensor:
 
 def quantiser(bits: int | None, step: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda raw: (raw if bits is None else quantize_spikes(raw, bits, step)).to(dtype)
-
-
-@torch.no_grad()
-def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor) -> None:
-    """Running statistics, as `F.batch_norm` moves them; var is biased, x (T, N, C, ...) what it was taken of."""
-    count = x[0, :, 0].numel()
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var * (count / (count - 1)), momentum)
-
-
-def move_statistics(norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
-    """The running statistics of a `StepBatchNorm` after the steps of (T, C) mean and var, in their order."""
-    for mean_t, var_t in zip(mean, var, strict=True):
-        move(norm.running_mean, norm.running_var, mean_t, var_t, norm.momentum, x)
 
 
 # ---- layers behind a neuron

@@ -12,7 +12,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +42,9 @@ class StreamBatches(ImageBatches):
     Test: the centre crop of every image, in exactly one batch of one rank. Ranks may differ by one in their number of
     batches: reduce over processes after the loop, not inside it.
 
-    `workers`: processes that read and decode, of which 1, 2, 4, 8 or 16 are used; 0 reads in this process. `buffer`:
-    encoded images that all of them hold together in training; the next one is drawn among those of its lane.
+    `workers`: processes that read and decode, of which 1, 2, 4, 8 or 16 are used; 0 reads in this process. They are
+    not forked from it, so a script that asks for them needs `if __name__ == "__main__":`. `buffer`: encoded images that
+    all of them hold together in training; the next one is drawn among those of its lane.
 
     An image that cannot be decoded is named once in a warning and skipped: in training another image of the batch
     takes its place, in a test it is missing from its batch. ValueError if there are too many of them.
@@ -51,8 +52,20 @@ class StreamBatches(ImageBatches):
 
     data: StreamSet
 
-    def __init__(self, data: StreamSet, batch_size: int, *, workers: int = 0, buffer: int = BUFFER, **options) -> None:
-        super().__init__(data, batch_size, **options)
+    def __init__(
+        self,
+        data: StreamSet,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        augment: Augment | None = None,
+        workers: int = 0,
+        buffer: int = BUFFER,
+    ) -> None:
+        super().__init__(data, batch_size, train=train, seed=seed, rank=rank, world=world, augment=augment)
         if workers < 0 or buffer < LANES:
             raise ValueError(f"needs workers >= 0 and buffer >= {LANES}, got {workers=}, {buffer=}")
         self.workers = max(n for n in range(LANES + 1) if n <= workers and (n == 0 or LANES % n == 0))
@@ -215,10 +228,11 @@ class _MadeBatches(IterableDataset):
                 labels.append(row.label)
             else:
                 broken.append((row.where, problem))
-        kept = np.arange(len(labels))
-        if self.train and len(labels):
-            kept = np.arange(len(rows)) % len(labels)
-        return _Batch(torch.from_numpy(images[kept]), torch.tensor(labels, dtype=torch.int64)[kept], broken)
+        images, labels = torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+        if broken:
+            shown = torch.arange(len(rows) if self.train and len(labels) else len(labels)) % max(len(labels), 1)
+            images, labels = images[shown], labels[shown]
+        return _Batch(images, labels, broken)
 
     def _cropped(self, image: Image.Image, place: int) -> np.ndarray:
         side = self.data.spec.image_size
@@ -250,8 +264,8 @@ def _watched(loader: DataLoader) -> Iterator[_Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             raise OSError(
                 f"a process that reads data was killed ({one_line(error)}): if memory is short, use less --workers"
@@ -285,6 +299,7 @@ def _context() -> multiprocessing.context.BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # torch is imported once, not by every worker
+    resource_tracker.ensure_running()  # else the server starts it, and that unblocks the signals
     before = _ignore_signals()
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)

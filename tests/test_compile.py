@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import empf
+from empf.models import Block, Builder, ModelConfig
 
 
 def small(**kwargs):
@@ -52,3 +53,19 @@ def test_inference():
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
     assert want.std() > 0.01
     assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.kernel
+def test_training_on_kernels(kernels_on, device):
+    """A residual block with Mem-BN and a parallel neuron, behind it the batch norm that the kernel takes over."""
+    x = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        block = Block(Builder(ModelConfig(T=2, width=0.0625, neuron="mem_bn", parallel=0.5)), 4, 4, 1).to(device)
+        run = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+        run(x).square().mean().backward()
+        results.append([p.grad for p in block.parameters()] + list(block.buffers()))
+        assert kernels_on["bn_neuron"] == kernels_on["mem_bn_neuron"] == 1 + compiled
+    for want, got in zip(*results, strict=True):
+        assert torch.allclose(got, want, atol=1e-4 * (1e-3 + want.abs().max().item()))

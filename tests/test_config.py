@@ -34,7 +34,8 @@ def test_is_frozen():
 
 # A value of each field that is neither the default nor that of a recipe, as on the command line.
 VALUES = {
-    "dataset": "cifar100", "data": "folder", "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
+    "dataset": "cifar100", "data": "folder", "streaming": True, "workers": "2", "split": "random",
+    "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu", "learning": "stbp",
     "steps_per_batch": "2", "epochs": "7", "batch_size": "33", "lr": "0.3", "weight_decay": "0.2",
     "warmup_epochs": "1.5", "crop": False, "flip": False, "cutout": "3", "mixup": "0.7", "cutmix": "0.6",
@@ -158,7 +159,9 @@ def test_whole_numbers_are_fine_where_fractions_are():
 def test_resume_takes_stored_settings_and_may_change_those_without_effect():
     stored = TrainConfig(T=2, max_steps=5, threads=1).to_dict()
     assert for_resume(stored, {}) == TrainConfig(T=2, threads=1)  # max_steps was for that call
-    harmless = dict(data="elsewhere", threads=2, save_minutes=1.0, max_steps=3, tracker="wandb", health=False)
+    harmless = dict(
+        data="elsewhere", threads=2, save_minutes=1.0, max_steps=3, tracker="wandb", health=False, workers=1
+    )
     assert for_resume(stored, {"T": 2, **harmless}) == TrainConfig(T=2, **harmless)
     with pytest.raises(ValueError, match="started with batch_size = 64, not 32: leave --batch-size out"):
         for_resume(stored, {"batch_size": 32})

@@ -155,8 +155,7 @@ def test_every_tile(tile, device, kernels_on, monkeypatch):
     assert_exact(case(4, size, tile.rows + 1, dtype=dtype, kernel=1, padding=0, device=device), kernels_on)
 
 
-@pytest.mark.parametrize("T", [4, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 4), (torch.uint8, 6)], ids=str)
 def test_split_k(dtype, T, device, kernels_on, monkeypatch):
     """Many processors and few tiles; at T = 6 three groups of steps are parked and gathered."""
     monkeypatch.setattr(conv_neuron, "device_facts", lambda _: (64, False))

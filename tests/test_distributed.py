@@ -143,7 +143,7 @@ def alone(tmp_path_factory) -> tuple[Path, list[float]]:
 
 def test_two_processes_with_joined_norms_have_the_losses_of_one(found, alone):
     first, second = found[1]["joined"]
-    assert len(first) == len(second) == len(alone[1]) == 30 and first != second
+    assert len(first) == len(second) == len(alone[1]) == 20 and first != second
     mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     assert mean == pytest.approx(alone[1], rel=1e-9)
     assert alone[1][19] < 0.9 * alone[1][0]
@@ -180,7 +180,7 @@ def test_a_dead_process_stops_the_job_and_loses_nothing(tmp_path):
     """Started with a configuration file of Accelerate; kill -9 after the first epoch; one process goes on alone."""
     run, config = tmp_path / "run", ROOT / "bench" / "configs" / "cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "train.py")]
-    command += [*TINY, *SYNC, "--batch-size", "16", "--epochs", "3", "--output-dir", str(run)]
+    command += [*TINY, *SYNC, "--batch-size", "16", "--epochs", "5", "--output-dir", str(run)]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as job:
@@ -195,9 +195,9 @@ def test_a_dead_process_stops_the_job_and_loses_nothing(tmp_path):
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*SIGKILL", output)
     assert "error: another process has died; what was saved is intact, continue with --resume" in output
     before = metrics(run)
-    assert len(before) in (1, 2)
+    assert 1 <= len(before) < 5
     resume(run)
-    assert leftovers(run) == [] and len(metrics(run)) == 3 and metrics(run)[: len(before)] == before
+    assert leftovers(run) == [] and len(metrics(run)) == 5 and metrics(run)[: len(before)] == before
 
 
 # ---- the launcher

@@ -23,7 +23,8 @@ import tqdm
 from train_tools import leftovers, metrics, resume, run_train, trace
 
 import train
-from empf import runs
+from empf import batches, runs
+from empf.data import Batches
 
 SAVE_ALWAYS = ("--save-minutes", "0")
 TESTS = Path(__file__).parent
@@ -176,7 +177,7 @@ def test_a_small_disk_is_full(whole, tmp_path):
 def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
     """The sentence names epoch and batch; what was saved before goes on once the data are repaired."""
 
-    class Poisoned(train.Batches):
+    class Poisoned(Batches):
         def iterate(self, start: int = 0):
             for number, (images, target) in enumerate(super().iterate(start), start + 1):
                 if (self.epoch, number) == (1, 2):
@@ -184,7 +185,7 @@ def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
                 yield images, target
 
     run = tmp_path / "run"
-    monkeypatch.setattr(train, "Batches", Poisoned)
+    monkeypatch.setattr(batches, "Batches", Poisoned)
     with pytest.raises(SystemExit, match="error: the data of epoch 2, batch 2 hold numbers that are not finite"):
         run_train("--output-dir", run, *SAVE_ALWAYS)
     at = runs.load_state(run)["at"]

@@ -116,7 +116,7 @@ def test_a_planted_fault_is_named(learner, name):
 @pytest.mark.parametrize(
     "network",
     [
-        {}, {"weights": "ternary", "neuron": "mem_bn"}, {"weights": "full"}, {"neuron": "lif"},
+        {}, {"weights": "ternary", "neuron": "mem_bn", "width": 0.125}, {"weights": "full"}, {"neuron": "lif"},
         {"parallel": 1.0, "seca": 2, "spike_bits": 2}, {"arch": "resnet19", "activation": "gelu"},
     ],
     ids=str,
@@ -167,19 +167,19 @@ def test_the_values_are_what_they_are_called(learner):
     assert health.report(1.0)["density"] == {} and sum(health.report(1.0)["flips"].values()) == 0
 
 
-@pytest.mark.parametrize("batches, numbers", [(3, {3}), (22, {10, 20}), (100, {25, 50, 75, 100}), (9, {9})])
+@pytest.mark.parametrize("batches, numbers", [(3, {3}), (22, {20}), (50, {20, 40}), (100, {25, 50, 75, 100}), (9, {9})])
 def test_looks_at_a_few_batches(batches, numbers):
     model = empf.resnet18(num_classes=5, in_channels=1, image_size=8, width=0.0625, T=2)
     assert Health(model, batches).looked_at == numbers
 
 
-def test_a_batch_that_is_not_looked_at_runs_without_hooks():
+def test_a_batch_that_is_not_looked_at_runs_as_ever():
     model = empf.resnet18(num_classes=5, in_channels=1, image_size=8, width=0.0625, T=2)
     health = Health(model, 22)
-    for number in (9, 10, 11):
+    for number in (19, 20, 21):
         with health.watch(number):
-            assert all(bool(m._forward_hooks) == (number == 10) for m in health.neurons.values())
-    assert not any(m._forward_hooks for m in model.modules())
+            assert all(("forward" in vars(m)) == (number == 20) for m in health.neurons.values())
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_a_healthy_run_of_digits_raises_none(tmp_path, capsys):

@@ -208,6 +208,14 @@ def test_frozen_norm():
     assert torch.equal(trained, model.eval()(x))
 
 
+def test_a_network_must_say_how_it_computes():
+    class Unfinished(empf.SpikingNetwork):
+        pass
+
+    with pytest.raises(TypeError, match="abstract method '?body'?"):
+        Unfinished(ModelConfig())
+
+
 def test_the_potential_is_neither_saved_nor_a_buffer():
     model = small()
     keys = set(model.state_dict())

@@ -91,12 +91,28 @@ def test_gradients_in_single_precision(kind):
     assert error < 2e-5 and error < 2 * plain_error
 
 
+def test_layouts_that_differ_from_layer_to_layer():
+    results = []
+    for made_again in (True, False):
+        model = network(torch.float64, in_channels=3)
+        for conv in (model.stem.conv, model.blocks[1].conv2.conv, model.blocks[2].shortcut["conv"]):
+            conv.register_forward_hook(lambda m, x, y: y.contiguous())
+        results.append(step(model, images(model), made_again=made_again))
+    assert_same(*results, 1e-10)
+
+
 def test_events():
     results = []
     for made_again in (True, False):
         model = network(torch.float64, arch="vgg_snn", in_channels=2, image_size=16)
         results.append(step(model, images(model, events=True), made_again=made_again))
     assert_same(*results, 1e-10)
+
+
+def test_frames_of_the_past_are_not_kept():
+    model = network(arch="vgg_snn", in_channels=2, image_size=16)
+    one, three = (saved_for_backward(model, images(model, events=True)[: past + 1], past=past) for past in (1, 3))
+    assert one == three
 
 
 @pytest.mark.parametrize("learning", ["every", "stbp"])
@@ -223,6 +239,30 @@ def test_mixed_precision():
     error, plain_error = ((gradients[k] - gradients["exact"]).norm() for k in ("again", "plain"))
     assert error < 1.2 * plain_error < 0.5 * gradients["exact"].norm()
     assert saved["again"] < 0.6 * saved["plain"]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("kind", [dict(), dict(mem_bn=True), dict(parallel=True), dict(spike_bits=2)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (4, 3, 2, 5)])
+def test_neuron_alone(kind, per_channel, shape):
+    """Every parameter of every kind, with parameters per step or per channel, at the second of two steps."""
+    results = []
+    for made_again in (True, False):
+        torch.manual_seed(0)
+        neuron = EMPFNeuron(2, 3, per_channel=per_channel, **kind).double()
+        for p in neuron.parameters():
+            torch.nn.init.normal_(p)
+        past, x = torch.randn(2, 1, *shape, dtype=torch.float64) + 0.5
+        x.requires_grad_()
+        with recompute.enabled(made_again):
+            with torch.no_grad():
+                neuron(past)
+            spikes = neuron(x)
+            gradients = torch.autograd.grad((spikes.sin() * spikes).sum(), [x, *neuron.parameters()])
+        results.append([spikes, *gradients, *([] if neuron.v is None else [neuron.v])])
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and want.any()
+        assert (got - want).abs().max() <= 1e-12 * (1 + want.abs().max())
 
 
 def test_enabled_goes_back():

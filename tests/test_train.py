@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from make_data import image_folder, pictures
+from make_data import image_folder, pictures, stream_folder
+from make_events import moving_bars
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_tools import in_double, leftovers, metrics, run_train, trace
+from train_tools import in_double, leftovers, metrics, resume, run_train, trace
 
 import empf
 import train
 from empf import config as settings
 from empf import loop, runs
 from empf.config import TrainConfig
+from empf.data import Batches
 from empf.health import Health
 
 ROOT = Path(train.__file__).parent
@@ -172,6 +174,28 @@ def test_trains_from_a_folder(tmp_path):
     assert len(accuracy) == 2 and all(a % 5 == pytest.approx(0, abs=1e-9) for a in accuracy)  # of 20 images
 
 
+def test_trains_on_events(tmp_path, monkeypatch):
+    """Of two classes where the data set has ten: the network fits what is found."""
+    monkeypatch.setenv("EMPF_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        moving_bars(tmp_path / "data" / split, 16, T=2, seed=0)
+    run = tmp_path / "run"
+    run_train("--dataset", "dvs-cifar10", "--data", tmp_path / "data", "--epochs", "1", "--output-dir", run)
+    config = empf.load(run).config
+    assert (config.arch, config.in_channels, config.image_size, config.num_classes) == ("vgg_snn", 2, 48, 2)
+    assert len(metrics(run)[0]["accuracy"]) == 2 and metrics(run)[0]["health"]["warnings"] == []
+
+
+def test_trains_on_images_that_are_streamed(tmp_path):
+    folder = stream_folder(tmp_path / "data", {"train": [12], "validation": [6]})
+    run = tmp_path / "run"
+    flags = ["--batch-size", "4", "--limit", "12", "--epochs", "1", "--arch", "resnet18", "--workers", "0"]
+    run_train("--dataset", "imagenet1k", "--data", folder, *flags, "--output-dir", run, "--max-steps", "2")
+    resume(run)
+    assert empf.load(run).config.image_size == 224
+    assert len(metrics(run)) == 1
+
+
 def test_tracker_writes_into_the_run_folder(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -282,6 +306,15 @@ def test_nothing_is_read_from_the_device_within_the_loop(network):
         assert sum(reads.found.values()) == 1  # it does see them
 
 
+def test_narrow_networks_are_not_channels_last_on_a_cpu():
+    """Their weight gradients crash in torch 2.13."""
+    layouts = {}
+    for width in (0.125, 0.25):
+        model = loop.laid_out(empf.build(TrainConfig(width=width).model()), torch.device("cpu"))
+        layouts[width] = model.blocks[3].conv1.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert layouts == {0.125: False, 0.25: True}
+
+
 def test_activations_keep_the_layout_of_the_weights(monkeypatch):
     """channels_last from the stem on, without a conversion between the convolutions."""
     seen = []
@@ -299,7 +332,7 @@ def test_activations_keep_the_layout_of_the_weights(monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_found_in_the_batch_it_came_from(tmp_path):
     """Losses are read some batches later: then the batch is drawn once more, to see whether its data are the cause."""
-    batches = train.Batches(train.load("digits", limit=64)[0], 16, train=True)
+    batches = Batches(train.load("digits", limit=64)[0], 16, train=True)
     nan = float("nan")
     error = loop.divergence(batches, 4, [1.0, nan, nan], tmp_path)
     assert re.match("training diverged, the loss is not finite in epoch 1, batch 3: lower --lr", str(error))

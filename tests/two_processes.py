@@ -19,8 +19,8 @@ from empf import runs
 from empf.data import Augment, Batches, load
 from empf.sync_norm import sync_norms
 
-# 3 epochs of 10 joined batches of 32 images, the same for any number of processes
-SYNC = ["--epochs", "3", "--limit", "320", "--sync-bn", "--no-crop"]
+# 2 epochs of 10 joined batches of 32 images, the same for any number of processes
+SYNC = ["--epochs", "2", "--limit", "320", "--sync-bn", "--no-crop"]
 
 CASES = {  # settings of the network; mode of learning; steps drawn in two batches, T = 2; are the norms joined
     "random": ({}, "random", [[2], [1]]),

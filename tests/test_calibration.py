@@ -1,0 +1,89 @@
+"""Calibration of Mem-BN: its running statistics become those of evaluation."""
+
+import pytest
+import torch
+
+import empf
+
+
+def network(neuron: str = "mem_bn") -> empf.SpikingNetwork:
+    torch.manual_seed(0)
+    model = empf.resnet18(num_classes=3, image_size=8, width=0.0625, T=3, neuron=neuron)
+    for _ in range(3):  # running statistics of their own, by step
+        empf.reset(model)
+        model(torch.randn(16, 3, 8, 8) + 1)
+    return model
+
+
+def mem_inputs(model: empf.SpikingNetwork, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each Mem-BN normalises in evaluation, m of every step, (T, N, C, H, W)."""
+    found, handles = {}, []
+
+    def hook(name):
+        def see(module, inputs):
+            (current,) = inputs
+            v, ms = torch.zeros_like(current[0]), []
+            gain, shift = module.folded_norm()
+            for t, i in enumerate(current):
+                m = module.leak[t] * v + i
+                v = torch.minimum(gain[t, :, None, None] * m + shift[t, :, None, None], module.threshold[t])
+                ms.append(m)
+            found[name] = torch.stack(ms)
+
+        return see
+
+    for name, module in model.named_modules():
+        if isinstance(module, empf.EMPFNeuron):
+            handles.append(module.register_forward_pre_hook(hook(name)))
+    empf.reset(model)
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_statistics_are_those_of_evaluation():
+    model, images = network().eval(), torch.randn(64, 3, 8, 8)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    empf.calibrate(model, [images])
+    # the first neuron sees in evaluation what it saw while it was calibrated
+    name, m = next(iter(mem_inputs(model, images).items()))
+    neuron = model.get_submodule(name)
+    assert torch.allclose(m[0].mean((0, 2, 3)), neuron.running_mean[0], atol=1e-5)
+    assert torch.allclose(m[0].var((0, 2, 3)), neuron.running_var[0], rtol=1e-4)
+    # batch norms of the convolutions keep theirs
+    for name, buffer in model.named_buffers():
+        own = isinstance(model.get_submodule(name.rpartition(".")[0]), empf.EMPFNeuron)
+        assert own != torch.equal(buffer, before[name]), name
+    assert not model.training
+    assert all(n.momentum == 0.1 for n in model.modules() if isinstance(n, empf.EMPFNeuron))
+
+
+def test_mean_over_the_batches():
+    images = torch.randn(3, 32, 3, 8, 8)
+    means = []
+    for batch in images:
+        model = network()
+        empf.calibrate(model, [batch])
+        means.append(model.blocks[0].conv1.neuron.running_mean.clone())
+    model = network()
+    empf.calibrate(model, images)
+    assert torch.allclose(model.blocks[0].conv1.neuron.running_mean, torch.stack(means).mean(0), atol=1e-6)
+    assert model.training
+
+
+def test_error_leaves_the_model_usable():
+    model = network().eval()
+    with pytest.raises(ValueError, match="the input must be"):
+        empf.calibrate(model, [torch.randn(2, 3, 9, 9)])
+    assert not model.training
+    assert not any(m.frozen_norm for m in model.modules() if hasattr(m, "frozen_norm"))
+
+
+def test_without_mem_bn_nothing_is_read():
+    def images():
+        raise AssertionError("read")
+        yield
+
+    empf.calibrate(network("empf"), images())
