@@ -151,9 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count-batches", type=int, default=4, help="batches whose spikes are counted (default: 4)")
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
-    p.add_argument(
-        "--workers", type=int, default=0, help="processes that decode a streamed test set (default: 0)"
-    )
+    p.add_argument("--workers", type=int, default=0, help="processes that decode a streamed test set (default: 0)")
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")

@@ -8,11 +8,15 @@ Every field of `empf.config.TrainConfig` is a flag. The run folder is described 
 """
 
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: on a busy machine, spinning threads crawl
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +39,7 @@ from empf.launch import process_died, start_processes
 from empf.loop import learning_rate, make_optimizer
 from empf.sync_norm import sync_norms
 
+CALIBRATION = 20  # batches of the training set from which Mem-BN takes its running statistics before a test
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
 COMPRESSION = {  # of the gradients: name and options in Accelerate; PowerSGD leaves its first updates as they are
     "none": (DDPCommunicationHookType.NO, {}),

@@ -117,7 +117,7 @@ class StepBatchNorm(nn.Module):
         momentum = 1 - (1 - self.momentum) ** repeat
         if not self.training or self.frozen_norm:
             y = over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
-        elif recompute.active():
+        elif recompute.active(x):
             return recompute.batch_norm(x, self, momentum, rest, again)
         else:
             steps = [
@@ -249,7 +249,7 @@ class Stem(nn.Module):
         if self.pool is not None:
             return over_steps(self.pool, self.bn(y, repeat))
         again = None
-        if not torch.is_autocast_enabled(x.device.type):  # in backward it would not be
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # in backward it would not be on
             conv = partial(F.conv2d, weight=self.conv.weight, stride=self.conv.stride, padding=self.conv.padding)
             again = partial(over_steps, conv, x)
         return self.bn(y, repeat, again=again)

@@ -179,7 +179,7 @@ class EMPFNeuron(StatefulNeuron):
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = any(getattr(m, kind) for m in (self, norm) for kind in kinds)
         simple = self.activation == "relu" and not self.mem_bn and norm.training and not norm.frozen_norm
-        return simple and not hooked and (recompute.active() or recompute.on_kernels(x))
+        return simple and not hooked and (recompute.active(x) or recompute.on_kernels(x))
 
     def forward(self, current: Tensor, norm: nn.Module | None = None) -> Tensor:
         steps = self.advance(current)
@@ -191,7 +191,7 @@ class EMPFNeuron(StatefulNeuron):
             spikes, v = self.loop(current, steps, leak, threshold, batch_stats)
         elif (
             torch.is_grad_enabled() and self.online and len(current) == 1 and self.mem_bn == batch_stats
-            and recompute.active()
+            and recompute.active(current)
         ):  # fmt: skip
             spikes, v = recompute.spike(current, self, steps.start, leak, threshold, norm)
         elif batch_stats:
@@ -204,7 +204,7 @@ class EMPFNeuron(StatefulNeuron):
     def plain_steps(self, current: Tensor, steps: slice, leak, threshold, norm) -> tuple[Tensor, Tensor | None]:
         """ReLU, and no batch statistics of the potential."""
         options = {"bits": self.spike_bits, "step": self.spike_step}
-        fast = not torch.is_grad_enabled() and recompute.active() and not recompute.on_kernels(current)
+        fast = not torch.is_grad_enabled() and recompute.active(current) and not recompute.on_kernels(current)
         if norm is not None and recompute.on_kernels(current):
             spikes, v, mean, var = bn_neuron(
                 current, self.v, leak, threshold, norm.weight, norm.bias, eps=norm.eps, parallel=self.parallel,
@@ -237,7 +237,7 @@ class EMPFNeuron(StatefulNeuron):
             for running_t, mean_t, var_t in zip(running, mean, var, strict=True):
                 move(*running_t, mean_t, var_t, self.momentum, current)
             return spikes, v
-        if torch.is_grad_enabled() or not recompute.active():
+        if torch.is_grad_enabled() or not recompute.active(current):
             return self.loop(current, steps, leak, threshold, batch_stats=True)
         spikes, v = empty_like_steps(current, current.dtype), self.v
         for k, running_t in enumerate(running):

@@ -42,6 +42,8 @@ from empf.kernels.steps import empty_like_steps, lay_out_like
 
 MAX_TERMS = 4  # a longer sum of currents is kept: making it again would take longer than it is worth
 
+SMALL = 1 << 16  # numbers of a step in an activation; up to here the calls cost more than the passes over memory
+
 _enabled = True
 
 
@@ -56,8 +58,9 @@ def enabled(flag: bool) -> Iterator[None]:
         _enabled = before
 
 
-def active() -> bool:
-    return _enabled and not torch.compiler.is_compiling()
+def active(x: Tensor) -> bool:
+    """Is this done to x (k, N, ...)? Not to a small one: it would cost more time than it is worth."""
+    return _enabled and not torch.compiler.is_compiling() and x[0].numel() > SMALL
 
 
 def on_kernels(x: Tensor) -> bool:

@@ -202,7 +202,7 @@ def has_matplotlib() -> bool:
 
 
 def plot_curves(run: Path, history: list[dict], title: str) -> None:
-    """Draw curves.png: training loss, and test accuracy after each time step; below, if it was looked at, the health."""
+    """Draw curves.png: training loss, test accuracy after each time step and, where it was looked at, the health."""
     import matplotlib
 
     matplotlib.use("Agg")

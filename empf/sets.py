@@ -43,7 +43,15 @@ DATASETS = {
         ),
         DataSpec("imagenet200", "zh-plus/tiny-imagenet", 3, 64, 200, *_IMAGENET, True, 8),
         DataSpec(
-            "imagenet1k", "ILSVRC/imagenet-1k", 3, 224, 1000, *_IMAGENET, True, 0, streamed=True,
+            "imagenet1k",
+            "ILSVRC/imagenet-1k",
+            3,
+            224,
+            1000,
+            *_IMAGENET,
+            True,
+            0,
+            streamed=True,
             test_splits=("validation", "valid", "val"),  # the test images of the Hub have no labels
         ),  # fmt: skip
         DataSpec("dvs-cifar10", None, 2, 48, 10, (0.0, 0.0), (1.0, 1.0), True, 5),

@@ -29,14 +29,15 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
     Raises ValueError for an unknown kind or granularity.
     """
     check_kind(kind, granularity)
-    rows = w.flatten(1) if granularity == "channel" else w.reshape(1, -1)  # one row per scale
-    magnitude = rows.abs()
+    over = tuple(
+        range(granularity == "channel", w.dim())
+    )  # one scale per output channel, or one; keeps the layout of w
+    magnitude = w.abs()
     if kind == "binary":
-        scale = magnitude.mean(1, keepdim=True)
-        return torch.where(rows < 0, -scale, scale).view_as(w)
-    kept = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
-    scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return (rows.sign() * kept * scale).view_as(w)
+        return torch.copysign(magnitude.mean(over, keepdim=True), w + 0.0)  # -0.0 + 0.0 is +0.0
+    kept = magnitude > 0.7 * magnitude.mean(over, keepdim=True)
+    scale = (magnitude * kept).sum(over, keepdim=True) / kept.sum(over, keepdim=True).clamp(min=1)
+    return w.sign() * kept * scale
 
 
 class StraightThrough(torch.autograd.Function):

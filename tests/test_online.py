@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import empf
+from empf.memory import Storages, saved_for_backward
 from empf.online import draw_steps, online_backward
 
 
@@ -142,46 +143,45 @@ def test_every_parameter_has_a_gradient_whatever_the_step():
 
 # ---- memory for back-propagation
 
+KINDS = [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, seca=1)]
 
-def saved_bytes(T, *, learning="random", steps=None, **kind):
-    """Bytes that autograd keeps for the backward pass, each storage counted once, the model's own left out."""
-    model = small(T=T, **kind)
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept = {}
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_memory_of_one_step_whatever_T(kind):
+    def saved(T, t):
+        return saved_for_backward(small(T=T, **kind), batch()[0], past=t - 1)["bytes"]
 
-    x, y = batch()
-    peak = 0
+    two = saved(2, 2)
+    assert two > 100_000
+    for T in (4, 32):
+        assert saved(T, T) == saved(T, 2) == two
+        assert saved(T, 1) <= two  # before the first step there is no potential
+
+
+def largest(T, learning, **kind):
+    """Bytes of the tensors made in a batch that are alive at the start of a backward pass, at most; no gradients."""
+    model, (x, y), sizes = small(T=T, **kind), batch(), []
 
     def backward(loss):
-        nonlocal peak
-        peak = max(peak, sum(kept.values()))
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        sizes.append(sum(made.alive().values()) - gradients)
         loss.backward()
-        kept.clear()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        online_backward(model, x, y, F.cross_entropy, learning=learning, steps=steps, backward=backward)
-    return peak
+    with Storages() as made:
+        online_backward(model, x, y, F.cross_entropy, learning=learning, backward=backward)
+    assert len(sizes) == (T if learning == "every" else 1)
+    return max(sizes)
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, seca=1)], ids=str)
-def test_memory_of_one_step_whatever_T(kind):
-    one = saved_bytes(1, steps=[1], **kind)
-    assert one > 100_000
-    for T in (4, 32):
-        assert saved_bytes(T, steps=[1], **kind) == saved_bytes(T, steps=[T], **kind) == one
-        assert saved_bytes(T, learning="every", **kind) == one
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=str)  # Mem-BN has parameters (T, C)
+def test_memory_of_every_step_is_that_of_one(kind):
+    assert largest(16, "every", **kind) <= 1.01 * largest(4, "every", **kind)
 
 
 def test_memory_through_time_grows_with_T():
-    one, four, eight = (saved_bytes(T, learning="stbp") for T in (1, 4, 8))
-    assert eight - four == pytest.approx(4 / 3 * (four - one), rel=0.05)  # linear in T
-    assert eight > 4 * one
+    four, eight, twelve = (largest(T, "stbp") for T in (4, 8, 12))
+    assert twelve - eight == pytest.approx(eight - four, rel=0.05)  # linear in T
+    assert twelve > 2.5 * four
 
 
 # ---- errors

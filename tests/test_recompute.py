@@ -27,6 +27,12 @@ KINDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_too(monkeypatch):
+    """Small activations, for the sake of short tests, are made again as well."""
+    monkeypatch.setattr(recompute, "SMALL", 0)
+
+
 def network(dtype=torch.float32, layout=torch.channels_last, **kind):
     torch.manual_seed(0)
     settings = dict(num_classes=5, in_channels=1, image_size=8, width=0.0625) | kind
@@ -266,11 +272,12 @@ def test_neuron_alone(kind, per_channel, shape):
 
 
 def test_enabled_goes_back():
+    x = torch.zeros(1, 2)
     with recompute.enabled(False):
         with recompute.enabled(True):
-            assert recompute.active()
-        assert not recompute.active()
-    assert recompute.active()
+            assert recompute.active(x)
+        assert not recompute.active(x)
+    assert recompute.active(x)
 
 
 @pytest.mark.kernel
@@ -316,3 +323,11 @@ def test_kernels_with_gradient_through_time(kernels_on, device):
         results.append((out, gradients, dict(block.named_buffers())))
     assert_same(*results, 3e-5)
     assert kernels_on["bn_neuron"] == 1 and kernels_on["neuron_update"] == 1
+
+
+def test_small_activations_are_kept(monkeypatch):
+    monkeypatch.undo()
+    model = network()
+    with recompute.enabled(False):
+        kept = saved_for_backward(model, images(model))
+    assert saved_for_backward(model, images(model)) == kept

@@ -377,3 +377,17 @@ def test_the_optimizer_follows_the_schedule(tmp_path, monkeypatch):
     run_train("--output-dir", tmp_path / "run", "--lr", "0.1", "--warmup-epochs", "1")  # 2 epochs of 3 batches
     config = TrainConfig(lr=0.1, epochs=2, warmup_epochs=1.0)
     assert seen == [[train.learning_rate(config, batch / 3)] * 2 for batch in range(6)]
+
+
+def test_mem_bn_is_tested_with_calibrated_statistics(tmp_path, monkeypatch):
+    seen = []
+
+    def calibrate(model, images):
+        before = [b.clone() for n, b in model.named_buffers() if "neuron.running" in n]
+        empf.calibration.calibrate(model, images)
+        after = [b for n, b in model.named_buffers() if "neuron.running" in n]
+        seen.append(not any(torch.equal(a, b) for a, b in zip(after, before, strict=True)))
+
+    monkeypatch.setattr(empf, "calibrate", calibrate)
+    run_train("--neuron", "mem_bn", "--epochs", "2", "--output-dir", tmp_path / "run")
+    assert seen == [True, True]
