@@ -205,9 +205,12 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
             break  # stopped within the epoch
 
         # test, record, save
+        share_norms = partial(loop.average_norms, mean=partial(over_processes, how="mean"))
         for network in {raw, evaluated}:
-            loop.average_norms(network, partial(over_processes, how="mean"))
+            share_norms(network)
         with accelerator.autocast():
+            empf.calibrate(evaluated, (images for images, _ in islice(batches.iterate(), CALIBRATION)))
+            share_norms(evaluated)
             right = over_processes(correct_per_step(evaluated, test_batches)).tolist()
         rate = learning_rate(config, epoch + 1)
         record = {

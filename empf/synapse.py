@@ -31,7 +31,7 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
     check_kind(kind, granularity)
     over = tuple(
         range(granularity == "channel", w.dim())
-    )  # one scale per output channel, or one; keeps the layout of w
+    )  # one scale per output channel, or one
     magnitude = w.abs()
     if kind == "binary":
         return torch.copysign(magnitude.mean(over, keepdim=True), w + 0.0)  # -0.0 + 0.0 is +0.0
