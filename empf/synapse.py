@@ -29,9 +29,7 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
     Raises ValueError for an unknown kind or granularity.
     """
     check_kind(kind, granularity)
-    over = tuple(
-        range(granularity == "channel", w.dim())
-    )  # one scale per output channel, or one
+    over = tuple(range(granularity == "channel", w.dim()))  # one scale per output channel, or one
     magnitude = w.abs()
     if kind == "binary":
         return torch.copysign(magnitude.mean(over, keepdim=True), w + 0.0)  # -0.0 + 0.0 is +0.0
