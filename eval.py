@@ -19,7 +19,9 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: on a busy machine, spinning threads crawl
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # read when torch loads: threads that spin for long crawl on a busy machine
 
 import torch
 

@@ -16,7 +16,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: on a busy machine, spinning threads crawl
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # read when torch loads: threads that spin for long crawl on a busy machine
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,7 @@ from empf.loop import learning_rate, make_optimizer
 from empf.sync_norm import sync_norms
 
 CALIBRATION = 20  # batches of the training set from which Mem-BN takes its running statistics before a test
+DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
 COMPRESSION = {  # of the gradients: name and options in Accelerate; PowerSGD leaves its first updates as they are
     "none": (DDPCommunicationHookType.NO, {}),
@@ -115,10 +118,10 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         if first:
             runs.save_state(run, state)
 
-    def save_results() -> None:
+    def save_results(draw: bool) -> None:
         if first:
             title = f"{config.dataset}: {config.arch} x{config.width:g}, {config.weights} weights, T = {config.T}"
-            runs.save_results(run, evaluated, history, f"{title}: {history[-1]['accuracy'][-1]:.2f} %")
+            runs.save_results(run, evaluated, history, f"{title}: {history[-1]['accuracy'][-1]:.2f} %", draw)
 
     if state is None:
         folder = config.output_dir
@@ -136,7 +139,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         if first:
             runs.remove_leftovers(run)
         if history and at["batch"] == 0:  # the last call may have died between the checkpoint and the results
-            save_results()
+            save_results(draw=True)
     model = accelerator.prepare(raw)
     if config.tracker:
         accelerator.project_configuration.logging_dir = str(run)
@@ -149,7 +152,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         accelerator.backward(loss / size)
 
     # train
-    stop, updates, last_save = loop.Stop(), 0, time.monotonic()
+    stop, updates, last_save, last_drawn = loop.Stop(), 0, time.monotonic(), -math.inf
     read_every = 1 if processes == 1 and device.type == "cpu" else READ_EVERY
     while at["epoch"] < config.epochs:
         epoch, epoch_start = at["epoch"], time.monotonic() - at["seconds"]
@@ -223,8 +226,10 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         history.append(record)
         at = {"epoch": epoch + 1, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
         save()
+        draw = stopping or epoch + 1 == config.epochs or time.monotonic() - last_drawn > DRAW_SECONDS
+        save_results(draw)
         last_save = time.monotonic()
-        save_results()
+        last_drawn = last_save if draw else last_drawn
         if config.tracker:
             accelerator.log(loop.scalars(record), step=epoch + 1)
         accelerator.print(loop.epoch_line(record))

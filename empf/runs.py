@@ -145,12 +145,12 @@ def load_state(run: Path) -> dict:
     return state
 
 
-def save_results(run: Path, model: SpikingNetwork, history: list[dict], title: str) -> None:
-    """Write model.safetensors, metrics.jsonl and, where matplotlib is installed, curves.png with this title."""
+def save_results(run: Path, model: SpikingNetwork, history: list[dict], title: str, draw: bool = True) -> None:
+    """Write model.safetensors, metrics.jsonl and, to `draw` and where matplotlib is installed, curves.png."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
-    if has_matplotlib():
+    if draw and has_matplotlib():
         plot_curves(run, history, title)
 
 
