@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "1000"
-)  # read when torch loads: threads that spin for long crawl on a busy machine
+)  # read when torch loads: on a busy machine, long spinning crawls
 
 import torch
 import torch.nn.functional as F
