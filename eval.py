@@ -19,9 +19,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # read when torch loads: on a busy machine, long spinning crawls
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads: on a busy machine, long spinning crawls
 
 import torch
 

@@ -16,9 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # read when torch loads: on a busy machine, long spinning crawls
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads: on a busy machine, long spinning crawls
 
 import torch
 import torch.nn.functional as F
