@@ -14,9 +14,8 @@ from torch import Tensor
 from empf.kernels.neuron import spike_codes
 from empf.kernels.steps import empty_like_steps, is_channels_last
 
-PIECE = (
-    1 << 18
-)  # numbers of one step in a piece, for each thread; smaller ones would fit the cache better but cost calls
+# Numbers of one step in a piece, for each thread; smaller ones would fit the cache better but cost calls.
+PIECE = 1 << 18
 
 
 def pieces(*steps: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
