@@ -6,32 +6,31 @@ python bench/ablation.py --report                      tables (mean +- standard 
 
 A small setting, so that the whole study takes a few CPU hours: CIFAR-100 averaged to 16x16 pixels, 10,000 training
 images, ResNet-18 at a quarter of its width, 4 epochs, one thread. All variants get the same images in the same order,
-the same learning rate and the same number of updates; accuracy is that on all 10,000 test images after the last step.
+the same learning rate and the same number of updates; accuracy is that on all 10,000 test images after the last time
+step, Mem-BN being calibrated first.
 Results: `bench/results/ablation/runs.jsonl`, one line per variant and seed.
 """
 
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import date
 from itertools import islice
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads leave a busy machine alone
 
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+
 import empf
+from bench.machine import machine
 from empf.data import Augment, Batches, ImageSet, load
 from empf.evaluate import correct_per_step
-from empf.runs import git_commit, write_atomic
+from empf.runs import write_atomic
 
 OUT = Path(__file__).parent / "results" / "ablation"
 
@@ -166,13 +165,6 @@ def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet
     }  # fmt: skip
 
 
-def machine() -> dict:
-    return {
-        "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "commit": git_commit(), "date": date.today().isoformat(),
-    }  # fmt: skip
-
-
 def read(out: Path) -> list[dict]:
     file = out / "runs.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -234,7 +226,8 @@ def tables(study: dict, found: dict[str, dict]) -> str:
                 lines.append(f"| {label} | not run | | | 0 |")
                 continue
             difference, cost = r["mean"] - found["default"]["mean"], r["cpu_seconds"] / found["default"]["cpu_seconds"]
-            lines.append(f"| {label} | {r['mean']:.2f} +- {r['std']:.2f} | {difference:+.2f} | {cost:.2f} | {r['n']} |")
+            spread = f" +- {r['std']:.2f}" if r["n"] > 1 else ""
+            lines.append(f"| {label} | {r['mean']:.2f}{spread} | {difference:+.2f} | {cost:.2f} | {r['n']} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -278,18 +271,18 @@ def part(text: str) -> tuple[int, int]:
     return number, of
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
     p.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="only the runs of process I of N")
     p.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     p.add_argument("--report", action="store_true", help="write report.md and report.png from the results")
     for field, default in Study().__dict__.items():
         p.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
-    args = vars(p.parse_args())
+    args = vars(p.parse_args(argv))
     torch.set_num_threads(args["threads"])
     try:
         if args["report"]:
