@@ -161,7 +161,7 @@ def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet
     correct = correct_per_step(model, Batches(sets[1], 250, train=False)).tolist()
     return {
         "variant": name_of(changes), "changes": changes, "seed": seed,
-        "accuracy": [100 * c / len(sets[1]) for c in correct], "loss": losses, "cpu_seconds": round(seconds, 1),
+        "accuracy": [100 * c / len(sets[1]) for c in correct], "loss": losses, "cpu_seconds": round(seconds, 2),
     }  # fmt: skip
 
 
@@ -239,8 +239,11 @@ def plot(found: dict[str, dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
-    for ax, (table, rows) in zip(axes.flat, TABLES.items(), strict=True):
+    height = -(-len(TABLES) // 3)
+    figure, axes = plt.subplots(height, 3, figsize=(15, 3.75 * height), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(TABLES) :]:
+        ax.remove()
+    for ax, (table, rows) in zip(axes.flat, TABLES.items(), strict=False):
         labels = [label for label, changes in rows.items() if name_of(changes) in found]
         values = [found[name_of(rows[label])] for label in labels]
         colors = ["tab:orange" if not rows[label] else "tab:blue" for label in labels]

@@ -31,7 +31,17 @@ def test_online_backward_is_the_example_in_one_call():
 
 def test_flags_exist():
     flags = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume"}
-    other = {"help", "json", "pack", "image", "equality", "cpu", "num-processes"}  # of eval.py and of accelerate launch
+    other = {
+        "help",
+        "json",
+        "pack",
+        "image",
+        "stream",
+        "equality",
+        "memory",
+        "report",
+    }  # of eval.py, bench/, empf.diagnose
+    other |= {"cpu", "num-processes", "config-file", "machine-rank", "main-process-ip"}  # of accelerate launch
     named = {name.replace("_", "-") for name in re.findall(r"--([a-zA-Z][\w-]*)", README)}
     assert named <= flags | other
     assert len(named & flags) > 20
@@ -44,4 +54,4 @@ def test_linked_files_exist():
 
 def test_the_first_two_lines_install_and_run():
     first, second = re.findall(r"^    (pip install .*)$", README, re.M)[:2]
-    assert first.endswith("accelerate launch train.py") and second.endswith("pytest")
+    assert first.endswith("accelerate launch train.py") and second.endswith("&& pytest -n auto")
