@@ -27,7 +27,7 @@ import empf
 from bench.machine import machine
 from empf import runs
 from empf.batches import batches as make_batches
-from empf.config import Parser, TrainConfig, cpu_threads
+from empf.config import Parser, TrainConfig, check_device, cpu_threads
 from empf.data import load
 from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
@@ -200,14 +200,6 @@ def stream(run: Path, recording: Path, device: str) -> None:
     net = load_packed(run, device) if run.is_file() else empf.load(run, device)
     for t, (name, share, seconds) in enumerate(follow(net, recording), 1):
         print(f"frame {t:3d}  {100 * share:6.2f} %  {name}  ({1e3 * seconds:.1f} ms)", flush=True)
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import NoReturn, get_args, get_type_hints
 
+import torch
+
 from empf.data import DATASETS, Augment, DataSpec
 from empf.events import SPLITS
 from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig
@@ -154,6 +156,15 @@ def batch_per_process(joined: int, processes: int) -> int:
             f"continue it with --num_processes {', '.join(fitting[:-1])} or {fitting[-1]}"
         )
     return joined // processes
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError with one sentence unless torch can use the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,7 +17,7 @@ import torch
 
 from empf import runs
 from empf.batches import batches
-from empf.config import Parser, TrainConfig, cpu_threads
+from empf.config import Parser, TrainConfig, check_device, cpu_threads
 from empf.data import load
 from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig, SpikingNetwork, build
 from empf.separability import measure
@@ -204,14 +204,6 @@ def memory_config(args) -> ModelConfig:
         num_classes=args.num_classes, image_size=args.image_size or (48 if events else 32),
         in_channels=2 if events else 3,
     )  # fmt: skip
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
 
 
 def diagnose(args) -> None:
