@@ -47,8 +47,9 @@ def separability(
     x, target = next(iter(batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
     result, samples = measure(model, x, target)
     about = {
-        "run": str(run), "untrained": untrained, "dataset": train.dataset, "split": split, "images": len(target),
-        "seed": seed, "device": device, "model": model.config.to_dict(),
+        "run": run.name, "untrained": untrained, "dataset": train.dataset, "split": split, "images": len(target),
+        "seed": seed, "device": device, "model": model.config.to_dict(), "epochs": train.epochs, "limit": train.limit,
+        "lr": train.lr, "torch": torch.__version__, "commit": runs.git_commit(),
     }  # fmt: skip
     return about | result, samples
 
