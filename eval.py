@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads: on a b
 import torch
 
 import empf
-from bench.machine import machine
 from empf import runs
 from empf.batches import batches as make_batches
 from empf.config import Parser, TrainConfig, check_device, cpu_threads
@@ -32,6 +32,7 @@ from empf.data import load
 from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
 from empf.kernels import backend
+from empf.machine import machine
 
 
 def evaluate(
@@ -41,20 +42,20 @@ def evaluate(
     """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
     if run.is_file():
         model, precision, streaming = load_packed(run, device), "no", False
-        whole, dataset, split = unpack(model).to(device), model.origin.dataset, model.origin.split or TrainConfig.split
+        whole, dataset = unpack(model).to(device), model.origin.dataset
+        frames = {"T": model.config.T, "split": model.origin.split or TrainConfig.split, **model.origin.frames()}
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
     else:
-        training = training_of(run)
-        train = TrainConfig.from_dict(training["train"])
+        train, training = runs.training_of(runs.read_config(run), run), record_of(run)
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
-        streaming, split = train.streaming, train.split
-    _, test = load(
-        dataset, data, limit=limit, device=device, streaming=streaming, T=model.config.T, split=split
-    )  # fmt: skip
+        streaming, frames = train.streaming, train.frames()
+    _, test = load(dataset, data, limit=limit, device=device, streaming=streaming, **frames)
+    check_classes(model.origin.classes if run.is_file() else runs.read_config(run).get("classes", ()), test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
+    packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
         correct_per_step(model, islice(batches, 1))  # warm-up
         start = time.perf_counter()
@@ -69,7 +70,7 @@ def evaluate(
         "images": len(test),
         "accuracy": [100 * c / len(test) for c in correct],
         "file_mb": (run if run.is_file() else run / "model.safetensors").stat().st_size / 1e6,
-        "packed": None if out is None else pack_to_file(model, out, batches),
+        "packed": packed,
         **counted,
         "counted_images": min(len(test), count_batches * batch_size),
         "images_per_s": len(test) / seconds,
@@ -80,11 +81,19 @@ def evaluate(
     }
 
 
-def training_of(run: Path) -> dict:
+def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
+    """Raise ValueError where a class has another label than in training: the accuracy would mean nothing."""
+    for label, name in enumerate(found):
+        if name in trained and name not in trained[label : label + 1]:  # a name may stand for two classes
+            raise ValueError(
+                f"the data give the label {label} to {name!r}, the network was trained with {trained.index(name)}: "
+                "use the classes it was trained on"
+            )
+
+
+def record_of(run: Path) -> dict:
     """Settings, versions and commit of a run, and its epochs; folders are named without their place."""
     config, metrics = runs.read_config(run), run / "metrics.jsonl"
-    if "dataset" not in config["train"]:
-        raise ValueError(f"{run} does not say on which data it was trained: give a run folder")
     try:
         epochs = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     except ValueError as error:
@@ -105,6 +114,7 @@ def table(r: dict) -> str:
     """The result for people."""
     m = r["model"]
     bits = "floating-point" if m["spike_bits"] is None else f"{m['spike_bits']}-bit"
+    bits = "binary" if m["neuron"] == "lif" else bits
     rows = [
         ("run", r["run"]),
         ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
@@ -167,6 +177,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         check_device(device)
         torch.set_num_threads(cpu_threads(args.threads))
+        if args.image is not None or args.stream is not None:
+            left = {"--pack": args.pack, "--json": args.json, "--stream": args.image and args.stream}
+            if wrong := [name for name, value in left.items() if value is not None]:
+                raise ValueError(f"--image and --stream only print what they find: leave out {' and '.join(wrong)}")
         if args.image is not None:
             classify(args.run, args.image, device)
             return
@@ -192,14 +206,19 @@ def classify(file: Path, image: Path, device: str) -> None:
     if file.is_dir():
         raise ValueError(f"--image takes a packed file, and {file} is a folder: make the file with --pack")
     for name, probability in top_classes(load_packed(file, device), image):
-        print(f"{100 * probability:6.2f} %  {name}")
+        print(f"{100 * probability:6.2f} %  {printable(name)}")
+
+
+def printable(name: str) -> str:
+    """A class name of a file that may come from anywhere, without what a terminal would obey or cannot write."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def stream(run: Path, recording: Path, device: str) -> None:
     """Print the prediction after each frame: the class with the largest sum of logits so far."""
     net = load_packed(run, device) if run.is_file() else empf.load(run, device)
     for t, (name, share, seconds) in enumerate(follow(net, recording), 1):
-        print(f"frame {t:3d}  {100 * share:6.2f} %  {name}  ({1e3 * seconds:.1f} ms)", flush=True)
+        print(f"frame {t:3d}  {100 * share:6.2f} %  {printable(name)}  ({1e3 * seconds:.1f} ms)", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import empf
 from empf import config as settings
 from empf import loop, runs
 from empf.batches import batches as make_batches
+from empf.capture import CapturedBackward, check_capture
 from empf.config import TrainConfig
 from empf.data import load
 from empf.evaluate import correct_per_step
@@ -39,7 +40,7 @@ from empf.launch import process_died, start_processes
 from empf.loop import learning_rate, make_optimizer
 from empf.sync_norm import sync_norms
 
-CALIBRATION = 20  # batches of the training set from which Mem-BN takes its running statistics before a test
+CALIBRATION = 20  # batches of training images as they are, from which Mem-BN takes its statistics before a test
 DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
 COMPRESSION = {  # of the gradients: name and options in Accelerate; PowerSGD leaves its first updates as they are
@@ -71,6 +72,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         torch.set_num_threads(settings.cpu_threads(config.threads, accelerator.num_processes))
         if config.grad_compression == "bf16" and accelerator.num_processes > 1:
             raise ValueError("processes on CPUs cannot exchange gradients in bf16: use --grad-compression powersgd")
+    if config.cuda_graphs:
+        drawn = config.steps_per_batch if config.learning == "random" else config.T
+        check_capture(accelerator.device, accelerator.num_processes, config.T, drawn)
     return accelerator
 
 
@@ -86,11 +90,11 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     started_with = processes if state is None else state["processes"]
     batch_size = settings.batch_per_process(config.batch_size * started_with, processes)
     train_set, test_set = load(
-        config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming, T=config.T,
-        split=config.split,
-    )  # fmt: skip
+        config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming, **config.frames()
+    )
     spec, share = train_set.spec, dict(rank=accelerator.process_index, world=processes, workers=config.workers)
     batches = make_batches(train_set, batch_size, train=True, seed=config.seed, augment=config.augment(), **share)
+    plain_batches = make_batches(train_set, batch_size, train=True, seed=config.seed, **share)  # not augmented
     test_batches = make_batches(test_set, max(batch_size, 256), train=False, **share)
 
     # model and optimizer
@@ -139,12 +143,15 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
         if history and at["batch"] == 0:  # the last call may have died between the checkpoint and the results
             save_results(draw=True)
     model = accelerator.prepare(raw)
+    captured = CapturedBackward(model, F.cross_entropy, learning=config.learning) if config.cuda_graphs else None
     if config.tracker:
         accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("empf", config={k: v for k, v in config.to_dict().items() if v is not None})
     accelerator.print(f"{loop.headline(raw)}; {len(train_set)} training, {len(test_set)} test images")
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     accelerator.print(f"{processes} x {device.type}{threads}, kernels: {backend(device)}, run: {run}")
+    for line in loop.without_effect(config, processes, in_memory=not spec.streamed):
+        accelerator.print(line)
 
     def backward(loss: torch.Tensor, size: int) -> None:
         accelerator.backward(loss / size)
@@ -154,6 +161,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     read_every = 1 if processes == 1 and device.type == "cpu" else READ_EVERY
     while at["epoch"] < config.epochs:
         epoch, epoch_start = at["epoch"], time.monotonic() - at["seconds"]
+        begun_by = at.get("begun_by", started_with) if at["batch"] else processes
         meter = loop.Meter(over_processes, at["sums"] if first else [0.0, 0.0, 0.0])  # so that they count once
         model.train()
         batches.set_epoch(epoch)
@@ -161,7 +169,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
             total=len(batches), initial=at["batch"], desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
             disable=not first, dynamic_ncols=True,
         )  # fmt: skip
-        for number, (images, target) in enumerate(batches.iterate(start=at["batch"]), at["batch"] + 1):
+        for number, (images, target) in enumerate(batches.iterate(at["batch"], begun_by), at["batch"] + 1):
             done = epoch * len(batches) + number
             steps = empf.draw_steps(config.T, config.steps_per_batch, config.seed, done - 1)
             size, update = loop.group(number, config.accumulate, len(batches))
@@ -169,10 +177,13 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
                 health.watch(number) if health else nullcontext(),
                 nullcontext() if update else accelerator.no_sync(model),
             ):
-                loss, logits = empf.online_backward(
-                    model, images, target, F.cross_entropy, learning=config.learning, steps=steps,
-                    backward=partial(backward, size=size), no_sync=lambda: accelerator.no_sync(model),
-                )  # fmt: skip
+                if captured is not None and not (health and number in health.looked_at):
+                    loss, logits = captured(images, target, steps=steps, divisor=size)
+                else:
+                    loss, logits = empf.online_backward(
+                        model, images, target, F.cross_entropy, learning=config.learning, steps=steps,
+                        backward=partial(backward, size=size), no_sync=lambda: accelerator.no_sync(model),
+                    )  # fmt: skip
             meter.add(loss, logits, target)
             bar.update()
             if not update:
@@ -180,7 +191,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(config, (done - size) / len(batches))
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=device.type == "cpu")  # see make_optimizer
             if average is not None:
                 average.update_parameters(raw)
 
@@ -197,6 +208,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
                 due = time.monotonic() - last_save >= 60 * config.save_minutes
                 if (stopping or due) and number < len(batches):
                     at = {"epoch": epoch, "batch": number, "sums": [loss_sum, correct, count], "seconds": seconds}
+                    at["begun_by"] = begun_by
                     save()
                     last_save = time.monotonic()
                     if stopping:
@@ -207,10 +219,10 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
 
         # test, record, save
         share_norms = partial(loop.average_norms, mean=partial(over_processes, how="mean"))
-        for network in {raw, evaluated}:
+        for network in [raw] if average is None else [raw, evaluated]:  # in the same order everywhere
             share_norms(network)
         with accelerator.autocast():
-            empf.calibrate(evaluated, (images for images, _ in islice(batches.iterate(), CALIBRATION)))
+            empf.calibrate(evaluated, (images for images, _ in islice(plain_batches, CALIBRATION)))
             share_norms(evaluated)
             right = over_processes(correct_per_step(evaluated, test_batches)).tolist()
         rate = learning_rate(config, epoch + 1)
@@ -249,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         start_processes(sys.argv)
         if resumed is not None:
-            config, run = settings.for_resume(runs.read_config(resumed)["train"], given), Path(resumed)
+            stored = runs.training_of(runs.read_config(resumed), resumed).to_dict()
+            config, run = settings.for_resume(stored, given), Path(resumed)
         else:
             config, run = settings.from_flags(given), None
             if config.output_dir is not None and (Path(config.output_dir) / "config.json").exists():

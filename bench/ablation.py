@@ -8,6 +8,11 @@ A small setting, so that the whole study takes a few CPU hours: CIFAR-100 averag
 images, ResNet-18 at a quarter of its width, 4 epochs, one thread. All variants get the same images in the same order,
 the same learning rate and the same number of updates; accuracy is that on all 10,000 test images after the last time
 step, Mem-BN being calibrated first.
+
+Two things differ from train.py, and stay as they are because all runs of a study must agree: weight decay is on all
+parameters, leaks and thresholds included (train.py: on convolutions and linear layers only), and the learning rate is a
+linear warm-up times a cosine over all updates (train.py: warm-up from 0.01 of it, and only then the cosine), so the two
+schedules share no code.
 Results: `bench/results/ablation/runs.jsonl`, one line per variant and seed.
 """
 
@@ -17,12 +22,14 @@ import math
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
@@ -30,9 +37,13 @@ import empf
 from bench.machine import machine
 from empf.data import Augment, Batches, ImageSet, load
 from empf.evaluate import correct_per_step
-from empf.runs import write_atomic
+from empf.figures import pyplot, save_figure
+from empf.runs import has_matplotlib, write_atomic
 
 OUT = Path(__file__).parent / "results" / "ablation"
+
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 DEFAULT = {
     "neuron": "empf", "weights": "binary", "parallel": 0.0, "seca": 0, "activation": "relu", "spike_bits": None, "T": 4,
@@ -166,8 +177,29 @@ def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet
 
 
 def read(out: Path) -> list[dict]:
+    """The finished runs. An unfinished last line, of a process that was killed while it wrote, is left out.
+
+    Raises ValueError that names the first other line which is not whole.
+    """
     file = out / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    *lines, _ = file.read_text().split("\n")
+    runs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            runs.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is damaged ({error}): delete it, its run is done again") from error
+    return runs
+
+
+def append(out: Path, result: dict) -> None:
+    """Add a line; an unfinished one before it is cut off. Several processes may do this."""
+    with FileLock(out / ".lock"), open(out / "runs.jsonl", "a+b") as f:  # the system frees the lock of a dead process
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(result).encode() + b"\n")
 
 
 def run(study: Study, out: Path, data: str | None, seeds: int, part: tuple[int, int], minutes: float) -> None:
@@ -188,36 +220,78 @@ def run(study: Study, out: Path, data: str | None, seeds: int, part: tuple[int, 
             print("time is over; the same command continues")
             return
         result = train(study, changes, seed, sets) | machine()
-        with open(out / "runs.jsonl", "a") as f:  # one write: lines of several processes do not mix
-            f.write(json.dumps(result) + "\n")
+        append(out, result)
         print(
             f"{result['variant']:50s} seed {seed}  {result['accuracy'][-1]:5.2f} %  {result['cpu_seconds']:.0f} s",
             flush=True,
         )
 
 
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t with so many degrees of freedom, to 0.001; above 10 by an expansion."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def against(runs: dict[int, float], default: dict[int, float]) -> tuple[int, float, float]:
+    """(n, mean, half of the 95 % interval) of the differences of runs with the same seed; by seed, accuracies."""
+    differences = [runs[seed] - default[seed] for seed in sorted(runs.keys() & default.keys())]
+    n = len(differences)
+    if n < 2:
+        return n, differences[0] if n else math.nan, math.nan
+    return n, statistics.mean(differences), t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+
+
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Variant -> n, mean and standard deviation of the accuracy, its means per time step, mean CPU seconds."""
+    """Variant -> n, mean and standard deviation of the accuracy, the means per time step, mean CPU seconds, `against`.
+
+    "against": of the default variant, see `against`.
+    """
     result = {}
-    for name in {r["variant"]: None for r in runs}:
+    last = {}
+    for r in runs:
+        last.setdefault(r["variant"], {})[r["seed"]] = r["accuracy"][-1]
+    for name, by_seed in last.items():
         mine = [r for r in runs if r["variant"] == name]
-        last = [r["accuracy"][-1] for r in mine]
+        values = list(by_seed.values())
         result[name] = {
-            "n": len(mine), "mean": statistics.mean(last), "std": statistics.stdev(last) if len(last) > 1 else math.nan,
+            "n": len(values), "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else math.nan,
             "steps": [statistics.mean(a) for a in zip(*(r["accuracy"] for r in mine), strict=True)],
             "cpu_seconds": statistics.mean(r["cpu_seconds"] for r in mine),
+            "against": against(by_seed, last.get("default", {})),
         }  # fmt: skip
     return result
 
 
-def tables(study: dict, found: dict[str, dict]) -> str:
-    """The report in Markdown."""
+def difference(name: str, r: dict) -> str:
+    """A cell of the report: the difference to the default and what it is worth."""
+    n, mean, half = r["against"]
+    if name == "default":
+        return "-"
+    if n == 0:
+        return "no seed in common"
+    return f"{mean:+.2f}, n = 1: no conclusion" if n == 1 else f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def tables(study: dict, found: dict[str, dict], commits: dict[str, int]) -> str:
+    """The report in Markdown; `commits`: of the code that made the runs, with their numbers."""
+    code = ", ".join(f"{commit} ({count} runs)" for commit, count in commits.items())
     lines = [
         "# Ablation", "",
         f"CIFAR-100 at {study['image_size']}x{study['image_size']}, {study['images']} training images, "
-        f"{study['arch']} x{study['width']}, {study['epochs']} epochs, lr {study['lr']}; test accuracy in %, mean +- "
-        "standard deviation over n seeds; cost: CPU time of training, relative to the default.",
-        "`python bench/ablation.py --data FOLDER && python bench/ablation.py --report`", "",
+        f"{study['arch']} x{study['width']}, {study['epochs']} epochs, batches of {study['batch_size']}, "
+        f"SGD with lr {study['lr']} (warm-up over {100 * study['warmup']:g} % of the updates, cosine over all), weight "
+        f"decay {study['weight_decay']} on all parameters (train.py: on convolutions and linear layers only).", "",
+        "Accuracy: % of the test images, mean +- standard deviation over n seeds. Against the default: mean and 95 % "
+        "interval (t-distribution) of the differences between runs with the same seed; an interval that holds 0 shows "
+        "no difference. Each stands for itself: among many, one in twenty is wrong. Cost: CPU time of training, "
+        "relative to the default.", "",
+        f"Code: {code}. `python bench/ablation.py --data FOLDER && python bench/ablation.py --report`", "",
     ]  # fmt: skip
     for table, rows in TABLES.items():
         lines += [f"## {table}", "", "| variant | accuracy | against the default | cost | n |", "|---|---|---|---|---|"]
@@ -225,20 +299,17 @@ def tables(study: dict, found: dict[str, dict]) -> str:
             if (r := found.get(name_of(changes))) is None:
                 lines.append(f"| {label} | not run | | | 0 |")
                 continue
-            difference, cost = r["mean"] - found["default"]["mean"], r["cpu_seconds"] / found["default"]["cpu_seconds"]
+            cost = r["cpu_seconds"] / found["default"]["cpu_seconds"]
             spread = f" +- {r['std']:.2f}" if r["n"] > 1 else ""
-            lines.append(f"| {label} | {r['mean']:.2f}{spread} | {difference:+.2f} | {cost:.2f} | {r['n']} |")
+            cells = (f"{r['mean']:.2f}{spread}", difference(name_of(changes), r), f"{cost:.2f}", str(r["n"]))
+            lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def plot(found: dict[str, dict], file: Path) -> None:
     """One panel per table: mean and standard deviation of each variant, the default as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     height = -(-len(TABLES) // 3)
     figure, axes = plt.subplots(height, 3, figsize=(15, 3.75 * height), layout="constrained", squeeze=False)
     for ax in axes.flat[len(TABLES) :]:
@@ -252,8 +323,7 @@ def plot(found: dict[str, dict], file: Path) -> None:
         ax.axvline(found["default"]["mean"], color="tab:orange", linewidth=1, linestyle="--")
         ax.invert_yaxis()
         ax.set(title=table, xlabel="test accuracy (%)")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save_figure(plt, figure, file, dpi=110)
 
 
 def report(out: Path) -> None:
@@ -261,10 +331,14 @@ def report(out: Path) -> None:
     if not any(r["variant"] == "default" for r in runs):
         raise ValueError(f"no run of the default variant in {out}: run the study first, without --report")
     found = summary(runs)
-    text = tables(json.loads((out / "study.json").read_text()), found)
+    commits = Counter(r["commit"] or "unknown" for r in runs)
+    text = tables(json.loads((out / "study.json").read_text()), found, commits)
     write_atomic(out / "report.md", text.encode())
-    plot(found, out / "report.png")
     print(text)
+    if has_matplotlib():
+        plot(found, out / "report.png")
+    else:
+        print("no report.png without matplotlib: pip install 'empf[plot]'")
 
 
 def part(text: str) -> tuple[int, int]:
@@ -286,8 +360,10 @@ def main(argv: list[str] | None = None) -> None:
     for field, default in Study().__dict__.items():
         p.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
     args = vars(p.parse_args(argv))
-    torch.set_num_threads(args["threads"])
     try:
+        if min(args["threads"], args["seeds"]) < 1:
+            raise ValueError(f"--threads and --seeds must be at least 1, got {args['threads']} and {args['seeds']}")
+        torch.set_num_threads(args["threads"])
         if args["report"]:
             report(args["out"])
         else:

@@ -6,28 +6,13 @@
     compile_cases("matmul")                                      the same from Python: a list of `Facts`
     compile_cases("matmul", targets=("sm_90",), only=("bf16",))  cases whose name contains one of these
 
-A kernel module (`empf.kernels.<module>`) takes part by defining `aot_cases()`, which returns a list of tuples
-
-    (name, kernel, types, constexprs, options)
-
-    name         str, unique in the module, e.g. "bf16 128x128x64"; tests select by it
-    kernel       the `@triton.jit` function
-    types        {argument: Triton type}: "*bf16", "*i8", "*u8", "*i32", "*fp32", "i32", "i64", "fp32", ...;
-                 None for a pointer argument that the launcher passes as None
-    constexprs   {argument: value}; every argument of the kernel is in exactly one of the two
-    options      {"num_warps": 8, "num_stages": 3}, or a function of the target's backend, "cuda" | "hip", that
-                 returns this. Two more keys, both optional: "targets": a tuple that replaces all four, and "odd":
-                 names of arguments that are not multiples of 16 (by default every pointer and integer is taken as
-                 a multiple of 16, as the launcher would find it for friendly shapes)
-
-It should list what the launcher can choose, from the launcher's own table. Compilation runs in a process of its own,
-because `TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that cannot be
-compiled. The disassembler and assembler are those inside the Triton wheel for Linux.
+The cases of each kernel module (`empf.kernels.<module>`) are those of aot_cases.py. Compilation runs in a process of
+its own, because `TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that
+cannot be compiled. The disassembler and assembler are those inside the Triton wheel for Linux.
 """
 
 import argparse
 import collections
-import importlib
 import json
 import os
 import re
@@ -38,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+from bench.aot_cases import CASES
 
 PROCESSES = 2  # that compile at a time
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -67,8 +55,9 @@ def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: tuple
     `only` keeps the cases whose name contains one of these. Raises RuntimeError, with the compiler's message, where one
     fails.
     """
-    if unknown := [t for t in targets if t not in TARGETS]:
-        raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {', '.join(unknown)}")
+    for what, asked, known in (("modules", modules, CASES), ("targets", targets, TARGETS)):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     options = ["--json", "--targets", *targets, *(["--only", *only] if only else [])]
 
@@ -182,7 +171,7 @@ def _run(modules, targets, only, part) -> list[Facts]:
     """Facts of all cases, or of every PROCESSES-th from number `part` on."""
     listed = []
     for module in modules:
-        for name, kernel, types, constexprs, options in importlib.import_module(f"empf.kernels.{module}").aot_cases():
+        for name, kernel, types, constexprs, options in CASES[module]():
             for target in targets:
                 chosen = options("cuda" if target.startswith("sm_") else "hip") if callable(options) else options
                 if any(text in name for text in only or [""]) and target in chosen.get("targets", TARGETS):
@@ -198,7 +187,9 @@ def _run(modules, targets, only, part) -> list[Facts]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be there.")
-    parser.add_argument("modules", nargs="+", help="modules of empf.kernels, for instance matmul")
+    parser.add_argument(
+        "modules", nargs="+", choices=CASES, metavar="MODULE", help=f"of empf.kernels: {', '.join(CASES)}"
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--only", nargs="+", default=[], help="only cases whose name contains one of these")
     parser.add_argument(

@@ -198,8 +198,8 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the kernels, or without a GPU say what can be known of them.")
-    parser.add_argument("--quick", action="store_true", help="fewer cases or targets, under a minute")
-    parser.add_argument("--json", type=Path, help="write the result here instead of bench/results/")
+    parser.add_argument("--quick", action="store_true", help="a third of the cases; without a GPU one target")
+    parser.add_argument("--json", type=Path, help="write the result here, anywhere, instead of bench/results/")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and HAVE_TRITON
     device = torch.cuda.get_device_name() if gpu else "static"

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import empf
 from empf import recompute
+from empf.capture import CapturedBackward
+from empf.config import TrainConfig
 from empf.data import DATASETS, Augment, Batches, ImageSet
+from empf.loop import make_optimizer
+from empf.neuron import StatefulNeuron, neuron_step
 from empf.synapse import QuantizedWeight
 
-ONE_STEP = ("random", "kept", "authors")  # those that draw a step
-PLAIN = ("kept", "authors")  # those without what the authors do not have: empf.recompute
+AUTHORS = ("authors-order", "authors-loop")
+ONE_STEP = ("random", "kept", *AUTHORS)  # those that draw a step
+PLAIN = ("kept", *AUTHORS)  # those without what the authors do not have: empf.recompute
 IMAGES = 2048  # in the synthetic data set
 AUGMENT = Augment(crop=True, flip=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 LAYOUT_OPS = {"clone", "copy_", "_to_copy", "contiguous"}
@@ -72,7 +78,7 @@ class Loop:
         self.model = make(T=setting.T, width=setting.width, weights=setting.weights, **size).to(setting.device, dtype)
         if setting.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+        self.optimizer = make_optimizer(self.model, TrainConfig(lr=0.01))
         self.batches = self.frames() if events else self.images()
         self.net: nn.Module = self.model
         if setting.compile:
@@ -80,7 +86,20 @@ class Loop:
             self.net = torch.compile(self.model, dynamic=False)
         if setting.bf16:
             self.model.forward = torch.autocast(torch.device(setting.device).type, torch.bfloat16)(self.model.forward)
-        self.graphs: dict[tuple[str, int], tuple] = {}
+        self.captured: dict[str, CapturedBackward] = {}
+
+    @cached_property
+    def plain(self) -> "Loop":
+        """The same, as the authors run it: torch's default layout, and neurons of plain operations."""
+        loop = Loop(replace(self.setting, channels_last=False, compile=False, cuda_graph=False), self.dtype)
+        for neuron in loop.model.modules():
+            if isinstance(neuron, StatefulNeuron):
+                write_out(neuron)
+        return loop
+
+    def of(self, variant: str) -> "Loop":
+        """The loop that runs a variant."""
+        return self.plain if variant == "authors-loop" else self
 
     def images(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Random pictures, augmented as train.py does, on the device."""
@@ -122,7 +141,7 @@ class Loop:
 
         learning = "random" if variant in ONE_STEP else variant
         with recompute.enabled(variant not in PLAIN):
-            if variant == "authors":
+            if variant in AUTHORS:
                 return authors_order(self.net, x, target, criterion, t, backward)
             return empf.online_backward(
                 self.net, x, target, criterion, learning=learning, steps=[t], backward=backward
@@ -131,34 +150,37 @@ class Loop:
     def update(self, variant: str, t: int, lap=lambda name: None) -> None:
         x, target = next(self.batches)
         lap("data")
-        if self.setting.cuda_graph and variant != "authors":
+        if self.setting.cuda_graph and variant not in AUTHORS:
             self.replay(variant, t, x, target)
             lap("forward and backward")
         else:
             self.gradients(variant, t, x, target, lap)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.setting.cuda_graph)
+        self.optimizer.zero_grad(set_to_none=self.setting.device == "cpu")
         lap("optimizer")
 
     def replay(self, variant: str, t: int, x: Tensor, target: Tensor) -> None:
-        """`gradients` as one CUDA graph per variant and t*, captured when it is first wanted."""
-        if (variant, t) not in self.graphs:
-            static = x.clone(), target.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # makes `.grad`, which all graphs then share
-                    self.gradients(variant, t, *static)
-            torch.cuda.current_stream().wait_stream(side)
-            self.optimizer.zero_grad(set_to_none=False)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.gradients(variant, t, *static)
-            self.graphs[variant, t] = graph, static
-        graph, static = self.graphs[variant, t]
-        for to, value in zip(static, (x, target), strict=True):
-            to.copy_(value)
-        graph.replay()
+        """`gradients` as one CUDA graph per variant and t*."""
+        if variant not in self.captured:
+            learning = "random" if variant in ONE_STEP else variant
+            self.captured[variant] = CapturedBackward(self.model, F.cross_entropy, learning=learning)
+        with recompute.enabled(variant not in PLAIN):
+            self.captured[variant](x, target, steps=[t])
+
+
+def write_out(neuron: StatefulNeuron) -> None:
+    """Let a neuron compute its steps by the operations of its definition, none of them fused or done by a kernel."""
+
+    def forward(current: Tensor) -> Tensor:
+        steps, spikes = neuron.advance(current), []
+        v = torch.zeros((), dtype=current.dtype, device=current.device) if neuron.v is None else neuron.v
+        for t, current_t in zip(range(steps.start, steps.stop), current, strict=True):
+            s, v = neuron_step(current_t, v.detach(), neuron.leak[t], neuron.threshold[t], F.relu)
+            spikes.append(s)
+        neuron.v = v.detach()
+        return spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.stack(spikes)
+
+    neuron.forward, neuron.takes = forward, lambda norm, x: False
 
 
 def authors_order(model: nn.Module, x: Tensor, target: Tensor, criterion, t: int, backward=Tensor.backward) -> Tensor:

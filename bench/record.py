@@ -6,12 +6,14 @@
     python bench/record.py --smoke                         all of it within two minutes on a CPU, on a tiny network
 
 Training is that of train.py, in runs/record-WEIGHTS: at the end of a slice, on Ctrl-C and on SIGTERM it saves; after
-a crash it continues from its last checkpoint. Then eval.py packs the network and evaluates the packed file on the whole
-test set. Writes bench/results/record-WEIGHTS.json (--smoke: beside the run, on random pictures unless --data is given).
+a crash it continues from its last checkpoint. The folder may be carried to another machine between two slices. Then
+eval.py packs the network and evaluates the packed file on the whole test set. Writes bench/results/record-WEIGHTS.json
+(--smoke: beside the run, on random pictures unless --data is given).
 """
 
 import ctypes
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -20,6 +22,8 @@ import time
 from io import BytesIO
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads: on a busy machine, long spinning crawls
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
@@ -27,6 +31,7 @@ from bench.machine import machine
 from empf.config import Parser
 from empf.data import DATASETS
 from empf.runs import read_config, write_atomic
+from eval import main as eval_main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -104,7 +109,7 @@ def evaluate(run: Path, recipe: dict, data: str | None) -> dict:
     found = {}
     for name, arguments in (("run", [str(run), "--pack", str(packed)]), ("packed", [str(packed)])):
         file = run / f"eval-{name}.json"
-        call("eval.py", *arguments, *where, "--json", str(file))
+        eval_main([*arguments, *where, "--json", str(file)])
         found[name] = json.loads(file.read_text())
     config, history, result = read_config(run), epochs(run), found["packed"]
     return {

@@ -2,7 +2,7 @@
 
     python bench/scaling.py             ResNet-18 and ResNet-34 on 1 to 1,024 GPUs; bench/results/scaling.json
     python bench/scaling.py --flops 2e14 --network 25 --sync-bn
-    python bench/scaling.py --check     two CPU processes: counted bytes, measured efficiency
+    python bench/scaling.py --check     one and two CPU processes: counted bytes, measured efficiency
 
 Counted, on torch's meta device: operations of convolutions and matrix products of an update with one random step (mean
 over t*), and after which of them each gradient is complete. Exchanged by data-parallel training: the gradient of every
@@ -128,10 +128,11 @@ def report(r: dict) -> str:
 # ---- against reality, with two processes
 
 
-def counting_hook(sent: Counter, bucket):
+def counting_hook(state: tuple[Counter, dist.ProcessGroup], bucket):
     """A communication hook of DDP: counts what it sends."""
+    sent, group = state
     sent.update(bytes=bucket.buffer().nbytes, buckets=1)
-    return allreduce_hook(None, bucket)
+    return allreduce_hook(group, bucket)
 
 
 def seconds_of(call, repeats: int) -> float:
@@ -144,46 +145,58 @@ def seconds_of(call, repeats: int) -> float:
     return statistics.median(times)
 
 
+def data_parallel(config: ModelConfig, group: dist.ProcessGroup, sent: Counter):
+    """A new network on the processes of a group, which counts what it sends, and its optimizer."""
+    torch.manual_seed(0)
+    model = build(config).to(memory_format=torch.channels_last).train()
+    parallel = DistributedDataParallel(
+        model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+    )  # fmt: skip
+    parallel.register_comm_hook((sent, group), counting_hook)
+    return parallel, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+
 def worker(width: float, batch_size: int, rounds: int) -> None:
     """One of two processes: counts and times updates; rank 0 prints the result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, p = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    config = ModelConfig(width=width, T=2, image_size=32)
-    model = build(config).to(memory_format=torch.channels_last).train()
-    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    sent = Counter()
-    parallel.register_comm_hook(sent, counting_hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    config, sent = ModelConfig(width=width, T=2, image_size=32), Counter()
+    single = dist.new_group([0])  # both processes have to ask for it
+    both = parallel, _ = data_parallel(config, dist.group.WORLD, sent)
+    one = data_parallel(config, single, Counter()) if rank == 0 else None
     x = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     target = torch.arange(batch_size) % 10
 
-    def updates():
+    def updates(model, optimizer):
         for t in range(1, config.T + 1):
-            empf.online_backward(parallel, x, target, F.cross_entropy, steps=[t])
+            empf.online_backward(model, x, target, F.cross_entropy, steps=[t])
             optimizer.step()
             optimizer.zero_grad()
 
-    def timed(call) -> float:
+    def timed(trained) -> float:
         start = time.perf_counter()
-        call()
+        updates(*trained)
         return (time.perf_counter() - start) / config.T
 
-    updates()  # warm-up; DDP forms its buckets anew after the first update
+    updates(*both)  # warm-up; DDP forms its buckets anew after the first update
+    if one:
+        updates(*one)
     sent.clear()
-    updates()
+    updates(*both)
     found = {name: number / config.T for name, number in sent.items()}
-    times = {"alone": [], "beside": [], "exchanging": []}
+    times = {"alone": [], "training alone": [], "beside": [], "exchanging": []}
     for _ in range(rounds):
         for name, seconds in times.items():
             dist.barrier()
             if name == "exchanging":
-                seconds.append(timed(updates))
-            elif name == "beside" or rank == 0:
+                seconds.append(timed(both))
+            elif name == "training alone" and one:
+                seconds.append(timed(one))
+            elif name == "beside" or name == "alone" and one:
                 with parallel.no_sync():
-                    seconds.append(timed(updates))
-    size = sum(q.numel() * q.element_size() for q in model.parameters())
+                    seconds.append(timed(both))
+    size = sum(q.numel() * q.element_size() for q in parallel.parameters())
     large, small = torch.zeros(size // 4), torch.zeros(SCALARS // 4)
     hop = seconds_of(lambda: dist.all_reduce(small), 21) / (2 * (p - 1))
     rate = 2 * (p - 1) / p * size / max(seconds_of(lambda: dist.all_reduce(large), 11) - 2 * (p - 1) * hop, 1e-9)
@@ -193,9 +206,10 @@ def worker(width: float, batch_size: int, rounds: int) -> None:
 
 
 def check(width: float, batch_size: int, rounds: int) -> dict:
-    """Counted against predicted bytes, measured against predicted efficiency, on two CPU processes of one thread.
+    """Counted against predicted bytes, measured against predicted efficiency: one and two CPU processes of one thread.
 
-    alone: one process works, the other waits; beside: both work, without exchange; exchanging: both train together.
+    alone: one process works without exchange, the other waits; training alone: it trains as data-parallel training with
+    one process does; beside: both work, without exchange; exchanging: both train together.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     options = ["--worker", "--width", str(width), "--images", str(batch_size), "--rounds", str(rounds)]
@@ -205,7 +219,12 @@ def check(width: float, batch_size: int, rounds: int) -> dict:
         raise ValueError(f"the two processes failed: {done.stderr.strip()[-500:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     work = count(ModelConfig(width=width, T=2, image_size=32), batch_size)
-    beside = statistics.median(found["seconds"]["beside"])
+    seconds = found["seconds"]
+    beside = statistics.median(seconds["beside"])
+
+    def ratio(part: str, whole: str) -> dict:
+        return spread(a / b for a, b in zip(seconds[part], seconds[whole], strict=True))
+
     links = Links(
         flops=(work.forward + work.backward) / beside, node=found["gb_per_s"], per_node=2, latency=found["hop"]
     )  # fmt: skip
@@ -214,16 +233,21 @@ def check(width: float, batch_size: int, rounds: int) -> dict:
         "bytes": {"predicted": work.bytes, "counted": found["counted"]["bytes"]},
         "buckets": {"predicted": len(buckets(work.gradients)), "counted": found["counted"]["buckets"]},
         "gloo": {"gb_per_s": found["gb_per_s"], "seconds_per_hop": found["hop"]},
-        "ms_per_update": {name: spread(1e3 * s for s in seconds) for name, seconds in found["seconds"].items()},
-        "efficiency": {
-            # gloo needs the very cores that compute, so nothing overlaps
-            "predicted": predict(work, 2, links, overlap=False)["efficiency"],
-            "measured": spread(
-                b / e for b, e in zip(found["seconds"]["beside"], found["seconds"]["exchanging"], strict=True)
-            ),
-            "measured_against_one_process": spread(
-                a / e for a, e in zip(found["seconds"]["alone"], found["seconds"]["exchanging"], strict=True)
-            ),
+        "ms_per_update": {name: spread(1e3 * s for s in times) for name, times in seconds.items()},
+        "images_per_s": {
+            "1": batch_size / statistics.median(seconds["training alone"]),
+            "2": 2 * batch_size / statistics.median(seconds["exchanging"]),
+        },
+        "efficiency": {  # gloo needs the very cores that compute, so nothing overlaps
+            "1": {
+                "predicted": predict(work, 1, links, overlap=False)["efficiency"],
+                "measured": ratio("alone", "training alone"),
+            },
+            "2": {
+                "predicted": predict(work, 2, links, overlap=False)["efficiency"],
+                "measured": ratio("beside", "exchanging"),
+                "measured_against_one_process": ratio("alone", "exchanging"),
+            },
         },
     }  # fmt: skip
     if result["bytes"]["predicted"] != result["bytes"]["counted"]:
@@ -239,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--per-node", type=int, default=Links.per_node, help="GPUs in a node (default: %(default)s)")
     p.add_argument("--latency", type=float, default=Links.latency, help="seconds per hop (default: %(default)g)")
     p.add_argument("--sync-bn", action="store_true", help="with synchronised batch norms")
-    p.add_argument("--check", action="store_true", help="compare with two CPU processes")
+    p.add_argument("--check", action="store_true", help="compare with one and two CPU processes")
     p.add_argument("--rounds", type=int, default=7, help="of --check (default: %(default)s)")
     p.add_argument("--width", type=float, default=0.5, help="of the network of --check (default: %(default)s)")
     p.add_argument("--images", type=int, default=16, help="per process in --check (default: %(default)s)")

@@ -4,16 +4,19 @@
     python bench/train.py --device cuda --width 1 --bf16 --cuda-graph      or --compile
     python bench/train.py --threads 1 --cpu-time --repeats 3               on a busy machine: counts CPU seconds
 
-    random    our loop: the steps before t* as one folded batch without gradient, stem and synapses formed once
-    kept      the same, but no activation is made again in the backward pass (empf.recompute switched off)
-    authors   as kept, but one time step after another through the whole network, stem and synapses anew in each
-    every     every step back-propagated by itself
-    stbp      back-propagated through time
+    random          our loop: the steps before t* as one folded batch without gradient, stem and synapses formed once
+    kept            the same, but no activation is made again in the backward pass (empf.recompute switched off)
+    authors-order   as kept, but in the authors' order: one time step after another through the whole network, stem and
+                    synapses anew in each; in our memory layout and with our modules
+    authors-loop    that order as the authors run it: in torch's default layout (N, C, H, W), the neuron in plain
+                    operations, no kernels
+    every           every step back-propagated by itself
+    stbp            back-propagated through time
 
-t* is uniform over 1..T, so `random`, `kept` and `authors` are timed at each t* equally often. Before anything is timed
-their gradients and running statistics are compared, in float64 and in the precision that is timed, and those of `every`
-with the mean over t*. An update is: a batch with the augmentation of train.py, gradients, SGD with momentum. The
-variants take turns, and ratios are taken within a turn. Writes bench/results/train-cpu.json or train-cuda.json.
+t* is uniform over 1..T, so the first four are timed at each t* equally often. Before anything is timed their gradients
+and running statistics are compared, in float64 and in the precision that is timed, and those of `every` with the mean
+over t*. An update is: a batch with the augmentation of train.py, gradients, SGD with momentum. The variants take turns,
+and ratios are taken within a turn. Writes bench/results/train-cpu.json or train-cuda.json.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 import empf
-from bench.loops import PLAIN, Loop, Setting, Stopwatch, Watch
+from bench.loops import ONE_STEP, PLAIN, Loop, Setting, Stopwatch, Watch
 from bench.machine import machine, spread
 from empf import recompute
 from empf.config import Parser, cpu_threads
@@ -45,7 +48,7 @@ from empf.memory import saved_for_backward
 from empf.models import ARCHS, WEIGHTS
 from empf.runs import write_atomic
 
-VARIANTS = ("random", "kept", "authors", "every", "stbp")
+VARIANTS = ("random", "kept", "authors-order", "authors-loop", "every", "stbp")
 
 
 # ---- what is checked before anything is timed
@@ -53,9 +56,11 @@ VARIANTS = ("random", "kept", "authors", "every", "stbp")
 
 def run_once(loop: Loop, variant: str, t: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients and running statistics, each as one vector; running statistics are put back."""
+    loop, (x, target) = loop.of(variant), batch
+    x = x if loop.setting.channels_last else x.contiguous()
     before = [b.clone() for b in loop.model.buffers()]
     loop.model.zero_grad()
-    loop.gradients(variant, t, *batch)
+    loop.gradients(variant, t, x, target)
     gradients = torch.cat([p.grad.flatten() for p in loop.model.parameters()])
     running = torch.cat([b.flatten() for b in loop.model.buffers()])
     with torch.no_grad():
@@ -75,7 +80,7 @@ def compare(loop: Loop, images: int) -> dict[str, float]:
     batch = (x[:images], target[:images]) if x.dim() == 4 else (x[:, :images], target[:images])
     ours = [run_once(loop, "random", t, batch) for t in loop.steps("random")]
     result = {}
-    for variant in ("kept", "authors"):
+    for variant in ONE_STEP[1:]:
         pairs = [
             zip(run_once(loop, variant, t, batch), one, strict=True)
             for t, one in zip(loop.steps(variant), ours, strict=True)
@@ -125,7 +130,7 @@ def in_turns(loop: Loop, repeats: int, clock: Callable[[], float], laps: bool) -
             for t in loop.steps(variant):
                 stopwatch = Stopwatch(loop.setting.device, clock)
                 for _ in range(updates):
-                    loop.update(variant, t, stopwatch.lap if laps else lambda name: None)
+                    loop.of(variant).update(variant, t, stopwatch.lap if laps else lambda name: None)
                 stopwatch.lap("rest")
                 seconds = stopwatch.seconds
                 first = first or seconds["forward"]
@@ -139,7 +144,7 @@ def in_turns(loop: Loop, repeats: int, clock: Callable[[], float], laps: bool) -
 
 def operations(loop: Loop, variant: str) -> float:
     """Floating-point operations of the convolutions and matrix products of one update, mean over t*."""
-    counts = []
+    counts, loop = [], loop.of(variant)
     for t in loop.steps(variant):
         with FlopCounterMode(display=False) as counter:
             loop.gradients(variant, t, *next(loop.batches))
@@ -163,6 +168,7 @@ def largest_rate(setting: Setting, clock: Callable[[], float], n: int = 1024) ->
 
 def saved(loop: Loop, variant: str) -> dict[str, int]:
     """Bytes kept for the backward pass and in membrane potentials, at the most expensive t*."""
+    loop = loop.of(variant)
     x, _ = next(loop.batches)
     T, through_time = loop.setting.T, variant == "stbp"
     run = {"past": 0, "steps": T} if through_time else {"past": T - 1, "steps": 1}
@@ -192,7 +198,7 @@ def cpu_peak() -> Iterator[Callable[[], int]]:
 
 def peak_alone(setting: Setting, variant: str) -> int:
     """Peak memory of one update at t* = T beyond what stays allocated between updates, in bytes."""
-    loop = Loop(setting)
+    loop = Loop(setting).of(variant)
     loop.update("random", 1)  # makes the momentum
     if torch.device(setting.device).type == "cuda":
         loop.update(variant, loop.steps(variant)[-1])
@@ -275,14 +281,14 @@ def report(r: dict) -> str:
         f"{s['arch']} x{s['width']:g}, T = {s['T']}, batch {s['batch_size']}, {s['weights']} weights, "
         f"{m.get('gpu', m['cpu'])}, "
         f"{m['threads']} threads; median [quartiles] of {r['repeats']} turns, clock: {r['clock']}",
-        f"{'':8s} {'images/s':>24s} {'random is':>10s} {'saved':>9s} {'peak':>9s}  ms per update",
+        f"{'':13s} {'images/s':>24s} {'random is':>10s} {'saved':>9s} {'peak':>9s}  ms per update",
     ]
     for name, v in r["variants"].items():
         low, high = v["images_per_s"]["quartiles"]
         ratio = r["speed_of_random_over"].get(name, {"median": 1})["median"]
         peak_mb = "" if v["bytes"]["peak"] is None else f"{v['bytes']['peak'] / 1e6:.1f} MB"
         lines.append(
-            f"{name:8s} {v['images_per_s']['median']:8.1f} [{low:.1f}, {high:.1f}] {ratio:9.2f}x "
+            f"{name:13s} {v['images_per_s']['median']:8.1f} [{low:.1f}, {high:.1f}] {ratio:9.2f}x "
             f"{v['bytes']['saved'] / 1e6:6.1f} MB {peak_mb:>9s}  "
             + ", ".join(f"{part} {ms:.1f}" for part, ms in v["ms_per_update"].items())
             + f"; {100 * v['share_of_limit']:.0f} % of a matrix product's FLOP/s"

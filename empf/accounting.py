@@ -3,7 +3,8 @@
 params   convolution and linear weights and biases, MB = 10^6 bytes; binary 1 bit, ternary 2 bits, the rest 32
 NOPs     neuron operations per image: vanilla neuron T MUL + 2T ADD, parallel neuron T ADD
 SOPs     additions caused by non-zero spikes through non-zero weights, counted exactly, per image over T steps
-energy   0.9 pJ per SOP of 32 bits, times n/32 with n-bit spikes; 4.6 pJ per MAC of the full-precision layers
+energy   0.9 pJ per SOP of 32 bits, times n/32 with n-bit spikes (those of LIF have 1 bit); 4.6 pJ per MAC of the
+         full-precision layers
          (45 nm, Horowitz 2014)                                               arXiv 2410.07547, sec. 5
 """
 
@@ -42,11 +43,8 @@ class Probe:
 
 
 @torch.no_grad()
-def account(model: SpikingNetwork, image_size: int | None = None) -> dict:
-    """Size and neuron operations: {"neurons", "nops", "params_full_mb", "params_mb"}.
-
-    `image_size` defaults to the one of the model's configuration. The model's state is reset.
-    """
+def account(model: SpikingNetwork) -> dict:
+    """Size and neuron operations: {"neurons", "nops", "params_full_mb", "params_mb"}. The model's state is reset."""
     full_bits = stored_bits = 0
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d):
@@ -56,8 +54,6 @@ def account(model: SpikingNetwork, image_size: int | None = None) -> dict:
             stored_bits += bits * module.weight.numel() + 32 * bias
 
     c = model.config
-    if image_size not in (None, c.image_size):
-        raise ValueError(f"the model is built for images of {c.image_size} pixels, not {image_size}")
     counts = []
 
     def count(neuron, inputs, spikes: Tensor) -> None:
@@ -126,7 +122,7 @@ def spike_account(model: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]
     if totals["images"] == 0:
         raise ValueError("no images to count the spikes of: give at least one batch")
     sops, mac = totals["sops"] / totals["images"], totals["macs"] / totals["images"]
-    bits = model.config.spike_bits or 32
+    bits = 1 if model.config.neuron == "lif" else model.config.spike_bits or 32
     return account(model) | {
         "sops": sops,
         "energy_mj": sops * PJ_PER_SOP * bits / 32 * 1e-9,

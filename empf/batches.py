@@ -30,21 +30,23 @@ class Augment:
     """What is done to training images, in this order. Everything is off by default.
 
     `crop`: shift by up to the dataset's `crop_padding` pixels, black beyond the border. `flip`: mirror left to right
-    with probability 1/2, where that keeps the class. `cutout`: side in pixels of a square at a uniform centre that is
-    set to the mean colour. `mixup`, `cutmix`: alpha of the Beta(alpha, alpha) that draws the share of the image itself;
-    the rest comes from the image at the mirrored place of the joined batch; where both are on, each batch gets one of
-    them with probability 1/2. `label_smoothing`: share of the target spread evenly over all classes.
+    with probability 1/2, where that keeps the class. `roll`: of events alone, see `EventAugment`. `cutout`: side in
+    pixels of a square at a uniform centre that is set to the mean colour. `mixup`, `cutmix`: alpha of the
+    Beta(alpha, alpha) that draws the share of the image itself; the rest comes from the image at the mirrored place of
+    the joined batch; where both are on, each batch gets one of them with probability 1/2. `label_smoothing`: share of
+    the target spread evenly over all classes.
     """
 
     crop: bool = False
     flip: bool = False
+    roll: int = 0
     cutout: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("cutout", "mixup", "cutmix", "label_smoothing"):
+        for name in ("roll", "cutout", "mixup", "cutmix", "label_smoothing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.label_smoothing > 1:
@@ -68,19 +70,18 @@ class ImageBatches:
         rank: int = 0,
         world: int = 1,
         augment: Augment | None = None,
-        drop_last: bool = True,
     ) -> None:
         if batch_size < 1 or seed < 0 or not 0 <= rank < world:
             raise ValueError(
                 f"needs batch_size >= 1, seed >= 0 and 0 <= rank < world, got {batch_size=}, {seed=}, {rank=}, {world=}"
             )
-        if train and len(data) < batch_size * world and (drop_last or len(data) < world):
+        if train and len(data) < batch_size * world:
             raise ValueError(
                 f"{len(data)} training images do not fill one batch of {batch_size * world}: "
                 "use a smaller --batch-size or a larger --limit"
             )
         self.data, self.batch_size, self.train, self.seed = data, batch_size, train, seed
-        self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.rank, self.world = rank, world
         self.augment = augment or Augment()
         self.epoch = 0
         mean, std = (
@@ -97,14 +98,16 @@ class ImageBatches:
         if not self.train:
             first, last = self._share(len(self.data))
             return -(-(last - first) // self.batch_size)
-        full, rest = divmod(len(self.data), self.batch_size * self.world)
-        return full + (not self.drop_last and rest >= self.world)
+        return len(self.data) // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.iterate()
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from number `start` of the present epoch on."""
+    def iterate(self, start: int = 0, begun_by: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from number `start` of the present epoch on.
+
+        `begun_by`: processes that began the epoch, where they were not `world`; their joined batches were as large.
+        """
         raise NotImplementedError
 
     def _share(self, count: int) -> tuple[int, int]:
@@ -153,14 +156,14 @@ class Batches(ImageBatches):
     and mixed the same way. Everything drawn is a pure function of (seed, epoch, number of the batch), so
     `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly. Targets are int64 [B], or float32
     [B, classes] if `augment` mixes images or smooths labels. The rest of the images that does not fill a joined batch
-    is left out, or is one more, smaller batch with `drop_last=False`.
+    is left out.
 
     Test: images in their order, not augmented, targets int64 [B]. Each rank gets one contiguous part, every image in
     exactly one of them; the parts differ by at most one image and the last batch may be smaller, so ranks may differ
     by one in their number of batches: reduce over processes after the loop, not inside it.
     """
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, start: int = 0, begun_by: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.train:
             first, last = self._share(len(self.data))
             for at in range(first + start * self.batch_size, last, self.batch_size):
@@ -224,13 +227,15 @@ def batches(
     """Batches of what `empf.data.load` returns, of the kind that fits it; all kinds are used alike.
 
     `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take `crop`,
-    `flip` and `label_smoothing`; ValueError where it asks for the others.
+    `flip`, `roll` and `label_smoothing`, images all but `roll`; ValueError where it asks for the others.
     """
     options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
-    if isinstance(data, ImageSet):
-        return Batches(data, batch_size, **options)
     from empf.shards import StreamSet
 
+    if isinstance(data, ImageSet | StreamSet) and augment is not None and augment.roll:
+        raise ValueError("roll is for events, not for images: set it to 0")
+    if isinstance(data, ImageSet):
+        return Batches(data, batch_size, **options)
     if isinstance(data, StreamSet):
         from empf.streaming import StreamBatches
 
@@ -242,5 +247,6 @@ def batches(
         if wrong:
             raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
         crop = data.spec.crop_padding if augment.crop else 0
-        options["augment"] = EventAugment(flip=augment.flip, crop=crop, label_smoothing=augment.label_smoothing)
+        kept = dict(flip=augment.flip, roll=augment.roll, label_smoothing=augment.label_smoothing)
+        options["augment"] = EventAugment(crop=crop, **kept)
     return EventBatches(data, batch_size, **options)

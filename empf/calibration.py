@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from empf.models import StepBatchNorm
 from empf.neuron import EMPFNeuron
 from empf.online import reset
+from empf.restore import restored
 
 
 @torch.no_grad()
@@ -25,21 +26,13 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn]
     if not neurons:
         return
-    norms = [m for m in model.modules() if isinstance(m, StepBatchNorm)]
-    training, frozen, momentum = model.training, [n.frozen_norm for n in norms], neurons[0].momentum
-    model.train()
-    try:
-        for norm in norms:
-            norm.frozen_norm = True
+    with restored(model, values=False):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, StepBatchNorm):
+                module.frozen_norm = True
         for number, batch in enumerate(images, 1):
             for neuron in neurons:
                 neuron.momentum = 1 / number
             reset(model)
             model(batch)
-    finally:
-        for norm, was in zip(norms, frozen, strict=True):
-            norm.frozen_norm = was
-        for neuron in neurons:
-            neuron.momentum = momentum
-        reset(model)
-        model.train(training)

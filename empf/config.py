@@ -1,17 +1,17 @@
 """One frozen dataclass is the configuration of a training run, its command line and its metadata in the checkpoint."""
 
 import argparse
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from types import UnionType
-from typing import NoReturn, get_args, get_type_hints
+from typing import NoReturn
 
 import torch
 
+from empf.aedat import ORIENTATIONS
 from empf.data import DATASETS, Augment, DataSpec
+from empf.event_frames import BINS, RESIZES
 from empf.events import SPLITS
-from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig
+from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
 
@@ -48,6 +48,9 @@ class TrainConfig:
     streaming: bool = setting(False, "read imagenet1k over the network while training, instead of a download before")
     workers: int = setting(0, "processes that read and decode what does not fit in memory; 0: training itself does")
     split: str = setting("first900", "which recordings of dvs-cifar10 are for testing", tuple(SPLITS))
+    frames_by: str = setting("count", "what the T frames of a recording share equally: its events or its time", BINS)
+    orientation: str = setting("transposed", "how x and y of AEDAT 2.0 recordings are read", tuple(ORIENTATIONS))
+    resize: str = setting("area", "of event frames; 8bit: with the flaws of the literature, to compare", RESIZES)
     arch: str = setting("resnet18", "network", ARCHS)
     width: float = setting(1.0, "multiplier of all channel counts")
     T: int = setting(4, "time steps")
@@ -57,6 +60,7 @@ class TrainConfig:
     seca: int = setting(0, "channel attention", (0, 1, 2))
     spike_bits: int | None = setting(None, "n-bit spikes, 1..8; without it spikes are floating point")
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
+    per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")
     learning: str = setting("random", "which steps are back-propagated", LEARNING)
     steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
     epochs: int = setting(300, "passes over the training set")
@@ -66,6 +70,7 @@ class TrainConfig:
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr; then cosine to 0")
     crop: bool = setting(True, "random crop after zero padding")
     flip: bool = setting(True, "random horizontal flip")
+    roll: int = setting(0, "events only: pixels of a random shift, what leaves on one side comes back; 0 is off")
     cutout: int = setting(0, "side of the square cut out, in pixels; 0 is off")
     mixup: float = setting(0.8, "alpha of mixup; 0 is off")
     cutmix: float = setting(1.0, "alpha of cutmix; 0 is off; with mixup, one of the two per batch")
@@ -80,6 +85,7 @@ class TrainConfig:
     )
     health: bool = setting(True, "look at a few batches per epoch and warn of layers that cannot learn")
     mixed_precision: str = setting("no", "arithmetic of the activations", ("no", "bf16"))
+    cuda_graphs: bool = setting(False, "record the kernels of an update once and replay them; one GPU, less Python")
     threads: int = setting(0, "CPU threads per process; 0: the cores divided by the processes")
     output_dir: str | None = setting(None, "run folder; default: the first free runs/DATASET-ARCH[-N]")
     save_minutes: float = setting(10.0, "also save within an epoch after so many minutes")
@@ -87,18 +93,16 @@ class TrainConfig:
     tracker: str | None = setting(None, "also log to a tracker of Accelerate, e.g. tensorboard")
 
     def __post_init__(self):
+        check_types(self)
         for f in fields(self):
-            value, types = getattr(self, f.name), field_types(type(self), f.name)
-            if type(value) not in types and not (type(value) is int and float in types):
-                raise ValueError(f"{f.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
+            value = getattr(self, f.name)
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{f.name} must be a finite number, got {value}")
         at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1)
         at_least |= dict(
-            seed=0, threads=0, workers=0, weight_decay=0, warmup_epochs=0, cutout=0, mixup=0, cutmix=0, save_minutes=0
-        )
+            seed=0, threads=0, workers=0, weight_decay=0, warmup_epochs=0, roll=0, cutout=0, mixup=0, cutmix=0,
+            save_minutes=0,
+        )  # fmt: skip
         for name, bound in at_least.items():
             if (value := getattr(self, name)) is not None and not value >= bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
@@ -111,12 +115,25 @@ class TrainConfig:
             )
         if self.steps_per_batch > self.T:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
+        if self.steps_per_batch > 1 and self.learning != "random":
+            raise ValueError(f"steps_per_batch is for the learning mode random, not for {self.learning}: leave it out")
+        if DATASETS[self.dataset].channels != 2:
+            for name in ("split", "frames_by", "orientation", "resize"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"{name} is for events, not for the images of {self.dataset}: leave --{flag} out")
         self.model()  # checks the flags of the network before the data are read
 
     def augment(self) -> Augment:
         """What is done to the training images."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(Augment)}
         return Augment(**{name: getattr(self, name) for name in shared})
+
+    def frames(self) -> dict[str, int | str]:
+        """How recordings of events become frames, and which are for testing; keywords of `empf.data.load`."""
+        return dict(
+            T=self.T, split=self.split, by=self.frames_by, orientation=self.orientation, resize=self.resize
+        )  # fmt: skip
 
     def model(self, spec: DataSpec | None = None) -> ModelConfig:
         """The configuration of the network that fits the data set; `spec`: as it was found, if not as it is known."""
@@ -136,14 +153,14 @@ class TrainConfig:
         return cls(**values)
 
 
-def field_types(cls, name: str) -> tuple[type, ...]:
-    hint = get_type_hints(cls)[name]
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
 def cpu_threads(threads: int, processes: int = 1) -> int:
-    """`threads`, or if that is 0 the share of one of `processes` in the cores this process may use."""
+    """`threads`, or if that is 0 the share of one of `processes` in the cores this process may use.
+
+    Raises ValueError for more threads than cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        raise ValueError(f"{threads} threads are more than the {cores} cores of this process: use --threads 0")
     return threads or max(1, cores // processes)
 
 
@@ -197,7 +214,9 @@ def from_flags(given: dict) -> TrainConfig:
 
 
 # These leave the numbers alone.
-RESUME_MAY_CHANGE = ("data", "streaming", "workers", "threads", "save_minutes", "max_steps", "tracker", "health")
+RESUME_MAY_CHANGE = (
+    "data", "streaming", "workers", "cuda_graphs", "threads", "save_minutes", "max_steps", "tracker", "health",
+)  # fmt: skip
 
 
 def for_resume(stored: dict, given: dict) -> TrainConfig:

@@ -46,6 +46,8 @@ def load(
     T: int = 10,
     split: str = "first900",
     by: str = "count",
+    orientation: str = "transposed",
+    resize: str = "area",
 ) -> "tuple[ImageSet, ImageSet] | tuple[StreamSet, StreamSet] | tuple[EventSet, EventSet]":
     """The training and the test set of a dataset of `DATASETS`, for `empf.batches.batches` on `device`.
 
@@ -64,8 +66,8 @@ def load(
     `seed` draws the stratified 80/20 split of the digits. It is not the seed of a training run: results on the digits
     compare only at the same split, so leave it alone.
 
-    dvs-cifar10 needs a `path` with recordings; `T`, `split`, `by`, `limit` and `seed` are those of
-    `empf.events.load_events`.
+    dvs-cifar10 needs a `path` with recordings; `T`, `split`, `by`, `orientation`, `resize`, `limit` and `seed`
+    are those of `empf.events.load_events`.
 
     Raises ValueError or FileNotFoundError with one sentence that says what is wrong and what to do.
     """
@@ -83,7 +85,8 @@ def load(
             raise ValueError(
                 "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data"
             )
-        return load_events(path, T=T, split=split, by=by, limit=limit, device=device, seed=seed)
+        frames = dict(T=T, split=split, by=by, orientation=orientation, resize=resize)
+        return load_events(path, **frames, limit=limit, device=device, seed=seed)
     if path is None and spec.hub_id is None:
         return tuple(part.to(device) for part in _digits(spec, limit, seed))
     origin = str(path or spec.hub_id)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from empf import packed_file
 from empf.hub import HubPacked, Origin, fingerprint
+from empf.images import BROKEN, centre_crop, converted, one_line
 from empf.kernels.pack import signs
 from empf.models import ModelConfig, ResNet, SpikingConv, SpikingNetwork, StepBatchNorm, build
 from empf.online import reset
 from empf.packed_layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
 from empf.runs import write_atomic
+from empf.sets import DATASETS
 
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
 
@@ -32,7 +34,9 @@ class PackedModel(nn.Module, HubPacked):
 
     `packed(x)`: images (N, C, H, W) or events (T, N, C, H, W), all T steps; `packed(x, steps=k)`: the next k steps;
     `packed.step(frame)`: one frame (N, C, H, W) of a stream -> logits (N, classes) of this step. `packed.reset()` goes
-    back to time 0; it is needed before a new batch. Activations have the type of x: on a GPU, bfloat16 x is fastest.
+    back to time 0; it is needed before a new batch. x is normalised as `origin` says, or counts of events. Activations
+    have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
+    Raises ValueError for another shape, integers, steps past T, or another batch size without a reset.
 
     `config`: the `ModelConfig`; `origin`: data set, class names, normalisation and accuracy, where they are known.
     Make it with `pack` or `load_packed`.
@@ -58,6 +62,10 @@ class PackedModel(nn.Module, HubPacked):
     @torch.inference_mode()
     def forward(self, x: Tensor, steps: int | None = None) -> Tensor:
         steps = self.config.T - self.t if steps is None else steps
+        if not x.is_floating_point():  # bytes between the layers are codes of spikes
+            raise ValueError(
+                f"the input must be normalised floating-point numbers, got {x.dtype}: call x.float() first"
+            )
         x = self._check_input(x, steps, 0)
         for v in self.v:
             if v is not None and len(v) != x.shape[1]:
@@ -92,7 +100,11 @@ class PackedModel(nn.Module, HubPacked):
         return self.body(current.expand(steps, *current.shape[1:]), span)
 
     def step(self, frame: Tensor) -> Tensor:
-        """The next step of a stream: frame (N, C, H, W) -> logits (N, classes)."""
+        """The next step of a stream: frame (N, C, H, W) -> logits (N, classes) of this step alone.
+
+        The prediction so far is the arg-max of their sum since `reset`. Raises ValueError as a call does, so also
+        after T steps.
+        """
         return self(frame, steps=1)[0]
 
     def packed_weights(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -111,12 +123,18 @@ class PackedModel(nn.Module, HubPacked):
         return packed_file.to_bytes(packed_file.encode(self.state_dict(), self.packed_weights()), about)
 
     def save(self, path: str | Path) -> None:
-        """Write the one file, atomically. Raises OSError with one sentence where the disk refuses."""
+        """Write the one file, atomically; folders that are missing are made, a file of that name is replaced.
+
+        Raises OSError with one sentence where the disk refuses.
+        """
         write_atomic(Path(path), self.to_bytes())
 
 
 def pack(model: SpikingNetwork) -> PackedModel:
     """Fold the normalisation, pack the weights: a network that returns the logits of `model.eval()` up to rounding.
+
+        BN behind a convolution   y = g*a * conv(x, sign) + h       a = scale, g = gamma/sqrt(var + eps), h = b - mean*g
+        Mem-BN                    mh = gain*(leak*v + I) + shift    for each step and channel (arXiv 2410.07547, sec. 4)
 
     The model is left as it is. Class names, normalisation and accuracy come with it if `empf.load` read it from a run
     (its weights are then the moving average, where the run kept one).
@@ -152,7 +170,7 @@ def skeleton(config: ModelConfig, origin: Origin | None = None) -> PackedModel:
 
 
 def load_packed(path: str | Path, device: str | torch.device = "cpu") -> PackedModel:
-    """Read what `PackedModel.save` wrote.
+    """Read what `PackedModel.save` wrote: a network at time 0 on `device`. The name of the file may end in anything.
 
     Raises FileNotFoundError, or ValueError with one sentence for a file that is truncated, altered, of a newer version
     or something else altogether. Nothing of a file is used before its checksum was found right.
@@ -173,7 +191,7 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
 
     The difference is the largest of any image and step, relative to its largest logit; `same_class` is a share.
     Raises ValueError if it is above 1e-4; where spikes are rounded, so that rounding at a boundary may flip a code, if
-    fewer than 99.9 % of the images (but for one) get the same class.
+    fewer than 99.9 % of the images (but for one) get the same class; and if there are no images.
     """
     differences, same, count = [0.0], 0, 0
     for images, _ in batches:
@@ -189,6 +207,8 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
         differences.append(error.max().item())
         same += int((found.sum(0).argmax(-1) == wanted.sum(0).argmax(-1)).sum())
         count += images.shape[-4]
+    if not count:
+        raise ValueError("there are no images to compare the logits on: give at least one batch")
     difference = torch.tensor(differences).max().item()  # unlike Python's, it does not lose a NaN
     rounded = packed.config.spike_bits is not None or packed.config.neuron == "lif"
     if count - same > max(1, 0.001 * count) if rounded else not difference <= 1e-4:
@@ -200,8 +220,13 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
 
 
 def pack_to_file(model: SpikingNetwork, path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
-    """Pack, save, load again and `verify`: what that returns, and "file" and "file_mb". A wrong file is not kept."""
+    """Pack, save, load again and `verify`: what that returns, and "file" and "file_mb". A wrong file is not kept.
+
+    Raises ValueError as `pack` and `verify`, and where `path` exists and is not a packed network.
+    """
     path = Path(path)
+    if path.is_dir() or path.exists() and not packed_file.is_packed(path):
+        raise ValueError(f"{path} exists and is not a packed network: choose another name for the packed file")
     unchecked = path.with_name(f"{path.name}.unchecked")
     pack(model).save(unchecked)
     try:
@@ -215,16 +240,20 @@ def pack_to_file(model: SpikingNetwork, path: str | Path, batches: Iterable[tupl
 def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tuple[str, float]]:
     """The k most probable (class name, probability) of an image file: softmax of the mean logits, highest first.
 
-    The picture is cut to its central square and resized to the input of the network. Raises FileNotFoundError or
-    ValueError with one sentence where it cannot be read, or where the network was not trained on images.
+    The picture is cut to its central square and resized to the input of the network; of ImageNet, as the test images
+    were. Raises FileNotFoundError or ValueError with one sentence where it cannot be read, or where the network was not
+    trained on images.
     """
     c, origin = packed.config, packed.origin
+    if c.in_channels == 2:
+        raise ValueError("the network was trained on events and takes no pictures: give it a recording with --stream")
     if c.in_channels not in (1, 3) or len(origin.mean) != c.in_channels or len(origin.classes) != c.num_classes:
         raise ValueError(
             "the network does not say how images are normalised and what its classes are called: pack it from a run "
             "folder that was trained on images"
         )
-    pixels = read_picture(picture, c.in_channels, c.image_size)  # C H W
+    cropped = origin.dataset in DATASETS and DATASETS[origin.dataset].streamed
+    pixels = read_picture(picture, c.in_channels, c.image_size, cropped)  # C H W
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (origin.mean, origin.std))
     image = ((pixels / 255 - mean) / std).unsqueeze(0).to(packed.stem.weight.device)
     packed.reset()
@@ -236,8 +265,9 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
 def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator[tuple[str, float, float]]:
     """After each frame of an event recording (or frames [T, 2, H, W] as .npy, .npz): (class, its share, seconds).
 
-    The class has the largest sum of logits so far, its share is that of the softmax of their mean. Raises
-    FileNotFoundError or ValueError with one sentence where the file cannot be read, or the network takes no events.
+    Frames are made as they were for training, where that is known. The class has the largest sum of logits so far, its
+    share is that of the softmax of their mean. Raises FileNotFoundError or ValueError with one sentence where the file
+    cannot be read, or the network takes no events.
     """
     from empf.events import event_frames_of_file
 
@@ -246,7 +276,7 @@ def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator
         raise ValueError(f"a stream needs a network for events of 2 polarities, this one has {c.in_channels} channels")
     origin = net.origin if isinstance(net, PackedModel) else Origin.of(net)
     names = origin.classes if len(origin.classes) == c.num_classes else [f"class {i}" for i in range(c.num_classes)]
-    frames = event_frames_of_file(recording, c.T, c.image_size).to(next(net.buffers()).device)
+    frames = event_frames_of_file(recording, c.T, c.image_size, **origin.frames()).to(next(net.buffers()).device)
     reset(net)
     total = torch.zeros((), device=frames.device)
     for t, frame in enumerate(frames, 1):
@@ -258,19 +288,19 @@ def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator
     reset(net)
 
 
-def read_picture(path: str | Path, channels: int, size: int) -> Tensor:
-    """The central square of an image file as uint8 (channels, size, size)."""
+def read_picture(path: str | Path, channels: int, size: int, cropped: bool = False) -> Tensor:
+    """The central square of an image file, `cropped` as in testing on ImageNet, as uint8 (channels, size, size)."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}: check the path")
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            image = converted(ImageOps.exif_transpose(image), channels)
+            if cropped:
+                return torch.from_numpy(centre_crop(image, size).copy())
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"cannot read {path} as an image ({' '.join(str(error).split())}): convert it to PNG"
-        ) from error
+    except BROKEN as error:
+        raise ValueError(f"cannot read {path} as an image ({one_line(error)}): convert it to PNG") from error
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
 
 
@@ -323,6 +353,7 @@ def unpack(packed: PackedModel) -> SpikingNetwork:
             if target.shortcut is not None:
                 synapse(target.shortcut["conv"], target.shortcut["bn"], source.shortcut)
         if model.hidden is not None:
+            neuron(model.hidden["before"], packed.body.before)
             synapse(model.hidden["linear"], None, packed.body.hidden)
             neuron(model.hidden["neuron"], packed.body.neuron)
     else:

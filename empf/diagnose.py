@@ -5,7 +5,8 @@ python -m empf.diagnose RUN --untrained       the same configuration, freshly in
 python -m empf.diagnose --memory              bytes for T = 1..32 and each learning mode; no run needed
     --json FILE --figure FILE.png|.pdf|.svg   for both
 
-What is measured and what the theory says is described in `empf/separability.py` and `empf/training_memory.py`.
+What is measured and what the theory says is described in `empf/separability.py` and `empf/training_memory.py`. For a
+network of your own call `empf.measure_separability`, and give its result to `separability_table`.
 """
 
 import json
@@ -15,12 +16,14 @@ from textwrap import wrap
 
 import torch
 
-from empf import runs
+from empf import diagnose_figures, runs
 from empf.batches import batches
-from empf.config import Parser, TrainConfig, check_device, cpu_threads
+from empf.config import Parser, check_device, cpu_threads
 from empf.data import load
+from empf.diagnose_figures import number
+from empf.machine import machine
 from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig, SpikingNetwork, build
-from empf.separability import measure
+from empf.separability import measure_separability
 from empf.training_memory import STEPS, training_memory
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
@@ -32,24 +35,42 @@ def load_model(run: Path, untrained: bool, device: str) -> SpikingNetwork:
     if not untrained:
         return runs.load(run, device)
     config = runs.read_config(run)
-    torch.manual_seed(config["seed"])  # the weights with which the run began
+    torch.manual_seed(runs.training_of(config, run).seed)  # the weights with which the run began
     return build(ModelConfig.from_dict(config["model"])).to(device)
+
+
+def trained_by(run: Path) -> dict:
+    """What trained a run, for a file that stands for itself: settings, epochs done, commit, versions. No paths."""
+    config = runs.read_config(run)
+    train, metrics = runs.training_of(config, run), run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    try:
+        epochs = json.loads(lines[-1])["epoch"] if lines else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{metrics} is damaged ({error!r}): restore it from a copy of the run") from error
+    folders = {name: Path(at).name for name in ("data", "output_dir") if (at := getattr(train, name)) is not None}
+    known = {"commit": config.get("git_commit"), "versions": config.get("versions")}
+    return {"settings": config["train"] | folders, "epochs_done": epochs, **known}
 
 
 def separability(
     run: Path, *, data: str | None, split: str, batch_size: int, seed: int, untrained: bool, device: str
 ) -> tuple[dict, dict]:
-    """The measurements of `empf.separability.measure` on a run, with what they were made on; and the samples."""
-    train = TrainConfig.from_dict(runs.read_config(run)["train"])
+    """What `measure_separability` finds on a run, with what it was found on; and the samples."""
+    train = runs.training_of(runs.read_config(run), run)
     model = load_model(run, untrained, device)
     pool = min(train.limit or POOL, POOL)
-    images = load(train.dataset, data or train.data, limit=pool, device=device, T=train.T)[split == "test"]
+    sets = load(
+        train.dataset, data or train.data, limit=pool, device=device, streaming=train.streaming, **train.frames()
+    )
+    images = sets[split == "test"]
     x, target = next(iter(batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
-    result, samples = measure(model, x, target)
+    result, samples = measure_separability(model, x, target)
+    training = trained_by(run) | ({"epochs_done": 0} if untrained else {})
     about = {
-        "run": run.name, "untrained": untrained, "dataset": train.dataset, "split": split, "images": len(target),
-        "seed": seed, "device": device, "model": model.config.to_dict(), "epochs": train.epochs, "limit": train.limit,
-        "lr": train.lr, "torch": torch.__version__, "commit": runs.git_commit(),
+        "run": run.resolve().name, "untrained": untrained, "dataset": train.dataset, "split": split,
+        "images": len(target), "seed": seed, "device": device, "model": model.config.to_dict(), "training": training,
+        "machine": machine(device),
     }  # fmt: skip
     return about | result, samples
 
@@ -61,10 +82,6 @@ def rows_to_text(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, spec: str = ".3f") -> str:
-    return "-" if value is None else "0" if value == 0 else format(value, spec)
-
-
 def listed(values: list[float] | None, extent: list[float]) -> str:
     """Few values are listed, a curve shows its range."""
     if values is None:
@@ -72,16 +89,24 @@ def listed(values: list[float] | None, extent: list[float]) -> str:
     return "{" + ", ".join(f"{v:.3g}" for v in values) + "}"
 
 
-def separability_table(r: dict) -> str:
-    """The result for people."""
-    m, s, gradients = r["model"], r["summary"], r["gradients"]
+def about_run(r: dict) -> list[tuple[str, str]]:
+    """The rows of the table that say what was measured."""
+    m = r["model"]
     weights = "untrained" if r["untrained"] else "trained"
-    unit = "ds/dm (in units of the gain of Mem-BN)" if m["neuron"] == "mem_bn" else "ds/dm"
-    whole = gradients["all weights"]
-    rows = [
+    return [
         ("run", f"{r['run']} ({weights})"),
         ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
         ("batch", f"{r['images']} {r['split']} images of {r['dataset']}, seed {r['seed']}; statistics of the batch"),
+    ]
+
+
+def separability_table(r: dict) -> str:
+    """A result of `measure_separability` for people."""
+    s, gradients = r["summary"], r["gradients"]
+    unit = "ds/dm (in units of the gain of Mem-BN)" if r["mem_bn"] else "ds/dm"
+    whole = gradients["all weights"]
+    rows = [
+        *(about_run(r) if "run" in r else []),
         ("separable", "yes" if r["verdict"]["separable"] else "no"),
         *(("", line) for reason in r["verdict"]["reasons"] for line in wrap(reason, 88)),
         *(("silent, nothing to measure", name) for name in r["verdict"]["silent"]),
@@ -93,7 +118,8 @@ def separability_table(r: dict) -> str:
         ("the same, loss of mean logits", agreement(whole["loss_of_mean"])),
         ("the two losses, through time", agreement(whole["between_losses"])),
         ("crosses steps", f"{number(s['temporal_share'])} of the norm of the gradient through time"),
-        ("one random step", f"bias {number(s['random_bias'], '.1e')}, variance {number(s['random_variance'])} |g|²"),
+        ("one drawn step instead of all T", f"relative bias of the mean gradient {number(s['random_bias'], '.1e')}"),
+        ("", f"variance {number(s['random_variance'])} of its squared norm"),
     ]
     width = max(len(name) for name, _ in rows)
     neurons = [
@@ -118,8 +144,8 @@ def separability_table(r: dict) -> str:
         )
         for name, row in gradients.items()
     ]
-    across = f"crosses steps, step 1..{m['T']}"
-    at_neurons = ("neurons", f"% above θ, step 1..{m['T']}", "ds/dm", "dependence", "factor error", across, "leak")
+    across = f"crosses steps, step 1..{r['T']}"
+    at_neurons = ("neurons", f"% above θ, step 1..{r['T']}", "ds/dm", "dependence", "factor error", across, "leak")
     at_weights = ("weights", "cosine", "norm", "signs", across, "variance", "bias")
     head = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
     return "\n\n".join([head, rows_to_text(at_neurons, neurons), rows_to_text(at_weights, layers)])
@@ -143,7 +169,8 @@ def memory(config: ModelConfig, batch_size: int, device: str, steps: list[int]) 
     """`training_memory` with what it was counted for."""
     rows = training_memory(config, batch_size, device, sorted(set(steps)))
     model = {key: value for key, value in config.to_dict().items() if key != "T"}
-    return {"model": model, "batch_size": batch_size, "device": device, "rows": rows}
+    about = {"model": model, "batch_size": batch_size, "device": device}
+    return about | {"machine": machine(device), "rows": rows}
 
 
 def memory_table(r: dict) -> str:
@@ -164,7 +191,8 @@ def memory_table(r: dict) -> str:
         f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, {m['image_size']} pixels, "
         f"batch of {r['batch_size']}, {r['device']}; MB = 10^6 bytes\n"
         f"whatever T is: {fixed}\n"
-        "saved: for the backward pass; plain: with nothing made again; theory: one step online, T steps through time"
+        "saved: for the backward pass; plain: with nothing made again; theory: of saved, from the shapes alone\n"
+        "random and every hold one step at a time: the same count"
     )
     return head + "\n\n" + rows_to_text((" T learning", *titles, "saved / plain"), table)
 
@@ -181,36 +209,54 @@ def parser() -> Parser:
         help="default: separability.png in the run folder; with --memory none",
     )  # fmt: skip
     run = p.add_argument_group("gradient of a run")
-    run.add_argument("--untrained", action="store_true", help="the network as the run began, before training")
+    run.add_argument("--untrained", action="store_true", default=None, help="as the run began, before training")
     run.add_argument("--data", help="local folder of the data set; default: where the run found it")
-    run.add_argument("--split", choices=("train", "test"), default="train", help="images (default: train)")
-    run.add_argument("--seed", type=int, default=0, help="draws the images (default: 0)")
+    run.add_argument("--split", choices=("train", "test"), help="images (default: train)")
+    run.add_argument("--seed", type=int, help="draws the images (default: 0)")
     m = p.add_argument_group("memory of a configuration")
     m.add_argument("--memory", action="store_true", help="count the memory of training instead")
-    m.add_argument("--T", type=int, nargs="+", default=STEPS, help="time steps (default: 1 2 4 8 16 32)")
-    m.add_argument("--arch", choices=ARCHS, default="resnet18", help="default: resnet18")
-    m.add_argument("--width", type=float, default=1.0, help="default: 1")
-    m.add_argument("--weights", choices=WEIGHTS, default="binary", help="default: binary")
-    m.add_argument("--neuron", choices=NEURONS, default="empf", help="default: empf")
-    m.add_argument("--parallel", type=float, default=0.0, help="share of parallel neurons (default: 0)")
+    m.add_argument("--T", type=int, nargs="+", help="time steps (default: 1 2 4 8 16 32)")
+    m.add_argument("--arch", choices=ARCHS, help="default: resnet18")
+    m.add_argument("--width", type=float, help="default: 1")
+    m.add_argument("--weights", choices=WEIGHTS, help="default: binary")
+    m.add_argument("--neuron", choices=NEURONS, help="default: empf")
+    m.add_argument("--parallel", type=float, help="share of parallel neurons (default: 0)")
     m.add_argument("--image-size", type=int, help="default: 32; vgg_snn 48")
-    m.add_argument("--num-classes", type=int, default=100, help="default: 100")
+    m.add_argument("--num-classes", type=int, help="default: 100")
     return p
+
+
+OF_A_RUN = {"untrained": False, "data": None, "split": "train", "seed": 0}
+OF_MEMORY = {
+    "T": STEPS, "arch": "resnet18", "width": 1.0, "weights": "binary", "neuron": "empf", "parallel": 0.0,
+    "image_size": None, "num_classes": 100,
+}  # fmt: skip
+
+
+def with_defaults(args) -> None:
+    """Fill in what was not given; ValueError for a flag of the other mode, which would do nothing."""
+    if (args.run is None) != args.memory:
+        raise ValueError("give either a run folder that train.py wrote, or --memory")
+    other, here = (OF_A_RUN, "--memory") if args.memory else (OF_MEMORY, "a run")
+    if wrong := ["--" + name.replace("_", "-") for name in other if getattr(args, name) is not None]:
+        raise ValueError(f"leave out {' and '.join(wrong)}, which would do nothing with {here}")
+    for name, value in {**OF_A_RUN, **OF_MEMORY}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def memory_config(args) -> ModelConfig:
     events = args.arch == "vgg_snn"
+    size = (48 if events else 32) if args.image_size is None else args.image_size
     return ModelConfig(
         arch=args.arch, width=args.width, weights=args.weights, neuron=args.neuron, parallel=args.parallel,
-        num_classes=args.num_classes, image_size=args.image_size or (48 if events else 32),
-        in_channels=2 if events else 3,
+        num_classes=args.num_classes, image_size=size, in_channels=2 if events else 3,
     )  # fmt: skip
 
 
 def diagnose(args) -> None:
     """Measure, print, write."""
-    if (args.run is None) != args.memory:
-        raise ValueError("give either a run folder that train.py wrote, or --memory")
+    with_defaults(args)
     if min(args.threads, args.seed) < 0 or (args.batch_size is not None and args.batch_size < 2):
         raise ValueError(
             "--batch-size must be at least 2 (statistics of the batch), --threads and --seed at least 0, got "
@@ -229,7 +275,7 @@ def diagnose(args) -> None:
         batch_size = args.batch_size or (64 if device.startswith("cuda") else 8)
         result = memory(memory_config(args), batch_size, device, args.T)
         text, figure = memory_table(result), args.figure
-        draw = lambda figures: figures.draw_memory(result, figure)  # noqa: E731
+        draw = lambda: diagnose_figures.draw_memory(result, figure)  # noqa: E731
     else:
         result, samples = separability(
             args.run, data=args.data, split=args.split, batch_size=args.batch_size or 32, seed=args.seed,
@@ -237,14 +283,12 @@ def diagnose(args) -> None:
         )  # fmt: skip
         text = separability_table(result)
         figure = args.figure or args.run / f"separability{'-untrained' if args.untrained else ''}.png"
-        draw = lambda figures: figures.draw_separability(result, samples, figure)  # noqa: E731
+        draw = lambda: diagnose_figures.draw_separability(result, samples, figure)  # noqa: E731
     print(text)
     if args.json is not None:
         runs.write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if figure is not None and runs.has_matplotlib():
-        from empf import diagnose_figures
-
-        draw(diagnose_figures)
+        draw()
         print(f"\nfigure: {figure}")
 
 

@@ -1,9 +1,8 @@
 """The figures of `python -m empf.diagnose`: 7.2 inches wide, in colours that all readers can tell apart."""
 
-from io import BytesIO
 from pathlib import Path
 
-from empf.runs import write_atomic
+from empf.figures import pyplot, save_figure
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"  # Okabe and Ito
 STYLE = {
@@ -13,26 +12,14 @@ STYLE = {
 }  # fmt: skip
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def write_figure(plt, fig, path: Path) -> None:
-    """Save in the format of the path's suffix."""
-    buffer = BytesIO()
-    fig.savefig(buffer, format=path.suffix[1:], dpi=300)
-    plt.close(fig)
-    write_atomic(path, buffer.getvalue())
-
-
 def shades(plt, count: int) -> list:
     """One colour per time step or lag, from light to dark."""
     return [plt.get_cmap("viridis_r")(0.12 + 0.88 * (k + 1) / count) for k in range(count)]
+
+
+def number(value: float | None, spec: str = ".3f") -> str:
+    """For people: an exact zero is told from a small number, what could not be measured is a dash."""
+    return "-" if value is None else "0" if value == 0 else format(value, spec)
 
 
 def known(values: list) -> list[float]:
@@ -50,18 +37,18 @@ def draw_separability(result: dict, samples: dict[str, list[dict]], path: Path) 
         fig, axes = plt.subplots(2, 3, figsize=(7.2, 4.7), layout="constrained")
         at_neurons(plt, axes[0], result, samples)
         at_weights(plt, axes[1], result)
-        T = result["model"]["T"]
+        T = result["T"]
         step_legend(plt, fig, "lower left", "time step t (a, c, e)", range(1, T + 1))
         step_legend(plt, fig, "lower right", "lag t − t′ (b)", range(T))
         for ax, letter in zip(axes.flat, "abcdef", strict=True):
             ax.set_title(f"$\\bf{{{letter}}}$  {ax.get_title('left')}")
-        write_figure(plt, fig, path)
+        save_figure(plt, fig, path)
 
 
 def at_neurons(plt, axes, result: dict, samples: dict[str, list[dict]]) -> None:
-    summary, T = result["summary"], result["model"]["T"]
+    summary, T = result["summary"], result["T"]
     color = shades(plt, T)
-    label = r"\hat m" if result["model"]["neuron"] == "mem_bn" else "m"
+    label = r"\hat m" if result["mem_bn"] else "m"
 
     ax = axes[0]
     for t in range(T):
@@ -95,7 +82,7 @@ def at_neurons(plt, axes, result: dict, samples: dict[str, list[dict]]) -> None:
 
 def at_weights(plt, axes, result: dict) -> None:
     layers = {name: row for name, row in result["gradients"].items() if name.endswith(".weight")}
-    whole, T, xs = result["gradients"]["all weights"], result["model"]["T"], range(1, len(layers) + 1)
+    whole, T, xs = result["gradients"]["all weights"], result["T"], range(1, len(layers) + 1)
     for ax in axes:
         by_layer(ax, len(layers), "weight layer")
 
@@ -124,11 +111,7 @@ def at_weights(plt, axes, result: dict) -> None:
     ys = known([row["random"]["variance"] for row in layers.values()])
     ax.plot(xs, ys, "o-", color=PURPLE)
     ax.set(ylabel=r"$\mathrm{E}\,\|g_{t^*}-\bar g\|^2 / \|\bar g\|^2$", ylim=(0, None))
-    ax.set_title(f"One random step: bias {number(whole['random']['bias'], '.0e')}")
-
-
-def number(value: float | None, spec: str) -> str:
-    return "none" if value is None else "0" if value == 0 else format(value, spec)
+    ax.set_title(f"Drawn step: relative bias {number(whole['random']['bias'], '.0e')}")
 
 
 def by_layer(ax, count: int, label: str) -> None:
@@ -151,7 +134,10 @@ def step_legend(plt, fig, place: str, title: str, values: range) -> None:
 
 
 def draw_memory(result: dict, path: Path) -> None:
-    """Bytes over T: kept for the backward pass by each learning mode with the theory, and everything in parts."""
+    """Bytes over T: kept for the backward pass by each learning mode with the theory, and everything in parts.
+
+    `random` and `every` hold one step: their points lie on each other, at T = 1 without a potential and so lower.
+    """
     plt = pyplot()
     from matplotlib.ticker import LogLocator
 
@@ -194,4 +180,4 @@ def draw_memory(result: dict, path: Path) -> None:
             for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)
         fig.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4)
-        write_figure(plt, fig, path)
+        save_figure(plt, fig, path)

@@ -34,14 +34,17 @@ def pieces(*steps: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
     yield from zip(*(cut[id(step)] for step in steps), strict=True)
 
 
+def per_channel(p: Tensor, dims: int) -> Tensor:
+    """(C,) -> (C, 1, ...) so that it broadcasts against a step (N, C, ...) with `dims` dimensions; () stays."""
+    return p.view(-1, *[1] * (dims - 2)) if p.dim() else p
+
+
 def lane(p: Tensor, step: Tensor) -> Tensor:
-    """(C,) so that it broadcasts against (N, C, ...) with long runs in memory; () stays."""
-    if p.dim() == 0 or step.dim() == 2:
-        return p
-    if step.dim() == 4 and step.device.type == "cpu" and is_channels_last(step[None]):
+    """`per_channel` with long runs in memory."""
+    if p.dim() and step.dim() == 4 and step.device.type == "cpu" and is_channels_last(step[None]):
         c, width = step.shape[1], step.shape[3]
         return p.repeat(width).view(width, c).t().unsqueeze(1)  # C 1 W, the channel innermost
-    return p.view(-1, *[1] * (step.dim() - 2))
+    return per_channel(p, step.dim())
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -125,11 +128,18 @@ def fire(
     return spikes, v_out
 
 
+def check_count(x: Tensor) -> None:
+    """Raise ValueError unless a step of x (k, N, C, ...) has the two values per channel that a variance needs."""
+    if x.shape[1:].numel() < 2 * x.shape[2]:
+        raise ValueError(
+            f"batch norm needs more than one value per channel to train, got a batch of shape {tuple(x.shape[1:])}: "
+            "use a larger batch (--batch-size), or larger images"
+        )
+
+
 @torch.no_grad()
 def statistics(x: Tensor, running: tuple[Tensor, Tensor], momentum: float) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of one step (N, C, ...); moves `running` (mean, variance) in place."""
-    if x.numel() < 2 * x.shape[1]:
-        raise ValueError(f"batch statistics need more than one value per channel, got {tuple(x.shape)}")
     return torch.ops.aten.batch_norm_update_stats(x, *running, momentum)
 
 

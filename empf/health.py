@@ -7,10 +7,15 @@
 
 Nothing is read from the device while the epoch runs. In training by several processes the first one looks, at its own
 part of the batches.
+
+    python -m empf.health RUN    all warnings of a run, by epoch
 """
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,6 +30,7 @@ SPARSE, DENSE = 1e-3, 0.98  # shares of non-zero spikes
 EDGE = 0.01  # a sigmoid this close to 0 or 1 has lost 96 % of its slope
 LARGE = 10.0  # of alpha and beta, which start at 0.5
 VANISHED = 1e-4  # of the largest gradient of all layers
+FEW_BITS = 2  # so few clip most spikes: thresholds and leaks run away, which a lower learning rate only delays
 RATE, EXPECTED = 0.1, 20  # weights flip above this share of the peak learning rate, if so many would at the median rate
 
 
@@ -156,8 +162,13 @@ class Health:
                     value = high if not high <= bounds[1] else low
                     yield (
                         f"{name}: its {parameter} has run away to {value:.4g} (of {bounds[0]:g} to {bounds[1]:g}): "
-                        "start again with a lower --lr or more --warmup-epochs"
+                        f"start again with {self.remedy('a lower --lr or more --warmup-epochs')}"
                     )
+
+    def remedy(self, otherwise: str) -> str:
+        """What to try; `otherwise`: where it is not for want of spike bits."""
+        bits = self.model.config.spike_bits
+        return f"more --spike-bits than {bits}" if bits is not None and bits <= FEW_BITS else otherwise
 
     def gradient_warnings(self, gradient: dict[str, float]) -> Iterator[str]:
         largest = max(gradient.values(), default=0.0)
@@ -165,7 +176,7 @@ class Health:
             if size < VANISHED * largest:
                 yield (
                     f"{name}: its gradient vanishes, |dW| / |W| is {size:.2g} and {largest:.2g} elsewhere: look for a "
-                    "silent layer behind it, or start again with --neuron mem_bn or fewer layers"
+                    f"silent layer behind it, or start again with {self.remedy('--neuron mem_bn or fewer layers')}"
                 )
 
     def flip_warnings(self, flips: dict[str, float], rate: float) -> Iterator[str]:
@@ -206,3 +217,31 @@ def rounded(values: dict) -> dict:
     if isinstance(values, dict):
         return {name: rounded(value) for name, value in values.items()}
     return [rounded(v) for v in values] if isinstance(values, list) else float(f"{values:.4g}")
+
+
+def listed(run: Path) -> list[str]:
+    """All warnings of a run folder, one line each. Raises FileNotFoundError, or ValueError for a damaged file."""
+    lines = []
+    for number, line in enumerate((run / "metrics.jsonl").read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            lines += [f"epoch {record['epoch']}: {w}" for w in record.get("health", {}).get("warnings", [])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{run / 'metrics.jsonl'}, line {number} is damaged: restore it from a copy") from error
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.exit("error: give one run folder: python -m empf.health RUN")
+    try:
+        print("\n".join(listed(Path(argv[0]))) or "no warnings")
+    except FileNotFoundError:
+        sys.exit(f"error: {argv[0]} has no metrics.jsonl: give a run folder that train.py wrote")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

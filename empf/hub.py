@@ -30,7 +30,7 @@ class Origin:
 
     `dataset`: its name; `classes`: class names by label; `mean`, `std`: normalisation per channel of pixels in 0..1;
     `accuracy`: % of the test set after each time step, last epoch; `epochs`: how many were trained; `split`: which
-    recordings of an event set were for testing.
+    recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became frames.
     """
 
     dataset: str | None = None
@@ -40,13 +40,25 @@ class Origin:
     accuracy: tuple[float, ...] = ()
     epochs: int | None = None
     split: str | None = None
+    frames_by: str | None = None
+    orientation: str | None = None
+    resize: str | None = None
 
     @classmethod
     def from_dict(cls, values: dict) -> "Origin":
         """Build from JSON. Raises TypeError or ValueError where a field is unknown or not of its kind."""
         lists = {"classes": str, "mean": float, "std": float, "accuracy": float}
         made = {k: tuple(kind(v) for v in values[k]) for k, kind in lists.items() if k in values}
+        for name, value in values.items():
+            kind = int if name == "epochs" else str
+            if name not in lists and not isinstance(value, kind | None):
+                raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
         return cls(**{**values, **made})
+
+    def frames(self) -> dict[str, str]:
+        """How recordings became frames, where it is known; keywords of `empf.events.event_frames_of_file`."""
+        known = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
+        return {name: value for name, value in known.items() if value is not None}
 
     def without_results(self) -> "Origin":
         """For weights that are not those that the run measured."""
@@ -69,10 +81,12 @@ class Origin:
             lines = metrics.read_text().splitlines() if metrics.is_file() else []
             last = json.loads(lines[-1]) if lines else {}
             train = config["train"]
+            recordings = ("split", "frames_by", "orientation", "resize")
+            events = {name: train.get(name) for name in recordings if train.get("dataset") == "dvs-cifar10"}
             origin = cls.from_dict(
                 {
+                    **events,
                     "dataset": train.get("dataset"),
-                    "split": train.get("split") if train.get("dataset") == "dvs-cifar10" else None,
                     "classes": config.get("classes", []),
                     "mean": norm.get("mean", []),
                     "std": norm.get("std", []),
@@ -199,6 +213,7 @@ def model_card(model, origin: Origin, load: str) -> ModelCard:
         ("parameters", f"{size['params_mb']:.2f} MB ({size['params_full_mb']:.2f} MB in full precision)"),
         ("neuron operations per image", f"{size['nops'] / 1e6:.2f} M"),
         *((f"test accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(origin.accuracy, 1)),
+        *([("split of the recordings", origin.split)] if origin.split else []),
     ]
     data = ModelCardData(**model._hub_mixin_info.model_card_data.to_dict())
     spec = DATASETS.get(origin.dataset)
@@ -212,15 +227,19 @@ def model_card(model, origin: Origin, load: str) -> ModelCard:
                 dataset_split="test",
             )
         ]  # fmt: skip
+    events = c.in_channels == 2
+    x, shape = ("events", "[T,N,2,H,W]") if events else ("images", f"[N,{c.in_channels},H,W]")
     trained = f" Trained for {origin.epochs} epochs on {origin.dataset}." if origin.epochs else ""
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         f"A spiking neural network with low-bit synapses ([arXiv 2410.07547]({PAPER})).{trained}",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
-        f"```python\nimport empf\n\n{load}\nlogits = model(images)  # [N,C,H,W] -> [T,N,classes]\n```",
+        f"```python\nimport empf\n\n{load}\nlogits = model({x})  # {shape} -> [T,N,classes]\n```",
     ]
-    if origin.mean:
+    if events:
+        lines.append("A frame holds the mean counts of darker and brighter events per pixel, float32, not normalised.")
+    elif origin.mean:
         lines.append(
             f"Pixels are scaled to 0..1, then normalised with mean {list(origin.mean)}, std {list(origin.std)}."
         )

@@ -18,7 +18,14 @@ SHOWN = 5  # warnings per epoch
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only."""
+    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only.
+
+    On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
+    convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
+    """
+    for p in model.parameters():
+        if p.device.type != "cpu":
+            p.grad = torch.zeros_like(p)
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     groups = [
         {"params": [p for p in model.parameters() if p in decayed], "weight_decay": config.weight_decay},
@@ -36,7 +43,11 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 class Stop:
-    """Asked for by Ctrl-C, SIGTERM or --max-steps: finish the update, save, leave."""
+    """Asked for by Ctrl-C, SIGTERM or --max-steps: finish the update, save, leave. A second Ctrl-C ends at once.
+
+    The system ends it then: a process that waits for another one would not come to a handler of Python. Not so with
+    SIGTERM, which a launcher passes on to processes that a scheduler has sent it to already.
+    """
 
     def __init__(self):
         self.asked = False
@@ -45,6 +56,19 @@ class Stop:
 
     def on_signal(self, number: int, frame) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
+    """A line for each flag that was given in vain, for people; the data lie `in_memory`, or are read while training."""
+    alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
+    found = {
+        f"--sync-bn {alone}": config.sync_bn and processes == 1,
+        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
+        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
+    }
+    return [f"note: {line}" for line, holds in found.items() if holds]
 
 
 class Meter:

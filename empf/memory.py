@@ -1,6 +1,5 @@
 """What a forward pass leaves in memory for the backward pass, counted."""
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from empf.neuron import StatefulNeuron
 from empf.online import reset
+from empf.restore import restored
 
 
 class Storages(TorchDispatchMode):
@@ -35,22 +35,17 @@ def saved_for_backward(model: nn.Module, x: Tensor, *, past: int = 0, steps: int
     Returns {"bytes", "tensors"}: size and number of distinct storages that exist only for the backward pass, and
     {"potentials"}: bytes of the membrane potentials that the neurons hold for the next step, which are not among them.
     Not counted: the input, the logits, parameters, buffers, and the synapses' effective weights. How a tensor is held
-    does not matter, so any implementation is counted the same way. The model is left reset, its running statistics as
-    they were.
+    does not matter, so any implementation is counted the same way. The model is left reset, otherwise as it was.
     """
     reset(model)
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    with Storages() as made:
-        logits = model(x, steps=steps, past=past)
-    neurons = [m for m in model.modules() if isinstance(m, StatefulNeuron)]
-    kept = {StorageWeakRef(t.untyped_storage()) for t in [x, logits, *model.parameters(), *model.buffers()]}
-    kept |= {StorageWeakRef(m._formed[1].untyped_storage()) for m in model.modules() if getattr(m, "_formed", None)}
-    held = {StorageWeakRef(n.v.untyped_storage()) for n in neurons if n.v is not None}
-    alive = made.alive()
+    with restored(model):
+        with Storages() as made:
+            logits = model(x, steps=steps, past=past)
+        neurons = [m for m in model.modules() if isinstance(m, StatefulNeuron)]
+        kept = {StorageWeakRef(t.untyped_storage()) for t in [x, logits, *model.parameters(), *model.buffers()]}
+        kept |= {StorageWeakRef(m._formed[1].untyped_storage()) for m in model.modules() if getattr(m, "_formed", None)}
+        held = {StorageWeakRef(n.v.untyped_storage()) for n in neurons if n.v is not None}
+        alive = made.alive()
     potentials = sum(size for ref, size in alive.items() if ref in held)
     saved = {ref: size for ref, size in alive.items() if ref not in held and ref not in kept}
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    reset(model)
     return {"bytes": sum(saved.values()), "potentials": potentials, "tensors": len(saved)}

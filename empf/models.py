@@ -2,14 +2,14 @@
 
 stem: convolution + BN (full precision), once per batch for a static image
 block: I1 = BN(conv(neuron(x)));  I2 = BN(conv(neuron(I1)));  x <- I2 + shortcut
-shortcut: x, or BN(conv1x1(neuron(x))) where the shape changes: synapses only ever see spikes
-head: global average pooling of the current, linear layer (full precision), logits of every step
+shortcut: x, or BN(conv1x1(neuron(x))) where the shape changes: low-bit synapses only ever see spikes
+head: global average pooling of the current, linear layer (full precision), logits of every step; of ResNet-19: a
+    neuron, pooling of its spikes, a hidden low-bit layer and its neuron before that linear layer
 
 image (N, C, H, W) or events (T, N, C, H, W)  ->  logits (T, N, classes)      arXiv 2410.07547, sec. 5
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from empf import recompute
 from empf.attention import SECA
+from empf.fire import check_count
 from empf.hub import HubModel
-from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
+from empf.model_config import ARCHS as ARCHS
+from empf.model_config import NEURONS as NEURONS
+from empf.model_config import WEIGHTS as WEIGHTS
+from empf.model_config import ModelConfig
+from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.synapse import BinaryConv2d, BinaryLinear
-
-ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
-WEIGHTS = ("binary", "ternary", "full")
-NEURONS = ("empf", "mem_bn", "lif")
 
 RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
     "resnet18": ([2, 2, 2, 2], [64, 128, 256, 512], None),
@@ -35,72 +36,12 @@ RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
 VGG = [64, 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"]
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything needed to build a network.
-
-    Args:
-        arch: resnet18 | resnet19 | resnet34 | vgg_snn.
-        num_classes, in_channels, image_size: shape of the task; the stem follows from image_size
-            (up to 48: 3x3; up to 96: 3x3 + max-pool; larger: 7x7 stride 2 + max-pool).
-        T: time steps.
-        weights: binary | ternary | full.
-        neuron: empf | mem_bn | lif (baseline).
-        parallel: share of parallel neurons, 0..1; at 0.5 the second neuron of each block is parallel.
-        seca: channel attention, 0 (none), 1 (SECA-I) or 2 (SECA-II).
-        spike_bits: n-bit spikes, None (floating point) or 1..8.
-        activation: relu | sigmoid | tanh | softplus | gelu.
-        width: multiplier of all channel counts.
-    """
-
-    arch: str = "resnet18"
-    num_classes: int = 10
-    in_channels: int = 3
-    image_size: int = 32
-    T: int = 4
-    weights: str = "binary"
-    neuron: str = "empf"
-    parallel: float = 0.0
-    seca: int = 0
-    spike_bits: int | None = None
-    activation: str = "relu"
-    width: float = 1.0
-
-    def __post_init__(self):
-        choices = {
-            "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
-            "spike_bits": (None, *range(1, 9)),
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in ("num_classes", "in_channels", "image_size", "T"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.parallel <= 1:
-            raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
-        if self.width <= 0:
-            raise ValueError(f"width must be positive, got {self.width}")
-        if self.neuron == "lif" and (self.parallel or self.spike_bits is not None or self.activation != "relu"):
-            raise ValueError("the LIF baseline has binary spikes: it takes no parallel, spike_bits or activation")
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "ModelConfig":
-        """Build from a dict; an unknown key is a ValueError that names it."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown model setting {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
-        return cls(**values)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
 class StepBatchNorm(nn.Module):
     """Batch norm of (k, N, C, H, W) over the batch of one time step: statistics per step while training.
 
-    Gain and bias (C,) and the running statistics are shared by the steps. `repeat` (forward): the input stands for that
-    many equal steps, so the running statistics move as if it had been seen that often.
+    Gain and bias (C,) and the running statistics are shared by the steps. A static image is encoded once but used in k
+    steps: with `repeat` = k the running statistics move by the momentum 1 - (1 - momentum)^k, as k passes would do it.
+    Raises ValueError in training where a channel has a single value per step.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -114,16 +55,16 @@ class StepBatchNorm(nn.Module):
     def forward(self, x: Tensor, repeat: int = 1, rest: Tensor | None = None, again=None) -> Tensor:
         """`rest`: a current that is added. `again`: makes x once more, so that it need not be kept for backward."""
         stats = (self.running_mean, self.running_var, self.weight, self.bias)
-        momentum = 1 - (1 - self.momentum) ** repeat
         if not self.training or self.frozen_norm:
             y = over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
-        elif recompute.active(x):
+            return y if rest is None else y + rest
+        check_count(x)
+        momentum = 1 - (1 - self.momentum) ** repeat
+        if recompute.active(x):
             return recompute.batch_norm(x, self, momentum, rest, again)
-        else:
-            steps = [
-                F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x
-            ]  # N C H W
-            y = steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
+        y = recompute.stacked(
+            [F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x]  # N C H W
+        )
         return y if rest is None else y + rest
 
 
@@ -157,7 +98,7 @@ class Builder:
         parallel = int((i + 1) * c.parallel) > int(i * c.parallel)  # evenly spread; at 0.5 every second one
         return EMPFNeuron(
             c.T, channels, mem_bn=c.neuron == "mem_bn" and not parallel, parallel=parallel,
-            spike_bits=c.spike_bits, activation=c.activation,
+            spike_bits=c.spike_bits, activation=c.activation, per_channel=c.per_channel,
         )  # fmt: skip
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:
@@ -175,6 +116,10 @@ class SpikingConv(nn.Module):
     """Neuron, convolution, BN and, if configured, channel attention: current (k, N, C, H, W) -> current.
 
     `pool`: the spikes are average-pooled 2x2 on their way to the convolution.
+
+    In training, BN and the neuron behind it can be one operation, so that the current BN(y) is never stored. Where the
+    next neuron can do that (`neuron.takes(bn, y)`), `feed` hands it the raw output y of the convolution together with
+    the BN, and its forward gets them as `neuron(y, norm=bn)`; elsewhere it hands on the current, and norm is None.
     """
 
     def __init__(self, make: Builder, c_in: int, c_out: int, stride: int = 1, pool: bool = False):
@@ -203,7 +148,7 @@ class SpikingConv(nn.Module):
         return current if rest is None else current + rest
 
     def feed(self, neuron: nn.Module, spikes: Tensor, x: Tensor) -> tuple[Tensor, StepBatchNorm | None]:
-        """What comes to the next neuron: the current; or, if it does the batch norm itself, what that is fed."""
+        """What comes to the next neuron: (current, None), or (output of the convolution, its batch norm)."""
         y = over_steps(self.conv, spikes)
         if self.seca is None and neuron.takes(self.bn, y):
             return y, self.bn
@@ -336,16 +281,17 @@ class ResNet(SpikingNetwork):
         self.blocks = nn.Sequential(*blocks)
         self.hidden = None
         if hidden is not None:
-            self.hidden = nn.ModuleDict({"linear": make.linear(c_in, make.channels(hidden))})
+            before, linear = make.neuron(c_in), make.linear(c_in, make.channels(hidden))
             c_in = make.channels(hidden)
-            self.hidden["neuron"] = make.neuron(c_in)
+            self.hidden = nn.ModuleDict({"before": before, "linear": linear, "neuron": make.neuron(c_in)})
         self.head = nn.Linear(c_in, config.num_classes)
 
     def body(self, current: Tensor) -> Tensor:
-        x = self.blocks(current).mean((-2, -1))  # k N C
-        if self.hidden is not None:
-            x = self.hidden["neuron"](self.hidden["linear"](x))
-        return self.head(x)
+        x = self.blocks(current)  # k N C H W
+        if self.hidden is None:
+            return self.head(x.mean((-2, -1)))
+        spikes = self.hidden["before"](x).mean((-2, -1))  # k N C
+        return self.head(self.hidden["neuron"](self.hidden["linear"](spikes)))
 
 
 class VGGSNN(SpikingNetwork):

@@ -19,7 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from empf import recompute
-from empf.fire import charge, fire, folded, mem_folded, move, move_statistics, statistics, step_statistics
+from empf.fire import (
+    charge,
+    check_count,
+    fire,
+    folded,
+    mem_folded,
+    move,
+    move_statistics,
+    per_channel,
+    statistics,
+    step_statistics,
+    working_dtype,
+)
 from empf.kernels.neuron import neuron_update, quantize_spikes
 from empf.kernels.norm_neuron import bn_neuron, mem_bn_neuron
 from empf.kernels.steps import empty_like_steps
@@ -36,11 +48,6 @@ ACTIVATIONS = {
 def logit(p: float) -> float:
     """The free parameter whose sigmoid is p (`torch.logit` on the meta device would load the compiler)."""
     return math.log(p / (1 - p))
-
-
-def per_channel(p: Tensor, dims: int) -> Tensor:
-    """(C,) -> (C, 1, ...) so that it broadcasts against a step (N, C, ...) with `dims` dimensions; () stays."""
-    return p.view(-1, *[1] * (dims - 2)) if p.dim() else p
 
 
 def neuron_step(i: Tensor, v: Tensor | None, leak, threshold, activation=torch.relu, normalize=None):
@@ -170,12 +177,16 @@ class EMPFNeuron(StatefulNeuron):
         """Mem-BN with the running statistics as `mh = gain * m + shift`, each (T, C); (None, None) without Mem-BN."""
         if not self.mem_bn:
             return None, None
-        alpha, beta = (p if p.dim() == 2 else p.unsqueeze(1) for p in (self.alpha, self.beta))
-        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-        return alpha + beta * scale, beta * (self.bias - self.running_mean * scale)
+        rstd = torch.rsqrt(self.running_var + self.eps)
+        return mem_folded(self.alpha, self.beta, self.weight, self.bias, self.running_mean, rstd)
 
     def takes(self, norm: nn.Module, x: Tensor) -> bool:
-        """Can `norm`, through which x still has to go, be left to this neuron? Not if a hook is to see the current."""
+        """Can `norm`, through which x still has to go, be left to this neuron?
+
+        Not where a hook is to see the current, nor by a subclass whose own forward may not know `norm`.
+        """
+        if type(self).forward is not EMPFNeuron.forward:
+            return False
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = any(getattr(m, kind) for m in (self, norm) for kind in kinds)
         simple = self.activation == "relu" and not self.mem_bn and norm.training and not norm.frozen_norm
@@ -186,13 +197,14 @@ class EMPFNeuron(StatefulNeuron):
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
         leak = None if self.parallel else self.leak_logit[steps].sigmoid()
         threshold = self.threshold_logit[steps].sigmoid()
+        if norm is not None:
+            check_count(current)
         batch_stats = self.mem_bn and self.training and not self.frozen_norm
+        running_stats = self.mem_bn and not batch_stats  # with these, spikes cannot be made again
+        one_step = torch.is_grad_enabled() and self.online and len(current) == 1
         if self.activation != "relu":
             spikes, v = self.loop(current, steps, leak, threshold, batch_stats)
-        elif (
-            torch.is_grad_enabled() and self.online and len(current) == 1 and self.mem_bn == batch_stats
-            and recompute.active(current)
-        ):  # fmt: skip
+        elif one_step and not running_stats and recompute.active(current):
             spikes, v = recompute.spike(current, self, steps.start, leak, threshold, norm)
         elif batch_stats:
             spikes, v = self.mem_bn_steps(current, steps, leak, threshold)
@@ -227,6 +239,7 @@ class EMPFNeuron(StatefulNeuron):
 
     def mem_bn_steps(self, current: Tensor, steps: slice, leak, threshold) -> tuple[Tensor, Tensor]:
         """Mem-BN with ReLU and the statistics of the batch."""
+        check_count(current)
         options = {"bits": self.spike_bits, "step": self.spike_step}
         own = [p[steps] for p in (self.alpha, self.beta, self.weight, self.bias)]
         running = list(zip(self.running_mean[steps], self.running_var[steps], strict=True))
@@ -251,7 +264,7 @@ class EMPFNeuron(StatefulNeuron):
     def state(self, current: Tensor) -> Tensor | None:
         """v; where there is a gradient, v[0] = 0 as a tensor: the leak has one (zero) in the first step too."""
         if self.v is None and not self.parallel and torch.is_grad_enabled():
-            return torch.zeros_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))
+            return torch.zeros_like(current[0], dtype=working_dtype(current))
         return self.v
 
     def loop(self, current: Tensor, steps: slice, leak, threshold, batch_stats: bool) -> tuple[Tensor, Tensor]:
@@ -259,7 +272,7 @@ class EMPFNeuron(StatefulNeuron):
         v, spikes = self.state(current), []
         gain, shift = (None, None) if batch_stats else self.folded_norm()
         act, dims = ACTIVATIONS[self.activation], current.dim() - 1
-        dtype = torch.promote_types(current.dtype, torch.float32)  # the potential is never kept in half precision
+        dtype = working_dtype(current)  # the potential is never kept in half precision
         for k, t in enumerate(range(steps.start, steps.stop)):
             if batch_stats:
                 normalize = self.batch_normalizer(t)
@@ -282,6 +295,7 @@ class EMPFNeuron(StatefulNeuron):
         """The function m -> mh of step t with the statistics of the batch; it updates the running statistics."""
 
         def normalize(m: Tensor) -> Tensor:
+            check_count(m[None])
             normed = F.batch_norm(
                 m, self.running_mean[t], self.running_var[t], self.weight[t], self.bias[t],
                 training=True, momentum=self.momentum, eps=self.eps,
@@ -316,7 +330,7 @@ class LIFNeuron(StatefulNeuron):
         m = leak * v + I      s = [m >= threshold]      v = m - threshold * s
 
     `leak` and `threshold` are constants, shown as (T,) tensors. With `.online` the potential is detached between steps
-    (SLTT), without it the gradient goes through time. Forward and errors as `EMPFNeuron`.
+    (SLTT), without it the gradient goes through time. It is kept in fp32 at least. Forward and errors as `EMPFNeuron`.
     """
 
     def __init__(self, T: int, *, leak: float = 0.5, threshold: float = 1.0):
@@ -326,11 +340,12 @@ class LIFNeuron(StatefulNeuron):
 
     def forward(self, current: Tensor) -> Tensor:
         steps = self.advance(current)
-        v, spikes = self.v, []
+        v, spikes, dtype = self.v, [], working_dtype(current)
         for k, t in enumerate(range(steps.start, steps.stop)):
             if v is not None and self.online:
                 v = v.detach()
-            m = current[k] if v is None else self.leak[t] * v + current[k]
+            i = current[k].to(dtype)
+            m = i if v is None else self.leak[t] * v + i
             s = TriangleSpike.apply(m - self.threshold[t])
             v = m - self.threshold[t] * s
             spikes.append(s.to(current.dtype))

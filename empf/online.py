@@ -71,16 +71,22 @@ def online_backward(
         model: a `SpikingNetwork`, possibly wrapped for data-parallel training.
         x: images (N, C, H, W) or events (T, N, C, H, W); target: whatever `criterion(logits, target)` takes.
         learning: random | every | stbp.
-        steps: for `random` the ascending steps of 1..T to back-propagate (see `draw_steps`).
+        steps: for `random` the ascending steps of 1..T to back-propagate, drawn with `draw_steps`; it has no default,
+            as every process has to draw the same.
         backward: e.g. `accelerator.backward`.
         no_sync: context in which gradients stay on their process; used for all but the last backward of a batch.
 
     Returns (loss, logits), detached: the mean of the steps' losses, the logits (N, classes) of the steps, summed.
-    Raises ValueError for an unknown mode or steps that are not ascending within 1..T.
+    Raises ValueError for an unknown mode, and for `random` without steps or with such that are not ascending in 1..T.
     """
     config = (model.module if hasattr(model, "module") else model).config
     if learning not in LEARNING:
         raise ValueError(f"learning must be one of {', '.join(LEARNING)}, got {learning!r}")
+    if learning == "random" and steps is None:
+        raise ValueError(
+            f"learning='random' needs steps: pass steps=empf.draw_steps({config.T}, 1, seed, iteration), "
+            "iteration being the number of the batch"
+        )
     reset(model)
     if learning == "stbp":
         set_online(model, False)
@@ -92,7 +98,7 @@ def online_backward(
             set_online(model, True)
         return loss.detach(), logits.detach()
 
-    steps = list(range(1, config.T + 1)) if learning == "every" else list(steps or [])
+    steps = list(range(1, config.T + 1)) if learning == "every" else list(steps)
     if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > config.T:
         raise ValueError(f"steps must be ascending and within 1..T = {config.T}, got {steps}")
     total_loss, total_logits, done = 0.0, 0.0, 0

@@ -43,7 +43,7 @@ def export_onnx(packed: PackedModel, path: str | Path, *, events: bool | None = 
         raise ValueError(f"the export needs {' and '.join(missing)}: pip install 'empf[onnx]'")
     c = packed.config
     events = c.arch == "vgg_snn" if events is None else events
-    whole = WholeSequence(copy.deepcopy(packed).cpu(), events)
+    whole = WholeSequence(copy.deepcopy(packed).cpu(), events).eval()
     x = torch.zeros(*[c.T] * events, 2, c.in_channels, c.image_size, c.image_size)
     for synapse in (m for m in whole.modules() if isinstance(m, PackedSynapse)):
         for dtype in (torch.float32, torch.uint8):  # now: otherwise the unpacking would become part of the graph

@@ -29,7 +29,8 @@ from empf.kernels.pack import weights_per_word
 
 FORMAT, VERSION = "empf-packed", 1
 UNSIGNED = "0" * 64  # stands in place of the checksum while it is computed
-MAX_HEADER = 2**20  # bytes; the header of a ResNet-34 has 5,000
+MAX_HEADER = 2**24  # bytes; the header of a ResNet-34 has 5,000 and those of the names of its classes
+MAX_NUMBERS = 2**28  # fp32 parameters; zlib makes a thousand bytes of one, a file must not ask for all memory
 PARAMETERS = "parameters"
 _TERNARY_DIGIT = np.array([0, 1, 0, 2], np.uint8)  # of a 2-bit code; minus zero (code 2) is zero
 _POWERS = 3 ** np.arange(5)
@@ -37,9 +38,13 @@ _TERNARY_CODES = np.array([0, 1, 3], np.uint8)[np.arange(243)[:, None] // _POWER
 
 
 def encode(state: Mapping[str, Tensor], weights: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-    """The arrays of the file: packed `bits` named in `weights` (dense shape, kind), all else fp32 parameters."""
+    """The arrays of the file: packed `bits` named in `weights` (dense shape, kind), all else fp32 parameters.
+
+    Raises ValueError for more parameters than `decode` reads.
+    """
     arrays = {name: _encode_bits(state[name], *weights[name]) for name in weights}
-    floats = [tensor.cpu().numpy().ravel() for name, tensor in state.items() if name not in weights]
+    floats = [tensor.float().cpu().numpy().ravel() for name, tensor in state.items() if name not in weights]
+    _check_size(sum(map(len, floats)))
     planes = np.concatenate(floats).astype("<f4").view(np.uint8).reshape(-1, 4).T
     arrays[PARAMETERS] = np.frombuffer(zlib.compress(planes.tobytes(), 9), np.uint8)
     return arrays
@@ -59,6 +64,7 @@ def decode(
     state = {name: _decode_bits(arrays[name], *weights[name]) for name in weights}
     shapes = {name: tensor.shape for name, tensor in wanted.items() if name not in weights}
     size = 4 * sum(shape.numel() for shape in shapes.values())
+    _check_size(size // 4)
     unzip = zlib.decompressobj()
     try:
         planes = unzip.decompress(arrays[PARAMETERS].tobytes(), size)  # never more than the network needs
@@ -72,8 +78,13 @@ def decode(
     return state
 
 
+def _check_size(numbers: int) -> None:
+    if numbers > MAX_NUMBERS:
+        raise ValueError(f"the network has {numbers:,} full-precision parameters, a packed file holds {MAX_NUMBERS:,}")
+
+
 def to_bytes(arrays: Mapping[str, np.ndarray], about: dict) -> bytes:
-    """The file as bytes, with its checksum."""
+    """The file as bytes, with its checksum. Raises ValueError where `about` is longer than `read` accepts."""
     metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about), "sha256": UNSIGNED}
     header, end = {"__metadata__": metadata}, 0
     for name, array in arrays.items():
@@ -81,6 +92,10 @@ def to_bytes(arrays: Mapping[str, np.ndarray], about: dict) -> bytes:
         end += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(
+            f"the header would take {len(text):,} bytes, of {MAX_HEADER:,}: give the classes shorter names"
+        )
     # not by safetensors, which orders the metadata anew in each process: equal networks give equal files
     data = b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
     at = _checksum_place(data)
@@ -94,6 +109,11 @@ def read(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         raise FileNotFoundError(f"no file {path}: give a file that empf.pack(model).save(...) wrote")
     with open(path, "rb") as file:
         metadata = _metadata(path, file)
+        if metadata.get("version") != str(VERSION):
+            raise ValueError(
+                f"{path} has version {metadata.get('version')!r} of the packed format and this version of empf reads "
+                f"{VERSION}: update empf, or pack the network again"
+            )
         file.seek(0)
         data = file.read()
     if metadata.get("sha256") != _checksum(data):
@@ -102,6 +122,16 @@ def read(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         return json.loads(metadata["about"]), load_arrays(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a packed network ({error}): pack it again") from error
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file says that it is a packed network, of any version; it may be damaged all the same."""
+    try:
+        with open(path, "rb") as file:
+            _metadata(path, file)
+    except ValueError:
+        return False
+    return True
 
 
 def _metadata(path: Path, file) -> dict:
@@ -117,11 +147,6 @@ def _metadata(path: Path, file) -> dict:
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(foreign)
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"{path} has version {metadata.get('version')!r} of the packed format and this version of empf reads "
-            f"{VERSION}: update empf, or pack the network again"
-        )
     return metadata
 
 

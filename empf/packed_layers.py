@@ -90,6 +90,10 @@ class PackedNeuron(nn.Module):
         span.keep(self.slot, v)
         return spikes
 
+    def values(self, spikes: Tensor) -> Tensor:
+        """What `forward` returned, as floats."""
+        return spikes if self.step is None else spikes * self.step
+
     def in_turn(self, current: Tensor, v: Tensor | None, leak, threshold, gain, shift) -> tuple[Tensor, Tensor | None]:
         """(spikes, v) step after step in plain torch, for every activation."""
         spikes = []
@@ -316,6 +320,7 @@ class PackedResNet(nn.Module):
     def __init__(self, model: ResNet, slots: Iterator[int]):
         super().__init__()
         self.blocks = nn.ModuleList(PackedBlock(block, slots) for block in model.blocks)
+        self.before = model.hidden and PackedNeuron(model.hidden["before"], next(slots))
         self.hidden = model.hidden and PackedSynapse(model.hidden["linear"])
         self.neuron = model.hidden and PackedNeuron(model.hidden["neuron"], next(slots))
         self.head = copy.deepcopy(model.head)
@@ -323,15 +328,15 @@ class PackedResNet(nn.Module):
     def forward(self, current: Tensor, span: Span) -> Tensor:
         spikes = self.blocks[0].conv1.neuron(current, span)
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            following = None if after is None else after.conv1.neuron
-            # the next block needs the current as its shortcut, or for its attention; the mean below needs the last one
-            keep = after is None or after.shortcut is None or after.conv1.seca is not None
+            following = self.before if after is None else after.conv1.neuron
+            # the next block needs the current as its shortcut, or for its attention; without a hidden layer, the head
+            # needs the last one
+            keep = self.before is None if after is None else after.shortcut is None or after.conv1.seca is not None
             spikes, current = block(following, keep, spikes, current, span)
-        x = current.mean((-2, -1))  # k N C
-        if self.hidden is not None:
-            spikes = self.neuron(self.hidden(x), span)
-            x = spikes if self.neuron.step is None else spikes * self.neuron.step
-        return self.head(x.float())
+        if self.before is None:
+            return self.head(current.mean((-2, -1)).float())
+        x = self.before.values(spikes).mean((-2, -1))  # k N C
+        return self.head(self.neuron.values(self.neuron(self.hidden(x), span)).float())
 
 
 class PackedVGG(nn.Module):
@@ -351,8 +356,7 @@ class PackedVGG(nn.Module):
             spikes, current = layer.into(
                 following, *layer.integers(spikes), span, before=current, keep=layer.seca is not None
             )
-        spikes = spikes.float() if self.neuron.step is None else spikes * self.neuron.step
-        return self.head(average(spikes).flatten(2))
+        return self.head(average(self.neuron.values(spikes).float()).flatten(2))
 
 
 class PackedStem(nn.Module):

@@ -21,6 +21,7 @@ from io import BytesIO
 from itertools import count
 from pathlib import Path
 from textwrap import shorten
+from typing import TYPE_CHECKING, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import safetensors.torch
@@ -29,7 +30,11 @@ from safetensors import SafetensorError
 
 from empf.models import ModelConfig, SpikingNetwork, build
 
+if TYPE_CHECKING:
+    from empf.config import TrainConfig
+
 FORMAT = 1
+Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -120,6 +125,27 @@ def read_config(run: str | Path) -> dict:
     return config
 
 
+def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings:
+    """`kind.from_dict(values)`, values being a part of config.json; what does not fit is one sentence."""
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{Path(run) / 'config.json'}: {error}; use the version that wrote it") from error
+
+
+def training_of(config: dict, run: str | Path) -> "TrainConfig":
+    """The settings of the training that the config.json of a run folder names.
+
+    Raises ValueError with one sentence for a setting that is not known, and where there are none: in a model's folder
+    of the Hub, if no run was known.
+    """
+    from empf.config import TrainConfig  # it imports the data sets, which are cached by means of this module
+
+    if not {"dataset", "seed"} <= config["train"].keys():
+        raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
+    return settings_of(TrainConfig, config["train"], run)
+
+
 def save_state(run: Path, state: dict) -> None:
     """Write state/state.pt, the one file from which a run continues."""
     buffer = BytesIO()
@@ -161,7 +187,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
     architecture than its config.json says.
     """
     path = Path(run) / "model.safetensors"
-    model = build(ModelConfig.from_dict(read_config(run)["model"]))
+    model = build(settings_of(ModelConfig, read_config(run)["model"], run))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train for at least one epoch, or give another run folder")
     try:

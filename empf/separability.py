@@ -6,8 +6,10 @@ neurons     each spiking neuron is given the currents that it sees in the networ
                 F[t, t'] = on[t] g[t] * prod_{j = t' .. t-1} leak[j+1] (1 - on[j]) g[j]
             so ds/dm is 0 or g, whatever m is, and nothing crosses a spike. n-bit spikes: the first on[t] is 0 above
             the largest code too (straight-through), those of the reset are not: it uses the spike before the quantiser.
+            The online factors are taken twice: all steps in one call, and one call for each, which is what trains.
             Mem-BN: the statistics are those of the batch, taken as constants; then mh = g m + h, and a neuron is a
-            function of its own current alone. ds/dm is given in units of g.
+            function of its own current alone. ds/dm is given in units of g, to a multiple of 2^-20: the neuron and
+            this file may form g in different orders of the same operations. Without Mem-BN nothing is rounded.
 gradients   of all weights: online (v detached) against through time, with the same loss and the same batch. The batch
             statistics of a step are the same in both and both differentiate through them: they differ in time only.
 random      the gradient of each t* = 1..T by itself: bias of their mean against `every`, and variance over t*.
@@ -15,7 +17,7 @@ random      the gradient of each t* = 1..T by itself: bias of their mean against
 arXiv 2410.07547, sec. 4
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +29,10 @@ from torch import Tensor, nn
 from empf.models import SpikingNetwork
 from empf.neuron import StatefulNeuron, per_channel
 from empf.online import online_backward, reset, set_online
+from empf.restore import restored
 
 FACTOR_TOLERANCE = 1e-5  # of a measured against a predicted factor, relative to max(1, predicted)
+GAIN_ROUNDING = 2.0**-20  # of ds/dm in units of the gain of Mem-BN
 FEW_VALUES = 8  # ds/dm with more distinct values is a curve
 SAMPLES = 200  # neurons of each layer and step that a figure shows
 ELEMENTS = 2**21  # neurons of a layer whose factors are measured: the batch is cut where it has more
@@ -37,64 +41,72 @@ Gradients = dict[str, Tensor]
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; afterwards buffers, gradients and modes are as before, and the state is reset."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    names = ("training", "online", "frozen_norm")
-    modes = [(m, {name: vars(m)[name] for name in names if name in vars(m)}) for m in model.modules()]
-    model.train()
-    model.zero_grad(set_to_none=True)
-    try:
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradients from before; afterwards the model is as it was."""
+    with restored(model):
+        model.train()
+        model.zero_grad(set_to_none=True)
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, before in modes:
-            vars(module).update(before)
-        reset(model)
+
+
+def time_steps(model: nn.Module) -> int:
+    """T of the neurons; ValueError unless there are neurons of the library, all with the same."""
+    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)})
+    if len(found) != 1:
+        raise ValueError(
+            "the network needs neurons of this library (EMPFNeuron, LIFNeuron or another StatefulNeuron), all with the "
+            f"same number of time steps: found {' and '.join(f'T = {T}' for T in found) or 'none'}"
+        )
+    return found[0]
 
 
 @torch.no_grad()
 def record_currents(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The currents (T, N, C, ...) that each spiking neuron sees, by name of the neuron."""
     names = {m: name for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
-    currents: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
 
     def keep(neuron: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        currents[names[neuron]] = inputs[0].clone()
+        parts.setdefault(names[neuron], []).append(inputs[0].clone())
 
     handles = [neuron.register_forward_pre_hook(keep) for neuron in names]
     reset(model)
     try:
-        model(x)
+        logits = model(x)
     finally:
         for handle in handles:
             handle.remove()
     reset(model)
-    if missing := sorted(set(names.values()) - currents.keys()):
-        raise ValueError(f"the network does not call its neuron {missing[0]}, so its current cannot be measured")
-    return currents
+    T = time_steps(model)
+    if logits.dim() != 3 or len(logits) != T:
+        raise ValueError(
+            f"model(x) must return the logits of all T = {T} steps, (T, N, classes), got shape {tuple(logits.shape)}"
+        )
+    for name in names.values():
+        if (steps := sum(map(len, parts.get(name, [])))) != T:
+            raise ValueError(f"the network runs {steps} of the {T} steps of {name}, so its current cannot be measured")
+    return {name: torch.cat(parts[name]) for name in names.values()}
 
 
 @dataclass
 class Trajectory:
-    """What a neuron does with its currents: a tensor per step, (N, C, ...) or broadcasting to it."""
+    """What a neuron does with its currents: a tensor per step, (N, C, ...) or broadcasting to it.
+
+    `near`: in this step or before, m was so close to a switching point (the threshold, or the largest code of n-bit
+    spikes) that rounding decides the side; these are left out of what is compared with the theory.
+    """
 
     x: list[Tensor]  # mh - threshold
     gain: list[Tensor]  # mh = gain * m + shift
     leak: list[Tensor]
-    near: list[Tensor]  # so near to a switching point, in this step or before, that rounding decides
-    top: float  # spikes above it are clipped by the quantiser
+    near: list[Tensor]
+    top: float  # spikes above it are clipped by the quantiser; infinite without one
 
     def on(self, t: int) -> Tensor:
         return self.x[t] > 0
 
     def region(self, t: int) -> Tensor:
-        """0 below the threshold, 1 above it, 2 above the largest code."""
+        """0 silent (below the threshold), 1 linear (s = mh - threshold), 2 clipped by the quantiser."""
         return self.on(t).int() + (self.x[t] > self.top).int()
 
     def predicted(self, t: int) -> list[Tensor]:
@@ -177,6 +189,14 @@ def distribution(values: Tensor, x: Tensor) -> dict:
     return result
 
 
+def slope(factor: Tensor, gain: Tensor, mem_bn: bool) -> Tensor:
+    """ds/dm from F[t, t]: in units of the gain of Mem-BN, see `GAIN_ROUNDING`; else as it is."""
+    if not mem_bn:
+        return factor
+    units = torch.where(gain == 0, factor, factor / gain)
+    return (units / GAIN_ROUNDING).round() * GAIN_ROUNDING
+
+
 def measure_neuron(neuron: StatefulNeuron, current: Tensor) -> tuple[list[dict], list[dict]]:
     """Per time step: ds/dm, factors by lag, leaks of the online mode; and samples of them for a figure."""
     path = follow(neuron, current)
@@ -184,30 +204,34 @@ def measure_neuron(neuron: StatefulNeuron, current: Tensor) -> tuple[list[dict],
     cut = lambda tensors: [p[:images] if p.dim() == current.dim() - 1 else p for p in tensors]  # noqa: E731
     path.x, path.near, current = cut(path.x), cut(path.near), current[:, :images]
     steps, samples = [], []
-    online = zip(factors(neuron, current, True), factors(neuron, current, True, one_by_one=True), strict=True)
-    leaks = [max([0.0, *(float(f.abs().max()) for row in rows for f in row[:-1])]) for rows in online]
-    for t, row in enumerate(factors(neuron, current, False)):
+    ways = [factors(neuron, current, False), *(factors(neuron, current, True, one_by_one=one) for one in (False, True))]
+    for t, (row, joined, trained) in enumerate(zip(*ways, strict=True)):
         near, predicted = path.near[t], [p.expand_as(row[0]) for p in path.predicted(t)]
         sure = near if near.all() else ~near  # there is always something to look at
-        ds_dm = torch.where(path.gain[t] == 0, row[t], row[t] / path.gain[t])  # in units of the gain
+        slopes = [slope(f[-1], path.gain[t], getattr(neuron, "mem_bn", False)) for f in (trained, joined, row)]
+        ds_dm = slopes[0]
         size = [float(f.abs().double().mean()) for f in row]
-        errors = [((f - p).abs() / p.abs().clamp(min=1))[sure] for f, p in zip(row, predicted, strict=True)]
+        found = [[f] for f in row[:-1]] + [[row[-1], joined[-1], trained[-1]]]
+        errors = [
+            max(float(((f - p).abs() / p.abs().clamp(min=1))[sure].max()) for f in same)
+            for same, p in zip(found, predicted, strict=True)
+        ]
         steps.append({
             "step": t + 1,
             "above_threshold": float(path.on(t).double().mean()),
             "ds_dm": distribution(ds_dm[sure], path.x[t][sure]),
-            "dependence": spread(ds_dm, path.region(t), sure),
+            "dependence": max(spread(values, path.region(t), sure) for values in slopes),
             "gain": [float(path.gain[t].min()), float(path.gain[t].max())],
             "factors": [
                 {
                     "lag": t - past, "measured": size[past], "predicted": float(predicted[past].abs().double().mean()),
-                    "error": float(errors[past].max()),
+                    "error": errors[past],
                 }
                 for past in reversed(range(t + 1))
             ],
-            "factor_error": max(float(e.max()) for e in errors),
+            "factor_error": max(errors),
             "temporal_share": sum(size[:-1]) / total if (total := sum(size)) else 0.0,
-            "online_leak": leaks[t],
+            "online_leak": max([0.0, *(float(f.abs().max()) for f in (*joined[:-1], *trained[:-1]))]),
             "undecided": int(near.sum()),
         })  # fmt: skip
         pick = torch.linspace(0, ds_dm.numel() - 1, min(SAMPLES, ds_dm.numel())).long()
@@ -226,7 +250,7 @@ def take_gradients(model: nn.Module) -> Gradients:
     return taken
 
 
-def through_time(model: SpikingNetwork, x: Tensor, target: Tensor) -> Iterator[Gradients]:
+def through_time(model: nn.Module, x: Tensor, target: Tensor) -> Iterator[Gradients]:
     """The gradient through time of the loss of each step's logits, t = 1..T."""
     set_online(model, False)
     reset(model)
@@ -237,7 +261,7 @@ def through_time(model: SpikingNetwork, x: Tensor, target: Tensor) -> Iterator[G
     reset(model)
 
 
-def online_mean_logits(model: SpikingNetwork, x: Tensor, target: Tensor) -> Gradients:
+def online_mean_logits(model: nn.Module, x: Tensor, target: Tensor) -> Gradients:
     """The online gradient of the loss that `stbp` has, the one of the mean logits."""
     reset(model)
     F.cross_entropy(model(x).mean(0), target).backward()
@@ -280,8 +304,19 @@ def estimator(steps: list[list[Tensor]], every: list[Tensor]) -> dict[str, float
     return {"bias": (dot(off, off) / target) ** 0.5, "variance": sum(away) / len(away) / norm}
 
 
-def compare_gradients(model: SpikingNetwork, x: Tensor, target: Tensor) -> dict[str, dict]:
-    """What `measure` returns as "gradients": for all weights, all other parameters, and the weights of each layer,
+def own_backward(model: nn.Module, x: Tensor, target: Tensor, *, learning: str, steps: list[int] | None = None) -> None:
+    """What `online_backward` computes, for a network that can only run all steps at once."""
+    reset(model)
+    set_online(model, learning != "stbp")
+    logits = model(x)
+    picked = [logits.mean(0)] if learning == "stbp" else [logits[t - 1] for t in steps or range(1, len(logits) + 1)]
+    torch.stack([F.cross_entropy(step, target) for step in picked]).mean().backward()
+    set_online(model, True)
+    reset(model)
+
+
+def compare_gradients(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, dict]:
+    """The "gradients" of `measure_separability`: for all weights, all other parameters, and the weights of each layer,
 
     mean_of_losses  `every` against through time; loss: mean over the steps of the loss of each step's logits
     steps           the same for the loss of each step alone, which is what `random` back-propagates
@@ -293,15 +328,19 @@ def compare_gradients(model: SpikingNetwork, x: Tensor, target: Tensor) -> dict[
     library = partial(
         online_backward, model, x, target, F.cross_entropy, backward=partial(Tensor.backward, retain_graph=True)
     )
+    back: Callable = library if isinstance(model, SpikingNetwork) else partial(own_backward, model, x, target)
 
     def learn(learning: str, steps: list[int] | None = None) -> Gradients:
-        library(learning=learning, steps=steps)
+        back(learning=learning, steps=steps)
         return take_gradients(model)
 
-    drawn, every, stbp = [learn("random", [t]) for t in range(1, model.config.T + 1)], learn("every"), learn("stbp")
+    T = time_steps(model)
+    drawn, every, stbp = [learn("random", [t]) for t in range(1, T + 1)], learn("every"), learn("stbp")
     timed, mean_logits = list(through_time(model, x, target)), online_mean_logits(model, x, target)
     timed_mean = mean_of(timed)
-    layers = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    kinds = nn.Conv1d | nn.Conv2d | nn.Linear
+    layers = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds)]
+    layers = [name for name in layers if name in every]  # a weight that two layers share has one name
     groups = {"all weights": layers, "all other parameters": [n for n in every if n not in set(layers)]}
     rows = {}
     for group, names in (groups | {name: [name] for name in layers}).items():
@@ -316,24 +355,48 @@ def compare_gradients(model: SpikingNetwork, x: Tensor, target: Tensor) -> dict[
     return rows
 
 
-def measure(model: SpikingNetwork, x: Tensor, target: Tensor) -> tuple[dict, dict[str, list[dict]]]:
-    """All measurements on one batch, as plain values, and samples of neurons by layer for a figure.
+def measure_separability(model: nn.Module, x: Tensor, target: Tensor) -> tuple[dict, dict[str, list[dict]]]:
+    """How separable the gradient of a network is in time: all measurements on one batch, and samples for a figure.
 
-    x: images (N, C, H, W) or events (T, N, C, H, W) with labels `target` (N,). The model is left as it was, its state
-    reset. Keys of the result: "summary", "verdict", "neurons" (by layer, a list over steps), "gradients" (by layer).
+    Args:
+        model: a `SpikingNetwork`, or any module built from neurons of this library (`EMPFNeuron`, `LIFNeuron`, or your
+            own `StatefulNeuron` with `.leak` and `.threshold`, (T,) or (T, C)) for which `model(x)` runs all T steps,
+            in one call of each neuron or step by step, and returns the logits (T, N, classes). T is that of the
+            neurons. It is measured in training mode and left as it was, its state reset.
+        x: whatever the model takes. target: labels (N,).
+
+    Returns (result, samples); the result holds plain values: "T", "mem_bn", "summary", "verdict", "neurons" (by layer,
+    a list over steps), "gradients" (by layer). `empf.diagnose.separability_table(result)` is the table for people,
+    `empf.diagnose_figures.draw_separability(result, samples, path)` the figure.
 
     The summary: cosine, norm_ratio, sign_agreement, temporal_share (|through time - online| / |through time|),
     random_bias and random_variance take all weights as one vector; the loss is the mean over the steps of the
     cross-entropy of each step's logits, which is that of `every` and the expectation of `random`. The others are the
     worst over all layers and steps.
+
+    A batch norm that normalises several steps together couples them in both gradients alike: that is not seen here.
+    Raises ValueError for a network without such neurons, with different T, or with another output.
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)
+                self.neuron = empf.EMPFNeuron(T=4)
+
+            def forward(self, x):  # (T, N, 64) -> (T, N, 10)
+                return self.last(self.neuron(self.first(x)))
+
+        result, samples = empf.measure_separability(Net(), torch.randn(4, 16, 64), torch.arange(16) % 10)
+        result["verdict"]  # {"separable": True, "reasons": [...], "silent": []}
     """
     neurons, samples = {}, {}
-    with restored(model):
+    T = time_steps(model)
+    with as_trained(model):
         for name, current in record_currents(model, x).items():
             if not current.isfinite().all():
                 raise ValueError(f"the current of {name} is not finite: the network cannot be measured")
             neurons[name], samples[name] = measure_neuron(model.get_submodule(name), current)
-    with restored(model):
+    with as_trained(model):
         gradients = compare_gradients(model, x, target)
     whole, steps = gradients["all weights"], [step for layer in neurons.values() for step in layer]
     values = [step["ds_dm"]["values"] for step in steps]
@@ -348,7 +411,9 @@ def measure(model: SpikingNetwork, x: Tensor, target: Tensor) -> tuple[dict, dic
         "factor_error": max(step["factor_error"] for step in steps),
         "online_leak": max(step["online_leak"] for step in steps),
     }
-    return {"summary": summary, "verdict": verdict(neurons), "neurons": neurons, "gradients": gradients}, samples
+    mem_bn = any(getattr(model.get_submodule(name), "mem_bn", False) for name in neurons)
+    result = {"T": T, "mem_bn": mem_bn, "summary": summary, "verdict": verdict(neurons)}
+    return result | {"neurons": neurons, "gradients": gradients}, samples
 
 
 def verdict(neurons: dict[str, list[dict]]) -> dict:

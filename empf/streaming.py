@@ -8,7 +8,9 @@ on (seed, epoch, image): the number of workers changes the speed, nothing else.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +39,9 @@ class StreamBatches(ImageBatches):
     `flip`; cutout, mixup and cutmix on whole batches, with partners from the same rank. All ranks have the same number
     of batches; what is left over differs from epoch to epoch. Everything drawn is a pure function of (seed, epoch,
     rank, number of the batch), so `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly, and
-    without reading the blocks that are done with.
+    without reading the blocks that are done with. Where another number of processes had begun the epoch,
+    `iterate(start=k, begun_by=processes)` gives each rank its part of their joined batches: it reads for all the ranks
+    that it takes over, and holds the buffers of all, until the end of this epoch.
 
     Test: the centre crop of every image, in exactly one batch of one rank. Ranks may differ by one in their number of
     batches: reduce over processes after the loop, not inside it.
@@ -72,13 +76,20 @@ class StreamBatches(ImageBatches):
         self.buffer = buffer
         self.broken: dict[str, str] = {}  # what was skipped so far, with the reason
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        first, last = self._share(len(self.data))
-        if self.train:
-            last = first + len(self) * self.batch_size
+    def iterate(self, start: int = 0, begun_by: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        world = begun_by if self.train and begun_by is not None else self.world
+        size, rest = divmod(self.batch_size * self.world, world)
+        if rest:
+            raise ValueError(f"{world} processes cannot share a batch of {self.batch_size * self.world} images")
+        begin = self.rank * self.batch_size  # of this rank, in the joined batch
+        shares = {}
+        for rank in range(begin // size, (begin + self.batch_size - 1) // size + 1):
+            first, last = (len(self.data) * r // world for r in (rank, rank + 1))
+            shares[rank] = first, first + len(self) * size if self.train else last
+        rows = sum(last - first for first, last in shares.values())
         made = _MadeBatches(
-            self.data, self.batch_size, len(self), start, first, last, self.train, self.augment,
-            (self.seed, self.epoch), self.rank, self.buffer // LANES,
+            self.data, size, len(self), start, shares, self.train, self.augment, (self.seed, self.epoch),
+            self.buffer // LANES,
         )  # fmt: skip
         device, broken = self.data.device, 0
         loader = DataLoader(
@@ -91,25 +102,31 @@ class StreamBatches(ImageBatches):
             multiprocessing_context=_context() if self.workers else None,
             generator=torch.Generator(),  # leaves the global one as it is
         )
-        for number, batch in enumerate(_watched(loader), start):
-            broken += self._report(batch)
-            if broken > max(1, TOO_MANY_BROKEN * (last - first)):
+        for number, parts in enumerate(_watched(loader), start):
+            broken += sum(map(self._report, parts))
+            if broken > max(1, TOO_MANY_BROKEN * rows):
+                reason = [reason for part in parts for _, reason in part.broken][-1]
                 raise ValueError(
-                    f"{broken} of the {last - first} images read in this epoch cannot be used, the last one "
-                    f"because {batch.broken[-1][1]}: repair the data set, or copy it again"
+                    f"{broken} of the {rows} images read in this epoch cannot be used, the last one because {reason}: "
+                    "repair the data set, or copy it again"
                 )
-            if len(batch.labels) == 0:
-                if self.train:
-                    raise ValueError(f"no image of a batch can be used: {'; '.join(batch.broken[0])}")
-                continue
-            images = self._normalise(batch.images.to(device, non_blocking=True))
-            labels = batch.labels.to(device, non_blocking=True)
-            yield self._prepared(images, labels, number) if self.train else (images, labels)
+            ready = []
+            for rank, part in zip(shares, parts, strict=True):
+                if len(part.labels):
+                    images = self._normalise(part.images.to(device, non_blocking=True))
+                    labels = part.labels.to(device, non_blocking=True)
+                    ready.append(self._prepared(images, labels, rank, number) if self.train else (images, labels))
+                elif self.train:
+                    raise ValueError(f"no image of a batch can be used: {'; '.join(part.broken[0])}")
+            if ready:
+                images, targets = ready[0] if len(ready) == 1 else map(torch.cat, zip(*ready, strict=True))
+                own = slice(begin % size, begin % size + self.batch_size)
+                yield images[own], targets[own]
 
-    def _prepared(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Cut out and mix a training batch."""
+    def _prepared(self, images: Tensor, labels: Tensor, rank: int, number: int) -> tuple[Tensor, Tensor]:
+        """Cut out and mix batch `number` of a rank."""
         augment, side = self.augment, self.data.spec.image_size
-        rng = np.random.default_rng((self.seed, self.epoch, 2, self.rank, number))
+        rng = np.random.default_rng((self.seed, self.epoch, 2, rank, number))
         holes = rng.integers(0, side, (2, len(images)))
         if augment.cutout:
             self._cut_out(images, *torch.from_numpy(holes).to(images.device))
@@ -140,50 +157,54 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _MadeBatches(IterableDataset):
-    """The batches of one epoch and rank, from number `start` of `count` on; each worker makes its part of them.
+    """The batches of one epoch, a list of those of some ranks, from number `start` of `count` on; each worker makes its
+    part of them.
 
-    `first` and `last` + 1: the rows of this rank, in the order of the epoch. `drawn`: seed and epoch. `held`: rows of a
-    lane among which the next one is drawn.
+    `shares`: first and last + 1 of the rows of each of these ranks, in the order of the epoch. `drawn`: seed and epoch.
+    `held`: rows of a lane among which the next one is drawn.
     """
 
     data: StreamSet
     batch_size: int
     count: int
     start: int
-    first: int
-    last: int
+    shares: dict[int, tuple[int, int]]
     train: bool
     augment: Augment
     drawn: tuple[int, int]
-    rank: int
     held: int
 
-    def __iter__(self) -> Iterator[_Batch]:
+    def __iter__(self) -> Iterator[list[_Batch]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         blocks = np.arange(len(self.data.blocks))
         if self.train:
             blocks = np.random.default_rng((*self.drawn, 0)).permutation(blocks)
-        lanes: dict[int, Iterator[tuple[int, Row]]] = {}
+        lanes: dict[tuple[int, int], Iterator[tuple[int, Row]]] = {}
         try:
             for number in range(self.start + worker, self.count, workers):
                 turn, lane = divmod(number, LANES)
-                if lane not in lanes:
-                    lanes[lane] = self._lane(lane, turn * self.batch_size, blocks)
-                yield self._batch([next(lanes[lane]) for _ in range(self._size(number))])
+                for rank in self.shares:
+                    if (rank, lane) not in lanes:
+                        lanes[rank, lane] = self._lane(rank, lane, turn * self.batch_size, blocks)
+                yield [
+                    self._batch([next(lanes[rank, lane]) for _ in range(self._size(rank, number))])
+                    for rank in self.shares
+                ]
         except (OSError, ValueError) as error:
-            yield _Batch(torch.empty(0), torch.empty(0), [], one_line(error))
+            yield [_Batch(torch.empty(0), torch.empty(0), [], one_line(error))]
 
-    def _size(self, number: int) -> int:
-        return min(self.batch_size, self.last - self.first - number * self.batch_size)
+    def _size(self, rank: int, number: int) -> int:
+        first, last = self.shares[rank]
+        return min(self.batch_size, last - first - number * self.batch_size)
 
-    def _lane(self, lane: int, skip: int, blocks: np.ndarray) -> Iterator[tuple[int, Row]]:
-        """(place in the split, row) of a lane in the order of the epoch, without the first `skip`."""
-        sizes = [sum(map(self._size, range(other, self.count, LANES))) for other in range(lane + 1)]
-        first, size = self.first + sum(sizes[:-1]), sizes[-1]
+    def _lane(self, rank: int, lane: int, skip: int, blocks: np.ndarray) -> Iterator[tuple[int, Row]]:
+        """(place in the split, row) of a lane of a rank in the order of the epoch, without the first `skip`."""
+        sizes = [sum(self._size(rank, n) for n in range(other, self.count, LANES)) for other in range(lane + 1)]
+        first, size = self.shares[rank][0] + sum(sizes[:-1]), sizes[-1]
         order = np.arange(size)
         if self.train and self.data.blocks[:, 3].max() > 1:  # else the order of the blocks is that of the images
-            order = _shuffled(size, self.held, np.random.default_rng((*self.drawn, 1, self.rank, lane)))
+            order = _shuffled(size, self.held, np.random.default_rng((*self.drawn, 1, rank, lane)))
         order = order[skip:]
         wanted = np.zeros(size, bool)
         wanted[order] = True
@@ -257,11 +278,11 @@ def _shuffled(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
     return order
 
 
-def _watched(loader: DataLoader) -> Iterator[_Batch]:
+def _watched(loader: DataLoader) -> Iterator[list[_Batch]]:
     batches = iter(loader)
     while True:
         try:
-            batch = next(batches)
+            made = next(batches)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
@@ -270,11 +291,11 @@ def _watched(loader: DataLoader) -> Iterator[_Batch]:
             raise OSError(
                 f"a process that reads data was killed ({one_line(error)}): if memory is short, use less --workers"
             ) from error
-        yield batch
+        yield made
 
 
-def _unchanged(batch: _Batch) -> _Batch:
-    return batch
+def _unchanged(made: list[_Batch]) -> list[_Batch]:
+    return made
 
 
 # Ctrl-C and SIGTERM reach the whole group of processes: training finishes its batch and saves, and needs data for that.
@@ -283,7 +304,14 @@ _FOR_THE_MAIN_PROCESS = {signal.SIGINT, signal.SIGTERM}
 
 def _start_worker(worker: int) -> None:
     _ignore_signals()
+    threading.Thread(target=_end_with_training, daemon=True).start()
     warnings.simplefilter("ignore")  # Pillow's on odd metadata
+
+
+def _end_with_training() -> None:
+    """DataLoader looks at the parent, here the server that forked this worker and lives as long as it: for ever."""
+    multiprocessing.parent_process().join()  # the process that asked for the worker
+    os._exit(1)
 
 
 def _ignore_signals() -> set[int]:

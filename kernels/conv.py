@@ -25,12 +25,11 @@ from . import tune
 from .conv_tiles import (
     CHANNELS,
     TILES,
-    Plan,
-    aot_arguments,
     check_conv,
     constants,
     conv_operands,
     conv_tile,
+    count_tiles,
     current_tile,
     output_position,
     output_size,
@@ -39,10 +38,10 @@ from .conv_tiles import (
     split_plan,
     tile_plans,
 )
-from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
-from .matmul import unpack_dense
+from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
+from .matmul import dense_is_precise, unpack_dense
 from .pack import PackedWeight, signs
-from .products import device_facts, gather, is_last, park, split_buffers
+from .products import CODES, Plan, gather, is_last, park, split_buffers
 
 DENSE_POSITIONS = 2**15  # output positions, see `dense_wins`
 
@@ -57,14 +56,14 @@ def binary_conv2d_ref(
     step: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition of `binary_conv2d` in plain torch: the sum in at least fp32, rounded once at the end.
+    """The definition of `binary_conv2d` in plain torch: the sum in fp32 or wider, rounded once at the end.
 
-    Codes are summed in fp32 as well, which is exact up to 2^24, so for any codes up to K = 65,000. (cuDNN rounds fp32
-    factors to TF32, which holds any code, unless torch.backends.cudnn.allow_tf32 is False.)
+    Codes are summed in fp64, so exactly, whatever algorithm cuDNN takes. Sums of fp32 follow torch's settings of TF32.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = F.conv2d(x.to(dtype), signs(packed).to(dtype), None, stride, padding)  # N O OH OW
-    y = y * (packed.scale if step is None else packed.scale * step)[:, None, None]
+    codes = x.dtype in CODES
+    wide = torch.float64 if codes else torch.promote_types(x.dtype, torch.float32)
+    y = F.conv2d(x.to(wide), signs(packed).to(wide), None, stride, padding)  # N O OH OW
+    y = (y.float() if codes else y) * (packed.scale if step is None else packed.scale * step)[:, None, None]
     if bias is not None:
         y = y + bias[:, None, None]
     return y.to(result_dtype(x, out_dtype))
@@ -161,9 +160,12 @@ def _launch(
     plan = split_plan(pick_tile(itemsize, o, p), itemsize, shape, p, processors)
     if tune.enabled() and p:
         bucket = triton.next_power_of_2(p)
-        plans = tile_plans(TILES[itemsize], itemsize, shape, bucket, processors)
-        plans += [Plan(None)] if dense is not None and x.dtype == torch.bfloat16 else []
-        key = ("binary_conv2d", x.dtype, *shape, ternary, stride, padding, bucket)
+        dense_too = dense is not None and dense_is_precise(x.dtype, out_dtype)
+
+        def plans():
+            return tile_plans(TILES[itemsize], itemsize, shape, bucket, processors) + [Plan(None)] * dense_too
+
+        key = ("binary_conv2d", x.dtype, out_dtype, *shape, ternary, stride, padding, bucket, dense_too)
         plan = tune.fastest(key, x.device, plans, run, plan)
     return run(plan)
 
@@ -172,13 +174,13 @@ def _run(x, words, dense, scale, bias, sums, step, shape, ternary, stride, paddi
     """The convolution of channels_last x as `plan` says."""
     if plan.tile is None:
         weight = unpack_dense(dense, scale, shape[0], math.prod(shape[1:]), ternary, x.dtype).view(shape)
-        y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding).to(out_dtype)
+        y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
     y = _empty_output(x, words, dense, scale, bias, sums, step, shape, ternary, stride, padding, out_dtype)
     n, o, oh, ow = y.shape
     p = n * oh * ow
     if p:
-        tiles = plan.programs(o, p)
+        tiles = count_tiles(plan.tile, o, p)
         parts, arrived = split_buffers(plan.splits, tiles, plan.tile.rows * plan.tile.columns, x)
         LAUNCHES["binary_conv2d"] += 1
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors are on
@@ -253,19 +255,20 @@ def binary_conv2d(
     """y = scale * conv2d(x, sign) + bias for x (N, C, H, W) and weights (O, C, kh, kw); see the table on top.
 
     Zero padding, no dilation, no groups; `stride` and `padding` hold for both axes. Codes (uint8, int8) need `step`,
-    the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias. Gradients go to `x` (by a
-    transposed convolution with the unpacked weights, through cuDNN in the dtype of x and with torch's settings) and to
-    `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_conv2d_ref`, unless `set_backend` says
-    otherwise. Raises ValueError where shapes, types, devices or `step` do not fit.
+    the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias. First-order gradients go to `x`
+    (by a transposed convolution with the unpacked weights, through cuDNN in the dtype of x and with torch's settings)
+    and to `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_conv2d_ref`, unless
+    `set_backend` says otherwise. Raises ValueError where shapes, types, devices or `step` do not fit.
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
     out_dtype = result_dtype(x, out_dtype)
     if not use_triton(x):
         return binary_conv2d_ref(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    left_to_cudnn = not tune.enabled() and dense_wins(x, packed, stride, padding)
+    precise = dense_is_precise(x.dtype, out_dtype)
+    left_to_cudnn = precise and not tune.enabled() and dense_wins(x, packed, stride, padding)
     words, sums = (None, None) if left_to_cudnn else conv_operands(x, packed)
-    may_be_dense = left_to_cudnn or wants_grad or (tune.enabled() and x.dtype == torch.bfloat16)
+    may_be_dense = left_to_cudnn or wants_grad or (precise and tune.enabled())
     dense = packed.operand("pair") if may_be_dense else None
     run = _conv2d_op if wants_grad or torch.compiler.is_compiling() else _launch  # the operator costs microseconds
     return run(
@@ -275,7 +278,7 @@ def binary_conv2d(
 
 
 def dense_wins(x: Tensor, packed: PackedWeight, stride: int, padding: int) -> bool:
-    """Whether to unpack the weights and leave the convolution to cuDNN, unless the tuner decides.
+    """Whether to unpack the weights and leave a convolution with a bf16 y to cuDNN, unless the tuner decides.
 
     It wins for bf16 with a few input channels, of which the kernel pads each tap to 32; and with so many output
     positions that tensor cores are the limit of both: then reading fewer bytes of weights gains nothing. Codes stay
@@ -286,17 +289,3 @@ def dense_wins(x: Tensor, packed: PackedWeight, stride: int, padding: int) -> bo
         return False
     oh, ow = output_size(x.shape[2:], packed.shape[2:], stride, padding)
     return x.shape[1] <= CHANNELS // 4 or x.shape[0] * oh * ow >= DENSE_POSITIONS
-
-
-def aot_cases() -> list[tuple]:
-    """Every tile for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
-    cases = [
-        ("bf16 3x3 128x128", "bf16", (128, 256, 3, 3), False, 1, 1, Plan(TILES[2][0])),
-        ("fp16 1x1 64x64 ternary", "fp16", (64, 256, 1, 1), True, 2, 0, Plan(TILES[2][1])),
-        ("bf16 3x3 64x64 split", "bf16", (512, 512, 3, 3), False, 1, 1, Plan(TILES[2][1], 9)),
-        ("i8 3x3 128x128", "i8", (128, 256, 3, 3), False, 1, 1, Plan(TILES[1][0])),
-        ("i8 3x3 64x64 ternary split", "i8", (512, 512, 3, 3), True, 1, 1, Plan(TILES[1][1], 9)),
-        ("u8 3x3 64x64 ragged", "u8", (64, 136, 3, 3), False, 2, 1, Plan(TILES[1][1])),
-        ("fp32 3x3 64x64", "fp32", (64, 256, 3, 3), False, 1, 1, Plan(TILES[4][0])),
-    ]
-    return [(name, _binary_conv2d_kernel, *aot_arguments(*rest)) for name, *rest in cases]

@@ -20,6 +20,7 @@ the GPU, the sum over K is split among programs, and the last to finish a tile g
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,13 +29,12 @@ from . import tune
 from .conv import binary_conv2d_ref
 from .conv_tiles import (
     TILES,
-    Plan,
-    aot_arguments,
     check_conv,
     check_like,
     constants,
     conv_operands,
     conv_tile,
+    count_tiles,
     current_tile,
     output_position,
     output_size,
@@ -43,10 +43,11 @@ from .conv_tiles import (
     split_plan,
     tile_plans,
 )
-from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
-from .neuron import _neuron_step, _spike_codes, neuron_update_ref
+from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
+from .neuron import _neuron_step, _spike_codes, check_neuron, neuron_update_ref
 from .pack import PackedWeight
-from .products import device_facts, gather, is_last, park, split_buffers
+from .products import gather, is_last, park, split_buffers
+from .steps import _parameter
 
 MAX_STEPS = 8  # time steps in one tile: more would leave each fewer pixels than an instruction needs
 
@@ -106,16 +107,6 @@ def split_steps(x, LOG_STEPS: tl.constexpr):
 
 
 @triton.jit
-def _parameter(ptr, t, rows, OUT, PER_CHANNEL: tl.constexpr):
-    """Parameter of step t in fp32: (T, O) as (ROWS, 1), or (T,) as a scalar."""
-    if PER_CHANNEL:
-        p = tl.load(ptr + t * OUT + rows, mask=rows < OUT, other=0).to(tl.float32)[:, None]
-    else:
-        p = tl.load(ptr + t).to(tl.float32)
-    return p
-
-
-@triton.jit
 def _fire(
     acc, v, t0, at, offsets, mask, size, rows, OUT, scale_ptr, bias_ptr, sums_ptr, residual_ptr, leak_ptr,
     threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, current_ptr, in_step, step, inv_step,
@@ -124,6 +115,7 @@ def _fire(
 ):  # fmt: skip
     """The steps from t0 on whose sums are in acc: stores spikes and current, returns the new v (ROWS, PIXELS)."""
     FOLDED: tl.constexpr = gain_ptr is not None
+    channel = rows[:, None]
     currents = split_steps(
         current_tile(acc, scale_ptr, bias_ptr, sums_ptr, in_step, rows, OUT, X, TAPS, C, TERNARY), LOG_STEPS
     )
@@ -137,12 +129,12 @@ def _fire(
         if current_ptr is not None:
             current_out = tl.trans(current).to(current_ptr.dtype.element_ty)
             tl.store(current_ptr + (at + t * size) + offsets, current_out, mask=mask)
-        threshold = _parameter(threshold_ptr, t, rows, OUT, THRESHOLD_C)
+        threshold = _parameter(threshold_ptr, t, channel, OUT, THRESHOLD_C)
         if not PARALLEL:
-            leak = _parameter(leak_ptr, t, rows, OUT, LEAK_C)
+            leak = _parameter(leak_ptr, t, channel, OUT, LEAK_C)
         if FOLDED:
-            gain = _parameter(gain_ptr, t, rows, OUT, True)
-            shift = _parameter(shift_ptr, t, rows, OUT, True)
+            gain = _parameter(gain_ptr, t, channel, OUT, True)
+            shift = _parameter(shift_ptr, t, channel, OUT, True)
         _, mh, s = _neuron_step(current, v, leak, threshold, gain, shift, FOLDED, PARALLEL)
         v = mh - s
         if BITS:
@@ -291,7 +283,7 @@ def _launch(
     columns, itemsize = p * math.gcd(t, MAX_STEPS), x.element_size()
 
     def run(plan):
-        tiles = plan.programs(o, columns)
+        tiles = count_tiles(plan.tile, o, columns)
         numbers = plan.tile.rows * plan.tile.columns * (t // math.gcd(t, MAX_STEPS))
         buffers = split_buffers(plan.splits, tiles, numbers, x)
         LAUNCHES["binary_conv2d_neuron"] += 1
@@ -308,7 +300,7 @@ def _launch(
     plan = split_plan(tile, itemsize, shape, columns, processors)
     if tune.enabled():
         bucket = triton.next_power_of_2(columns)
-        plans = tile_plans(tiles, itemsize, shape, bucket, processors)
+        plans = partial(tile_plans, tiles, itemsize, shape, bucket, processors)
         key = ("binary_conv2d_neuron", x.dtype, t, *shape, ternary, stride, padding, bucket)
         plan = tune.fastest(key, x.device, plans, run, plan)
     run(plan)
@@ -387,7 +379,12 @@ def binary_conv2d_neuron(
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=in_step, out_dtype=out_dtype, steps=True)
-    _check_neuron(x, packed, v, leak, threshold, stride, padding, residual, gain, shift, bits, step, codes, parallel)
+    output = (*x.shape[:2], packed.shape[0], *output_size(x.shape[3:], packed.shape[2:], stride, padding))
+    check_neuron(
+        output, x.device, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes,
+        parallel=parallel,
+    )  # fmt: skip
+    check_like(x, output, residual=residual)
     tensors = (x, packed.scale, bias, residual, v, leak, threshold, gain, shift)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         raise ValueError("binary_conv2d_neuron is for inference and has no gradient: call it under torch.no_grad()")
@@ -406,54 +403,3 @@ def binary_conv2d_neuron(
     )  # fmt: skip
     v_out = v if parallel else v_out
     return (spikes, v_out, current) if return_current else (spikes, v_out)
-
-
-def _check_neuron(x, packed, v, leak, threshold, stride, padding, residual, gain, shift, bits, step, codes, parallel):
-    t, n, o = *x.shape[:2], packed.shape[0]
-    size = (n, o, *output_size(x.shape[3:], packed.shape[2:], stride, padding))
-    if t < 1:
-        raise ValueError(f"x must have at least one time step, got {tuple(x.shape)}")
-    if leak is None and not parallel:
-        raise ValueError("leak is needed unless parallel=True")
-    if (gain is None) != (shift is None):
-        raise ValueError(
-            f"gain and shift go together, got gain {gain if gain is None else tuple(gain.shape)}, shift "
-            f"{shift if shift is None else tuple(shift.shape)}"
-        )
-    if bits is not None and bits not in range(1, 9):
-        raise ValueError(f"bits must be None or from 1 to 8, got {bits}")
-    if codes and bits is None:
-        raise ValueError("codes=True needs bits")
-    if not 0 < step < float("inf"):
-        raise ValueError(f"step must be positive and finite, got {step}")
-    for name, p in {"leak": leak, "threshold": threshold}.items():
-        if p is not None:
-            check_like(x, (t, o) if p.ndim == 2 else (t,), **{name: p})
-    check_like(x, (t, o), gain=gain, shift=shift)
-    check_like(x, size, v=v)
-    check_like(x, (t, *size), residual=residual)
-
-
-def aot_cases() -> list[tuple]:
-    """Every tile for ahead-of-time compilation, see bench/aot.py: (name, kernel, types, constexprs, options)."""
-    vanilla = {"leak": 1, "gain": None, "residual": None, "current": None, "v": "*fp32"}
-    folded = {"leak": 2, "gain": "*fp32", "residual": "*bf16", "current": "*bf16", "v": None}
-    cases = [
-        ("bf16 T=4 128x128", 4, 0, vanilla, "bf16", (128, 256, 3, 3), False, 1, 1, Plan(TILES[2][0])),
-        ("fp16 T=8 64x64 ternary", 8, 4, vanilla, "fp16", (64, 256, 1, 1), True, 2, 0, Plan(TILES[2][1])),
-        ("i8 T=4 128x128 folded", 4, 4, folded, "i8", (128, 256, 3, 3), False, 1, 1, Plan(TILES[1][0])),
-        ("u8 T=10 64x64 folded", 10, 8, folded, "u8", (64, 128, 3, 3), False, 1, 1, Plan(TILES[1][1])),
-        ("i8 T=4 64x64 split", 4, 4, vanilla, "i8", (512, 512, 3, 3), False, 1, 1, Plan(TILES[1][1], 9)),
-        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, Plan(TILES[4][0])),
-    ]
-    return [(name, _binary_conv2d_neuron_kernel, *_aot_arguments(*rest)) for name, *rest in cases]
-
-
-def _aot_arguments(t, bits, form, *convolution):
-    types, constexprs, options = aot_arguments(*convolution)
-    y = types.pop("y_ptr")
-    gain, per_step = form["gain"], torch.empty((t,) * form["leak"])
-    types |= {"spikes_ptr": "*u8" if bits else y, "v_ptr": form["v"], "v_out_ptr": "*fp32", "gain_ptr": gain}
-    types |= {"shift_ptr": gain, "residual_ptr": form["residual"], "current_ptr": form["current"], "N": "i32"}
-    types |= {"leak_ptr": "*fp32", "threshold_ptr": "*fp32", "inv_step": "fp32", "in_step": "fp32"}
-    return types, constexprs | neuron_constants(t, per_step, per_step, bits, bits > 0, False), options

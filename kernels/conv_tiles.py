@@ -14,10 +14,10 @@ from torch import Tensor
 from .dispatch import tl, triton
 from .pack import PackedWeight
 from .products import (
-    AMD_STAGES,
     CODES,
     FLOATS,
     MAX_K_CODES,
+    Plan,
     dot_signs,
     fp32_terms,
     split_steps_of_k,
@@ -37,41 +37,36 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By bytes of an element of x, from the largest to the smallest; fp32 keeps parts of x as well, hence one small tile.
+# By bytes of an element of x, from the largest to the smallest: `pick_tile` chooses one of these two, the tuner any.
+# fp32 keeps parts of x as well, hence one small tile.
 TILES = {
-    1: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),
-    2: (Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)),
+    1: (Tile(128, 128, 8, 3), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4)),
+    2: (Tile(128, 128, 8, 3), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4)),
     4: (Tile(64, 64, 4, 3),),
 }
 PROGRAMS = 128  # about one for each multiprocessor of a large GPU: with fewer, smaller tiles are faster
 
 
-class Plan(NamedTuple):
-    """A tile and the number of parts that the sum over K is split into; or no tile: cuDNN."""
-
-    tile: Tile | None
-    splits: int = 1
-
-    def programs(self, rows: int, columns: int) -> int:
-        """Tiles that cover an output of `rows` channels by `columns` (steps and) positions."""
-        return triton.cdiv(rows, self.tile.rows) * triton.cdiv(columns, self.tile.columns)
+def count_tiles(tile: Tile, rows: int, columns: int) -> int:
+    """Tiles that cover an output of `rows` channels by `columns` (steps and) positions."""
+    return triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
 
 
 def pick_tile(itemsize: int, rows: int, columns: int) -> Tile:
     """The large tile, unless it wastes half its rows or gives too few programs."""
     large, small = TILES[itemsize][0], TILES[itemsize][-1]
-    return large if Plan(large).programs(rows, columns) >= PROGRAMS and rows > small.rows else small
+    return large if count_tiles(large, rows, columns) >= PROGRAMS and rows > small.rows else small
 
 
 def split_plan(tile: Tile, itemsize: int, shape, columns: int, processors: int) -> Plan:
     """`tile` with K split into as many parts as `split_steps_of_k` says."""
     o, c, kh, kw = shape
     steps = kh * kw * triton.cdiv(c, pick_block(itemsize, c))
-    return Plan(tile, split_steps_of_k(steps, Plan(tile).programs(o, columns), processors))
+    return Plan(tile, split_steps_of_k(steps, count_tiles(tile, o, columns), processors))
 
 
 def tile_plans(tiles, itemsize: int, shape, columns: int, processors: int) -> list[Plan]:
-    """What the tuner may try: each tile whole, and split."""
+    """What the tuner may try: each of `tiles` whole, and split."""
     plans = [(Plan(tile), split_plan(tile, itemsize, shape, columns, processors)) for tile in tiles]
     return list(dict.fromkeys(plan for both in plans for plan in both))
 
@@ -248,22 +243,3 @@ def check_like(x: Tensor, shape, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be floating point {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, {name} is on {tensor.device}")
-
-
-def aot_arguments(x, shape, ternary, stride, padding, plan) -> tuple:
-    """(types, constexprs, options) of a case of `aot_cases`."""
-    size = {"fp32": 4, "bf16": 2, "fp16": 2}.get(x, 1)
-    types = {"x_ptr": f"*{x}", "words_ptr": "*i32", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "step": "fp32"}
-    types |= {"sums_ptr": "*i32" if x == "u8" else None, "y_ptr": "*bf16" if size == 1 else f"*{x}"}
-    types |= dict.fromkeys(("partial_ptr", "arrived_ptr"))
-    if plan.splits > 1:
-        types |= {"partial_ptr": "*i32" if size == 1 else "*fp32", "arrived_ptr": "*i32"}
-    types |= dict.fromkeys(("OUT", "P", "H", "W", "OH", "OW", "stride_w"), "i32")
-    constexprs = constants(size, shape, ternary, stride, padding, plan)
-    warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-
-    def options(backend):
-        odd = ("P", "H", "W", "OH", "OW")
-        return {"num_warps": warps, "num_stages": stages if backend == "cuda" else AMD_STAGES, "odd": odd}
-
-    return types, constexprs, options

@@ -9,6 +9,7 @@ The mode is `auto` unless the environment variable EMPF_KERNELS (auto | on | off
 Where Triton is not installed, `auto` means torch and `on` is an error: nothing pretends to be a kernel.
 """
 
+import functools
 import os
 from collections import Counter
 
@@ -67,6 +68,15 @@ def use_triton(x: torch.Tensor) -> bool:
             "or choose set_backend('auto')"
         )
     return name != "torch"
+
+
+@functools.cache
+def device_facts(device: torch.device) -> tuple[int, bool]:
+    """Number of multiprocessors, and whether it is a Hopper GPU."""
+    if device.type != "cuda":
+        return 4, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, torch.version.hip is None and properties.major == 9
 
 
 def _from_environment() -> str:

@@ -12,9 +12,10 @@
                    in 3 or 2 bf16 terms                        two, if torch.get_float32_matmul_precision() is 'medium'
 
 The kernel computes y^T = sign x^T: as the left operand the unpacked weights stay in registers. Few rows: K is split.
-Many rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x takes the dense library, with weights unpacked once per
-call. The fast x has rows of a multiple of 16 elements and bytes; others are copied into such rows first. int8 saves
-uint8's passage through registers: codes that fit in 7 bits are faster as `codes.view(torch.int8)`.
+Many rows: a persistent grid. From `DENSE_ROWS` rows on, bf16 x with a bf16 y takes the dense library, with weights
+(scale included) unpacked to bf16 once per call. The fast x has rows of a multiple of 16 elements and bytes; others are
+copied into such rows first. int8 saves uint8's passage through registers: codes that fit in 7 bits are faster as
+`codes.view(torch.int8)`.
 """
 
 from functools import partial
@@ -23,14 +24,13 @@ from typing import NamedTuple
 import torch
 
 from . import tune
-from .dispatch import LAUNCHES, OPS, tl, triton, use_triton
+from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
 from .pack import PackedWeight, signs
 from .products import (
-    AMD_STAGES,
     CODES,
     FLOATS,
     MAX_K_CODES,
-    device_facts,
+    Plan,
     dot_signs,
     fp32_terms,
     gather,
@@ -219,13 +219,6 @@ def _unpack_kernel(
     tl.store(w_ptrs, w.to(out_type), mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
-class Plan(NamedTuple):
-    """A tile and the number of parts that K is split into; or no tile: the dense library."""
-
-    config: Config | None
-    splits: int = 1
-
-
 def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool) -> Plan:
     """The largest tile that occupies nearly every processor, and the number of parts that K is split into.
 
@@ -249,7 +242,14 @@ def _tiles(m, n, config):
     return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
 
 
-def _candidates(m: int, n: int, k: int, dtype: torch.dtype, processors: int, hopper: bool) -> list[Plan]:
+def dense_is_precise(x_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Whether the dense library, with the scale rounded to the type of x, is as precise as what is asked for."""
+    return x_dtype == out_dtype == torch.bfloat16
+
+
+def _candidates(
+    m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, processors: int, hopper: bool
+) -> list[Plan]:
     """What `tune` may try: each tile whole and as split as it can be, and the dense library where it takes x."""
     plans = []
     for config in CONFIGS[dtype.itemsize]:
@@ -257,7 +257,7 @@ def _candidates(m: int, n: int, k: int, dtype: torch.dtype, processors: int, hop
             splits = split_steps_of_k(triton.cdiv(k, config.block_k), _tiles(m, n, config), processors)
             plans += [Plan(config, s) for s in sorted({1, splits})]
     library_takes_codes = m > 16 and n % 8 == 0 and k % 8 == 0  # torch._int_mm on CUDA
-    if dtype == torch.bfloat16 or (dtype in CODES and library_takes_codes):
+    if dense_is_precise(dtype, out_dtype) or (dtype in CODES and library_takes_codes):
         plans.append(Plan(None))
     return plans
 
@@ -277,21 +277,21 @@ def _launch(x, words, scale, bias, sums, step, ternary, out_dtype):
     if m == 0:
         return x.new_empty(m, n, dtype=out_dtype)
     processors, hopper = device_facts(x.device)
-    if x.dtype == torch.bfloat16 and m >= DENSE_ROWS:
+    if dense_is_precise(x.dtype, out_dtype) and m >= DENSE_ROWS:
         plan = Plan(None)
     else:
         plan = _choose(m, n, k, x.element_size(), processors, hopper)
     run = partial(_run, x, words, scale, bias, sums, step, ternary, out_dtype)
     if tune.enabled():
-        sizes = (triton.next_power_of_2(m), n, k, x.dtype)
-        plans = _candidates(*sizes, processors, hopper)
+        sizes = (triton.next_power_of_2(m), n, k, x.dtype, out_dtype)
+        plans = partial(_candidates, *sizes, processors, hopper)
         plan = tune.fastest(("binary_matmul", *sizes, ternary), x.device, plans, run, plan)
     return run(plan)
 
 
 def _run(x, words, scale, bias, sums, step, ternary, out_dtype, plan):
     """The product as `plan` says."""
-    if plan.config is None:
+    if plan.tile is None:
         dense = _dense_codes if x.dtype in CODES else _dense
         return dense(x, words, scale, bias, sums, step, ternary, out_dtype)
     config, splits = plan
@@ -331,12 +331,11 @@ def unpack_dense(words, scale, n, k, ternary, dtype):
 def _dense(x, words, scale, bias, sums, step, ternary, out_dtype):
     """Unpack once, then the dense library.
 
-    The scale goes into the weights: in bf16 its rounding is no larger than that of y. (In fp16 it could underflow
-    there, and the sum could overflow without it.)
+    The scale goes into the weights: in bf16 its rounding is no larger than that of a bf16 y. (In fp16 it could
+    underflow there, and the sum could overflow without it.)
     """
     w = unpack_dense(words, scale, scale.shape[0], x.shape[1], ternary, x.dtype)
-    y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
-    return y.to(out_dtype)
+    return x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
 
 
 def _dense_codes(x, words, scale, bias, sums, step, ternary, out_dtype):
@@ -410,9 +409,9 @@ def binary_matmul(
     """y[..., n] = scale[n] * sum_k x[..., k] * sign[n, k] + bias[n]; the tables on top give shapes, types and errors.
 
     Codes (uint8, int8) need `step`, the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias.
-    Gradients go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_matmul_ref`,
-    unless `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError where shapes, types,
-    devices or `step` do not fit.
+    Gradients of first order go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others
+    `binary_matmul_ref`, unless `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError
+    where shapes, types, devices or `step` do not fit.
     """
     out_dtype = _check(x, packed, bias, step, out_dtype)
     if not use_triton(x):
@@ -452,40 +451,3 @@ def _check(x, packed, bias, step, out_dtype):
     if out_dtype not in (None, *FLOATS):
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
     return out_dtype or (torch.float32 if x.dtype in CODES else x.dtype)
-
-
-def aot_cases() -> list[tuple]:
-    """Every configuration, to be compiled ahead of time; bench/aot.py says what the tuples hold."""
-    cases = []
-
-    def add(x, config, ternary=False, ragged=False, targets=None):
-        codes, split = x in ("u8", "i8"), config.block_m <= 16 or ragged
-        types = dict(x_ptr=f"*{x}", words_ptr="*i32", scale_ptr="*fp32", bias_ptr="*fp32")
-        types |= dict(sums_ptr="*i32" if x == "u8" else None, y_ptr="*fp32" if codes else f"*{x}")
-        types |= dict(
-            partial_ptr=("*i32" if codes else "*fp32") if split else None, arrived_ptr="*i32" if split else None
-        )
-        types |= dict(step="fp32", M="i32", N="i32", K="i32", stride_xm="i32", stride_w="i32")
-        constexprs = dict(TERNARY=ternary, TERMS=3, EVEN_K=not ragged, SPLIT=split)
-        constexprs |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
-        tile = "x".join(map(str, config[:3]))
-        name = f"{x} {'ternary' if ternary else 'binary'} {tile}{' ragged' if ragged else ''}"
-
-        def options(backend):
-            stages = config.stages if backend == "cuda" else AMD_STAGES
-            odd = ("M", "N") if ragged else ("M",)
-            return dict(num_warps=config.warps, num_stages=stages, odd=odd) | ({"targets": targets} if targets else {})
-
-        cases.append((name, _binary_matmul_kernel, types, constexprs, options))
-
-    for x, itemsize in (("bf16", 2), ("i8", 1), ("fp32", 4)):
-        for config in CONFIGS[itemsize]:
-            add(x, config, targets=("sm_90",) if config.block_m > 128 else None)
-        add({"bf16": "fp16", "i8": "u8"}.get(x, x), CONFIGS[itemsize][-1], ternary=True, ragged=True)
-    for x, itemsize, ternary in (("bf16", 2, True), ("i8", 1, True), ("u8", 1, False)):
-        add(x, CONFIGS[itemsize][2], ternary, targets=("sm_90",))
-    for w, scale in (("bf16", "*fp32"), ("i8", None)):
-        types = dict(words_ptr="*i32", scale_ptr=scale, w_ptr=f"*{w}", N="i32", K="i32", stride_w="i32")
-        constexprs = dict(TERNARY=w == "i8", BLOCK_N=64, BLOCK_K=128)
-        cases.append((f"unpack {w}", _unpack_kernel, types, constexprs, dict(num_warps=4)))
-    return cases

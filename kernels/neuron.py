@@ -100,13 +100,13 @@ def _neuron_step(current, v, leak, threshold, gain, shift, FOLDED: tl.constexpr,
     mh = m
     if FOLDED:
         mh = gain * m + shift
-    return m, mh, tl.maximum(mh - threshold, 0.0)
+    return m, mh, tl.maximum(mh - threshold, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _spike_codes(s, inv_step, BITS: tl.constexpr):
     """`spike_codes` on registers, for s >= 0."""
-    return tl.minimum(tl.floor(s * inv_step + 0.5), (1 << BITS) - 1.0)
+    return tl.minimum(tl.floor(s * inv_step + 0.5), (1 << BITS) - 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -344,10 +344,12 @@ def _neuron_backward_fake(
 def _setup_context(ctx, inputs, output):
     current, v, leak, threshold, gain, shift, ctx.bits, ctx.step, _, ctx.parallel, ctx.detach = inputs
     ctx.save_for_backward(current, v, leak, threshold, gain, shift)
+    ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
 
 def _backward(ctx, d_spikes, d_v_out):
     current, v, *parameters = ctx.saved_tensors
+    d_spikes = empty_like_steps(current, current.dtype).zero_() if d_spikes is None else d_spikes
     needed = ctx.needs_input_grad[2:6]
     d_current, d_v, d_parameters = _neuron_backward(
         d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.bits, ctx.step,
@@ -365,20 +367,24 @@ def _backward(ctx, d_spikes, d_v_out):
 _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def check_neuron(
-    current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False
-):
-    """Raise ValueError unless the arguments fit together as documented in `neuron_update`."""
-    if current.dim() < 3 or len(current) == 0 or not current.is_floating_point():
+def check_current(current: Tensor):
+    """Raise ValueError unless it is floating point, (T, N, C, ...)."""
+    if current.dim() < 3 or not current.is_floating_point():
         raise ValueError(
-            "current must be a floating-point tensor (T, N, C, ...) with T >= 1, "
-            f"got {tuple(current.shape)} {current.dtype}"
+            f"current must be floating-point of shape (T, N, C, ...), got {tuple(current.shape)} {current.dtype}"
         )
-    T, _, C = current.shape[:3]
-    if v is not None and (v.shape != current.shape[1:] or not v.is_floating_point()):
+
+
+def check_neuron(
+    shape, device, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False
+):
+    """Raise ValueError unless the arguments fit a current of this shape, (T, N, C, ...), on `device`."""
+    T, _, C = shape[:3]
+    if T < 1:
+        raise ValueError(f"at least one time step is needed (T >= 1), got {tuple(shape)}")
+    if v is not None and (v.shape != shape[1:] or not v.is_floating_point()):
         raise ValueError(
-            f"v must be floating-point of shape {tuple(current.shape[1:])}, one step of current, "
-            f"got {tuple(v.shape)} {v.dtype}"
+            f"v must be floating-point of shape {tuple(shape[1:])}, one step of current, got {tuple(v.shape)} {v.dtype}"
         )
     if (gain is None) != (shift is None):
         raise ValueError(f"gain and shift go together, got gain={gain is not None}, shift={shift is not None}")
@@ -396,14 +402,14 @@ def check_neuron(
                 f"got {tuple(p.shape)} {p.dtype}"
             )
     for name, p in (("v", v), ("leak", leak), ("threshold", threshold), ("gain", gain), ("shift", shift)):
-        if p is not None and p.device != current.device:
-            raise ValueError(f"{name} is on {p.device}, current on {current.device}")
+        if p is not None and p.device != device:
+            raise ValueError(f"{name} is on {p.device}, current on {device}")
     if bits is not None and not 1 <= bits <= 8:
         raise ValueError(f"bits must be None or 1..8, got {bits}")
     if codes and bits is None:
         raise ValueError("codes=True needs bits")
-    if not step > 0:
-        raise ValueError(f"step must be positive, got {step}")
+    if not 0 < step < float("inf"):
+        raise ValueError(f"step must be positive and finite, got {step}")
 
 
 def neuron_update(
@@ -434,13 +440,15 @@ def neuron_update(
     detach: v of the step before is a constant in each step (online learning), and so is the v returned. With False the
         gradient flows through time, also into v.
 
-    Gradients for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from current and v.
-    More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes, devices or
-    options do not fit.
+    Gradients of first order for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from
+    current and v. More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes,
+    devices or options do not fit.
     """
+    check_current(current)
     check_neuron(
-        current, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes, parallel=parallel
-    )
+        current.shape, current.device, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes,
+        parallel=parallel,
+    )  # fmt: skip
     options = {"bits": bits, "step": step, "codes": codes, "parallel": parallel, "detach": detach}
     if not use_triton(current) or current.dtype == torch.float64 or current.numel() == 0:
         return neuron_update_ref(current, v, leak, threshold, gain=gain, shift=shift, **options)
@@ -461,43 +469,3 @@ def neuron_update(
     if parallel:
         return spikes, v
     return spikes, v_out.detach() if detach else v_out
-
-
-def aot_cases() -> list[tuple]:
-    """What the launchers choose for typical inputs, for compilation without a GPU: see bench/aot.py."""
-    cases = []
-    for dtype, T, per_channel, last, folded, has_v, bits, parallel, backward in (
-        (torch.bfloat16, 4, False, False, False, False, 0, False, "online"),
-        (torch.bfloat16, 1, False, False, False, True, 4, False, "online"),
-        (torch.float32, 4, True, False, True, False, 0, True, "online"),
-        (torch.float16, 4, True, True, False, True, 0, False, "through time"),
-        (torch.bfloat16, 4, True, True, True, True, 4, False, None),
-        (torch.float32, MAX_STEPS, True, False, True, True, 8, False, "through time"),
-    ):
-        x = torch.empty((T, 64, 64, 32, 32), dtype=dtype, device="meta")
-        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
-        p = torch.empty((T, 64) if per_channel else (T,), device="meta")
-        name = f"{str(dtype)[6:]} T={T}" + " (T, C)" * per_channel + " channels_last" * last + " gain" * folded
-        name += f" {bits} bits" * (bits > 0) + " parallel" * parallel
-        element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-        codes = backward is None
-        types = dict.fromkeys("ACB", "i32") | {"stride_t": "i64", "current_ptr": element}
-        types |= dict.fromkeys(("leak_ptr", "threshold_ptr"), "*fp32") | {"v_ptr": "*fp32" if has_v else None}
-        types |= dict.fromkeys(("gain_ptr", "shift_ptr"), "*fp32" if folded else None)
-        flags = _flags(x, p, p, bits, parallel)
-        _, tile, _ = tiling(x, per_channel, tile_elements(x, 1))
-        more = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
-        options = {"targets": ("sm_90",)} if T in (1, MAX_STEPS) else {}
-        cases.append(
-            (f"forward {name}", _neuron_forward_kernel, types | more, flags | tile | {"CODES": codes}, options)
-        )
-        if codes:
-            continue
-        detach = backward == "online"
-        _, tile, _ = tiling(x, per_channel, tile_elements(x, 4 if folded else 2))
-        more = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element) | {"partial_ptr": "*fp32", "tiles": "i32"}
-        more |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
-        more |= {"stride_dt": "i64", "s_max": "fp32"}
-        constants = flags | tile | {"DETACH": detach, "PARAMETERS": True}
-        cases.append((f"backward {name} {backward}", _neuron_backward_kernel, types | more, constants, options))
-    return cases

@@ -23,6 +23,7 @@ from .steps import (
     tiling,
 )
 
+FINISH = (128, 16)  # rows of partial sums, and channels, that a program of the finish reads at a time
 MAX_STEPS = 5  # steps per launch, as in neuron.py, but here each step needs twice the registers
 
 
@@ -54,21 +55,25 @@ def _statistics_kernel(
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr, x_ptr, mean_ptr, var_ptr, rows, count, C, B, stride_t, T: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Partial sums (2, rows, T, C) -> mean and variance (T, C)."""
+    partial_ptr, x_ptr, mean_ptr, var_ptr, rows, count, C, B, stride_t,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums (2, rows, T, C) -> mean and variance (T, C), ROWS rows at a time."""
     t = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < C
     first = tl.load(x_ptr + t * tl.cast(stride_t, tl.int64) + channel * tl.cast(B, tl.int64), mask=mask, other=0)
-    sum_1 = tl.zeros((BLOCK,), tl.float32)
-    sum_2 = tl.zeros((BLOCK,), tl.float32)
-    for row in range(rows):
-        sum_1 += tl.load(partial_ptr + (row * T + t) * C + channel, mask=mask, other=0)
-        sum_2 += tl.load(partial_ptr + ((rows + row) * T + t) * C + channel, mask=mask, other=0)
-    d = sum_1 / count
+    sum_1 = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_2 = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & mask[None, :]
+        sum_1 += tl.load(partial_ptr + (row * T + t) * C + channel[None, :], mask=inside, other=0)
+        sum_2 += tl.load(partial_ptr + ((rows + row) * T + t) * C + channel[None, :], mask=inside, other=0)
+    d = tl.sum(sum_1, axis=0) / count
+    var = tl.maximum(tl.sum(sum_2, axis=0) / count - d * d, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean_ptr + t * C + channel, first.to(tl.float32) + d, mask=mask)
-    tl.store(var_ptr + t * C + channel, tl.maximum(sum_2 / count - d * d, 0.0), mask=mask)
+    tl.store(var_ptr + t * C + channel, var, mask=mask)
 
 
 @triton.jit
@@ -104,7 +109,7 @@ def _mem_fire(m, p_ptr, mean_ptr, var_ptr, t, channel, C, eps, T: tl.constexpr):
     normed = (m - _row(mean_ptr, 0, t, channel, C, T)) * rstd
     normed = normed * _row(p_ptr, 4, t, channel, C, T) + _row(p_ptr, 5, t, channel, C, T)
     mh = _row(p_ptr, 2, t, channel, C, T) * m + _row(p_ptr, 3, t, channel, C, T) * normed
-    s = tl.maximum(mh - _row(p_ptr, 1, t, channel, C, T), 0.0)
+    s = tl.maximum(mh - _row(p_ptr, 1, t, channel, C, T), 0.0, propagate_nan=tl.PropagateNan.ALL)
     return mh - s, s
 
 
@@ -126,22 +131,27 @@ def _mem_step_kernel(
         inside = channel < C
         v = tl.zeros((X, Y), tl.float32)
         v_origin = tl.zeros(channel.shape, tl.float32)
-        if m_ptr is not None:
+        if m_ptr is not None:  # all loads first: behind a store the compiler could not move them up
             m = tl.load(m_ptr + offsets, mask=mask, other=0)
+            if m_out_ptr is not None:
+                m_origin = tl.load(m_ptr + origin, mask=inside, other=0)
+        elif v_ptr is not None:
+            v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
+            v_origin = tl.load(v_ptr + origin, mask=inside, other=0).to(tl.float32)
+        if m_out_ptr is not None:
+            current = tl.load(current_ptr + offsets, mask=mask, other=0).to(tl.float32)
+            current_origin = tl.load(current_ptr + origin, mask=inside, other=0).to(tl.float32)
+        if m_ptr is not None:
             v, s = _mem_fire(m, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
             if BITS:
                 s = _spike_codes(s, inv_step, BITS) * step
             tl.store(spikes_ptr + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
             if m_out_ptr is not None:
-                m_origin = tl.load(m_ptr + origin, mask=inside, other=0)
                 v_origin, _ = _mem_fire(m_origin, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
-        elif v_ptr is not None:
-            v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
-            v_origin = tl.load(v_ptr + origin, mask=inside, other=0).to(tl.float32)
         if m_out_ptr is not None:
             leak = _row(p_ptr, 0, t, channel, C, T)
-            m = leak * v + tl.load(current_ptr + offsets, mask=mask, other=0).to(tl.float32)
-            first = leak * v_origin + tl.load(current_ptr + origin, mask=inside, other=0).to(tl.float32)
+            m = leak * v + current
+            first = leak * v_origin + current_origin
             tl.store(m_out_ptr + offsets, m, mask=mask)
             d = tl.where(mask, m - first, 0.0)
             sum_1 += d
@@ -248,8 +258,8 @@ def _finish(partial, x, stride_t, mean, var):
     _, rows, T, C = partial.shape
     count = x[0, :, 0].numel()
     origin = 1 if is_channels_last(x) else x[0, 0, 0].numel()
-    _finish_kernel[(triton.cdiv(C, 128), T)](
-        partial, x, mean, var, rows, float(count), C, origin, stride_t, T=T, BLOCK=128
+    _finish_kernel[(triton.cdiv(C, FINISH[1]), T)](
+        partial, x, mean, var, rows, float(count), C, origin, stride_t, T=T, ROWS=FINISH[0], BLOCK=FINISH[1]
     )  # fmt: skip
 
 
@@ -259,9 +269,16 @@ def _tiles(x, sums):
     return view, tile, tiles, blocks, programs(tiles, blocks, x.device)
 
 
+def _statistics_tiles(x):
+    """The same without parameters, all steps side by side."""
+    view, tile, tiles = tiling(x, True, tile_elements(x[:1], 2))
+    blocks = channel_blocks(view, tile)
+    return view, tile, tiles, blocks, programs(tiles, blocks * len(x), x.device)
+
+
 def launch_statistics(x):
     T, _, C = x.shape[:3]
-    view, tile, tiles, blocks, rows = _tiles(x[:1], 2)
+    view, tile, tiles, blocks, rows = _statistics_tiles(x)
     mean, var = (x.new_empty((T, C), dtype=torch.float32) for _ in range(2))
     partial = x.new_empty((2, rows, T, C), dtype=torch.float32)
     _statistics_kernel[(rows, blocks, T)](x, partial, *view, tiles, x.stride(0), T=T, **tile)
@@ -319,73 +336,3 @@ def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem,
         result.append(partial.sum(1))
         means = result[0][:2] / x[0, :, 0].numel()
     return d_x, d_v, result[1][0], result[0]
-
-
-def aot_cases() -> list[tuple]:
-    """What the launchers choose for typical inputs, for compilation without a GPU: see bench/aot.py."""
-    cases = []
-    for dtype, T, last, bits, mem, detach in (
-        (torch.bfloat16, 1, True, 4, False, True),
-        (torch.bfloat16, 1, True, 0, True, True),
-        (torch.float16, 4, False, 0, False, False),
-        (torch.float32, MAX_STEPS, True, 0, True, True),
-    ):
-        options = {"targets": ("sm_90",)} if T > 1 else {}
-        x = torch.empty((T, 64, 64, 32, 32), dtype=dtype, device="meta")
-        x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
-        name = (
-            f"{'mem_bn' if mem else 'bn'} {str(dtype)[6:]} T={T}"
-            + " channels_last" * last
-            + f" {bits} bits" * (bits > 0)
-        )
-        element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-        common = (
-            dict.fromkeys(("p_ptr", "mean_ptr", "var_ptr"), "*fp32") | {"eps": "fp32"} | dict.fromkeys("ACB", "i32")
-        )
-        fire = common | {
-            "v_ptr": "*fp32",
-            "spikes_ptr": element,
-            "v_out_ptr": "*fp32",
-            "inv_step": "fp32",
-            "step": "fp32",
-        }
-        if mem:
-            _, tile, *_ = _tiles(x[:1], 24)
-            both = {
-                "current_ptr": element,
-                "m_ptr": "*fp32",
-                "m_out_ptr": "*fp32",
-                "partial_ptr": "*fp32",
-                "tiles": "i32",
-            }
-            odd = options | {"odd": ("t",)}
-            cases.append(
-                (f"step {name}", _mem_step_kernel, fire | both | {"t": "i32"}, tile | {"T": T, "BITS": bits}, odd)
-            )
-        else:
-            _, tile, *_ = _tiles(x[:1], 2)
-            types = {"x_ptr": element, "partial_ptr": "*fp32", "tiles": "i32", "stride_t": "i64"} | dict.fromkeys(
-                "ACB", "i32"
-            )
-            cases.append((f"statistics {name}", _statistics_kernel, types, tile | {"T": T}, options))
-            _, tile, *_ = _tiles(x, 1)
-            types = fire | {"x_ptr": element, "stride_t": "i64"}
-            cases.append((f"fire {name}", _bn_fire_kernel, types, tile | {"T": T, "BITS": bits}, options))
-        for apply in (False, True):
-            _, tile, *_ = _tiles(x, 4)
-            types = (
-                common
-                | dict.fromkeys(("d_spikes_ptr", "x_ptr"), element)
-                | {"d_v_out_ptr": None if detach else "*fp32"}
-            )
-            types |= {"v_ptr": "*fp32", "means_ptr": "*fp32" if apply else None, "d_x_ptr": element if apply else None}
-            types |= {"d_v_ptr": None if detach or not apply else "*fp32", "partial_ptr": "*fp32", "tiles": "i32"}
-            types |= {"stride_t": "i64", "stride_dt": "i64", "s_max": "fp32"}
-            constants = tile | {"T": T, "BITS": bits, "MEM": mem, "DETACH": detach, "APPLY": apply}
-            label = f"backward {name} {'apply' if apply else 'sums'}"
-            cases.append((label, _norm_backward_kernel, types, constants, options))
-    types = dict.fromkeys(("partial_ptr", "x_ptr", "mean_ptr", "var_ptr"), "*fp32") | dict.fromkeys(
-        ("rows", "C", "B"), "i32"
-    )
-    cases.append(("finish", _finish_kernel, types | {"count": "fp32", "stride_t": "i64"}, {"T": 1, "BLOCK": 128}, {}))
-    return cases

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import LAUNCHES, OPS, use_triton
-from .neuron import check_neuron, neuron_step, neuron_update_ref, quantize_spikes, spike_codes
+from .neuron import check_current, check_neuron, neuron_step, neuron_update_ref, quantize_spikes, spike_codes
 from .norm_kernels import MAX_STEPS, launch_backward, launch_bn, launch_mem_bn
 from .steps import empty_like_steps, is_channels_last, lay_out_like, stack_steps, steps_dense
 
@@ -66,12 +66,13 @@ def mem_bn_neuron_ref(
     return stack_steps(spikes, current), v.detach() if detach else v, torch.stack(means), torch.stack(variances)
 
 
-def _stack(T, C, *parameters):
-    """leak, threshold, alpha, beta, weight, bias as one (6, T, C) tensor, in fp32 at least; None as zeros."""
-    dtype = torch.promote_types(parameters[1].dtype, torch.float32)
+def _stack(x, *parameters):
+    """leak, threshold, alpha, beta, weight, bias as one (6, T, C) tensor, fp32 (fp64 for an fp64 x); None as zeros."""
+    T, _, C = x.shape[:3]
+    dtype = torch.promote_types(x.dtype, torch.float32)
     rows = []
     for p in parameters:
-        p = parameters[1].new_zeros(1) if p is None else p
+        p = x.new_zeros(1) if p is None else p
         per_step = p.dim() == 1 and p is not parameters[4] and p is not parameters[5]  # weight and bias may be (C,)
         rows.append((p[:, None] if per_step else p).to(dtype).expand(T, C))
     return torch.stack(rows)
@@ -192,7 +193,7 @@ def _norm_forward(
 
 def _forward(x, v, parameters, eps, bits, step, parallel, stats=None):
     leak, threshold, alpha, beta, weight, bias = parameters
-    p = _stack(*x.shape[:3:2], None if parallel else leak, threshold, alpha, beta, weight, bias)
+    p = _stack(x, None if parallel else leak, threshold, alpha, beta, weight, bias)
     v = None if parallel else v
     mem = alpha is not None
     if _on_definition(x):
@@ -266,12 +267,14 @@ def _norm_backward_fake(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.eps, ctx.bits, ctx.step, ctx.parallel, ctx.detach = inputs
     ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
 
 def _backward(ctx, d_spikes, d_v_out, *_):
     x, v, *parameters, mean, var = ctx.saved_tensors
     mem, detach = parameters[2] is not None, ctx.detach or ctx.parallel
-    p = _stack(*x.shape[:3:2], None if ctx.parallel else parameters[0], *parameters[1:])
+    p = _stack(x, None if ctx.parallel else parameters[0], *parameters[1:])
+    d_spikes = empty_like_steps(x, x.dtype).zero_() if d_spikes is None else d_spikes
     d_x, d_v, d_p = _norm_backward(
         d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var,
         ctx.eps, ctx.bits, ctx.step, mem, detach,
@@ -292,7 +295,8 @@ _norm_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, norm_shape, **others):
-    check_neuron(x, v, leak, threshold, bits=bits, step=step, parallel=parallel)
+    check_current(x)
+    check_neuron(x.shape, x.device, v, leak, threshold, bits=bits, step=step, parallel=parallel)
     T, _, C = x.shape[:3]
     shapes = dict.fromkeys(("weight", "bias"), (norm_shape,)) | dict.fromkeys(others, ((T,), (T, C)))
     for name, p in {"weight": weight, "bias": bias, **others}.items():
@@ -338,6 +342,8 @@ def _again(x, v, parameters, eps, bits, step, parallel, stats):
             f"stats must be (mean, var) of shape {(T, C)} on {x.device}, got "
             f"{', '.join(f'{tuple(s.shape)} on {s.device}' for s in stats)}"
         )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    stats = [s.to(dtype).contiguous() for s in stats]  # kernels take their pointers
     if T > MAX_STEPS and not _on_definition(x):
         raise ValueError(f"stats are for at most {MAX_STEPS} steps at a time, got {T}")
     spikes, v_out, mean, var = _forward(x, v, parameters, float(eps), bits or 0, float(step), parallel, stats)
@@ -367,7 +373,8 @@ def bn_neuron(
     stats: (mean, var) of an earlier call: normalise with them, which spares a pass and gives the same spikes again.
         Then nothing has a gradient.
 
-    Gradients for x, v, leak, threshold, weight and bias, through mean and variance; kept for them are x, v and vectors.
+    Gradients of first order for x, v, leak, threshold, weight and bias, through mean and variance; kept for them are
+    x, v and vectors.
     Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
     """
     _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, tuple(x.shape[2:3]))
@@ -399,9 +406,9 @@ def mem_bn_neuron(
     alpha, beta: (T,) or (T, C). weight, bias: (T, C). stats as in `bn_neuron`. The rest as in `neuron_update`,
     arXiv 2410.07547, sec. 4.
 
-    Gradients for current, v, leak, threshold, alpha, beta, weight and bias, through mean and variance; kept for them
-    are current, v and vectors. With detach=False the backward pass is the torch definition on every device.
-    Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
+    Gradients of first order for current, v, leak, threshold, alpha, beta, weight and bias, through mean and variance;
+    kept for them are current, v and vectors. With detach=False the backward pass is the torch definition on every
+    device. Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
     """
     T, _, C = current.shape[:3] if current.dim() >= 3 else (0, 0, 0)
     _check_norm(

@@ -106,7 +106,8 @@ class PackedWeight:
         `form` is 'pair' for 16-bit or 'quad' for int8 operands, see the table on top. With `taps` the weights of a
         convolution are ordered (kh, kw, c) and the channels of each tap are padded to a multiple of `block`; without it
         K is in torch's order and padded to a multiple of `block`. Raises RuntimeError if a CUDA graph is being captured
-        and the buffer does not exist yet: run the model once before.
+        and the buffer does not exist yet: run the model once before, or call this. The same is needed before
+        torch.compile(mode="reduce-overhead"), whose graphs overwrite what is built inside of them.
         """
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
@@ -122,11 +123,15 @@ class PackedWeight:
 
     def _cached(self, key, build):
         if key not in self._derived:
-            if self.bits.is_cuda and torch.cuda.is_current_stream_capturing():
+            eager_on_cuda = self.bits.is_cuda and not torch.compiler.is_compiling()  # torch.compile traces no streams
+            if eager_on_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"derived weights {key} are not built yet: run once before the CUDA graph is captured"
                 )
-            self._derived[key] = build()
+            built = build()
+            if eager_on_cuda:  # once for each buffer, so that any stream may read it
+                torch.cuda.current_stream(self.device).synchronize()
+            self._derived[key] = built
         return self._derived[key]
 
     def _reorder(self, form, block, taps):

@@ -5,7 +5,7 @@ operand from shared memory only), and splitting a register into 16-bit or 8-bit 
 nothing.
 """
 
-import functools
+from typing import NamedTuple
 
 import torch
 
@@ -20,13 +20,12 @@ AMD_STAGES = 2  # its 64 KiB of shared memory hold no more
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-@functools.cache
-def device_facts(device: torch.device) -> tuple[int, bool]:
-    """Number of multiprocessors, and whether it is a Hopper GPU."""
-    if device.type != "cuda":
-        return 4, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, torch.version.hip is None and properties.major == 9
+class Plan(NamedTuple):
+    """How a product runs: a tile, and the number of parts that the sum over K is split into; or no tile: the dense
+    library."""
+
+    tile: tuple | None
+    splits: int = 1
 
 
 def split_steps_of_k(steps: int, programs: int, processors: int) -> int:

@@ -7,7 +7,9 @@ one step as (A, C, B) numbers, A and B being what lies outside and inside the ch
 import torch
 from torch import Tensor
 
-from .dispatch import tl, triton
+from .dispatch import device_facts, tl, triton
+
+PROGRAMS = 16  # per multiprocessor, of a kernel that sums over its tiles: fewer would wait for memory
 
 
 def is_channels_last(x: Tensor) -> bool | None:
@@ -85,9 +87,8 @@ def channel_blocks(view: tuple[int, int, int], tile: dict) -> int:
 
 
 def programs(tiles: int, blocks: int, device: torch.device) -> int:
-    """Programs along axis 0 for a kernel that sums over its tiles: enough to fill the device, few partial sums."""
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return min(tiles, triton.cdiv(wanted, blocks))
+    """Programs along axis 0, of `blocks` on the other axes, for a kernel that sums over its tiles."""
+    return min(tiles, triton.cdiv(PROGRAMS * device_facts(device)[0], blocks))
 
 
 @triton.jit

@@ -1,12 +1,15 @@
 """Optional tuner: times the few shipped configurations of a product on the GPU at hand and remembers the fastest.
 
     EMPF_TUNE=0 (default)    a stated heuristic chooses, the same on every machine
-    EMPF_TUNE=1              the first call with new sizes times the candidates (about 0.2 s); remembered in the process
+    EMPF_TUNE=1              the first call with new sizes times the candidates (about 0.2 s, beside the seconds that
+                             they take to compile where they are not in Triton's cache); remembered in the process
     EMPF_TUNE=save           and in a file, ~/.cache/empf-kernels/<device>-triton-<version>.json (or $XDG_CACHE_HOME)
 
 `set_tuning("0" | "1" | "save")` does the same from Python. Sizes that grow with the batch are rounded up to a power of
 two. Where a CUDA graph is being captured nothing can be timed: what is known by then is used, else the heuristic.
-Candidates compute the same up to the order of fp32 sums, so processes that tune apart may differ in the last bits.
+What is timed are calls, not graphs: candidates for a product of a few microseconds are ranked by what launching costs.
+Candidates compute the same up to the order of fp32 sums, so processes that tune apart may differ in the last bits. The
+dense library is a candidate for bf16 only where the result is bf16 too, for it gets the scale rounded to bf16.
 """
 
 import json
@@ -25,7 +28,8 @@ from .dispatch import triton
 MODES = ("0", "1", "save")
 Plan = TypeVar("Plan")
 
-_known: dict[Path, dict[str, str]] = {}  # file of a device -> key -> plan, both as text
+_found: dict[tuple, object] = {}  # (device, key) -> plan
+_saved: dict[Path, dict[str, str]] = {}  # file of a device -> key -> plan, both as text
 
 
 def set_tuning(mode: str) -> None:
@@ -34,7 +38,8 @@ def set_tuning(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"tuning (EMPF_TUNE) must be one of {', '.join(MODES)}, got {mode!r}")
     _mode = mode
-    _known.clear()
+    _found.clear()
+    _saved.clear()
 
 
 def enabled() -> bool:
@@ -42,28 +47,30 @@ def enabled() -> bool:
 
 
 def fastest(
-    key: tuple, device: torch.device, plans: Sequence[Plan], run: Callable[[Plan], object], default: Plan
+    key: tuple, device: torch.device, plans: Callable[[], Sequence[Plan]], run: Callable[[Plan], object], default: Plan
 ) -> Plan:
-    """The plan for which `run(plan)` takes the least time on `device`, found on the first call with this key.
+    """The plan among `plans()` for which `run(plan)` takes the least time on `device`, found on the first call with
+    this key, which has to determine `plans()`.
 
-    `default` is returned while a CUDA graph is captured and the key is new. A remembered plan that is no longer among
-    `plans` is found anew.
+    `default` is returned while a CUDA graph is captured and the key is new. A plan from the file that is no longer
+    among `plans()` is found anew.
     """
-    path = cache_file(device)
-    if path not in _known:
-        _known[path] = _read(path) if _mode == "save" else {}
-    name = " ".join(str(part).removeprefix("torch.") for part in key)
-    named = {repr(plan): plan for plan in plans}
-    found = _known[path].get(name)
-    if found not in named:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return default
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            times = {text: measure(lambda plan=plan: run(plan)) for text, plan in named.items()}
-        found = _known[path][name] = min(times, key=times.get)
-        if _mode == "save":
-            _write(path, {name: found})
-    return named[found]
+    if (device, key) not in _found:
+        path, named = cache_file(device), {repr(plan): plan for plan in plans()}
+        if path not in _saved:
+            _saved[path] = _read(path) if _mode == "save" else {}
+        name = " ".join(str(part).removeprefix("torch.") for part in key)
+        best = _saved[path].get(name)
+        if best not in named:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return default
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                times = {text: measure(lambda plan=plan: run(plan)) for text, plan in named.items()}
+            best = _saved[path][name] = min(times, key=times.get)
+            if _mode == "save":
+                _write(path, {name: best})
+        _found[device, key] = named[best]
+    return _found[device, key]
 
 
 def measure(run: Callable[[], object]) -> float:

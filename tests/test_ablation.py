@@ -63,24 +63,71 @@ def test_study(tmp_path, few, capsys, monkeypatch):
 
 def test_a_run_depends_on_its_seed_alone():
     sets = tuple(shrink(random_set(40, "cifar100", seed), 40, 8) for seed in range(2))
-    results = [ablation.train(TINY, {}, seed, sets) for seed in (0, 0, 1)]
+    results = []
+    for seed in (0, 0, 1):
+        results.append(ablation.train(TINY, {}, seed, sets))
+        torch.rand(3)  # what was drawn before makes no difference
     assert results[0]["loss"] == results[1]["loss"] != results[2]["loss"]
-    assert torch.get_default_dtype() == torch.float32
+    assert results[0]["accuracy"] == results[1]["accuracy"]
     long = ablation.train(replace(TINY, epochs=2), {}, 0, sets)
     assert len(long["loss"]) == 2
 
 
+def result(variant, seed, accuracy, **more):
+    return {"variant": variant, "seed": seed, "accuracy": [5.0, accuracy], "cpu_seconds": 2.0, **more}
+
+
 def test_summary_and_table():
-    runs = [
-        {"variant": "default", "seed": s, "accuracy": [10.0, a], "cpu_seconds": 2.0} for s, a in enumerate((20, 22, 24))
-    ]
-    runs += [{"variant": "neuron=lif", "seed": 0, "accuracy": [5.0, 15.0], "cpu_seconds": 3.0}]
+    runs = [result("default", seed, accuracy) for seed, accuracy in enumerate((20.0, 22.0, 24.0))]
+    runs += [result("neuron=lif", 0, 15.0, cpu_seconds=3.0)]
+    runs += [result("learning=every", seed, accuracy) for seed, accuracy in ((2, 25.0), (1, 23.5), (0, 20.5))]
     found = summary(runs)
-    assert found["default"]["mean"] == 22 and found["default"]["std"] == 2 and found["default"]["steps"] == [10, 22]
-    text = tables(json.loads(json.dumps(Study().__dict__)), found)
-    assert "| EM-PF, random step | 22.00 +- 2.00 | +0.00 | 1.00 | 3 |" in text
-    assert "| LIF, random step | 15.00 | -7.00 | 1.50 | 1 |" in text
+    assert found["default"]["mean"] == 22 and found["default"]["std"] == 2 and found["default"]["steps"] == [5, 22]
+    text = tables(json.loads(json.dumps(Study().__dict__)), found, {"abc": 7})
+    assert "| EM-PF, random step | 22.00 +- 2.00 | - | 1.00 | 3 |" in text
+    assert "| LIF, random step | 15.00 | -5.00, n = 1: no conclusion | 1.50 | 1 |" in text  # against its own seed
+    # differences 0.5, 1.5, 1.0: standard deviation 0.5, 4.303 * 0.5 / sqrt(3) = 1.242
+    assert "| EM-PF, every step | 23.00 +- 2.29 | +1.00 [-0.24, +2.24] | 1.00 | 3 |" in text
     assert text.count("## ") == len(TABLES)
+    for said in ("weight decay 0.0005 on all parameters", "batches of 50", "10 % of the updates", "abc (7 runs)"):
+        assert said in text
+
+
+def test_interval_of_paired_differences():
+    assert ablation.against({0: 3.0, 1: 5.0}, {1: 4.0, 2: 9.0})[:2] == (1, 1.0)
+    assert ablation.against({0: 3.0}, {1: 4.0})[0] == 0
+    n, mean, half = ablation.against({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})
+    assert (n, mean) == (2, 1.5) and half == pytest.approx(12.706 * 0.5, rel=1e-4)  # of few runs, little is known
+    assert [round(ablation.t_quantile(freedom), 3) for freedom in (1, 2, 10)] == [12.706, 4.303, 2.228]
+    assert ablation.t_quantile(11) == pytest.approx(2.201, abs=1e-3)
+    assert ablation.t_quantile(30) == pytest.approx(2.042, abs=1e-3)
+
+
+def test_a_run_killed_while_it_writes(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    ablation.append(tmp_path, {"seed": 0})
+    with open(file, "a") as f:
+        f.write('{"seed": 1, "accu')
+    assert ablation.read(tmp_path) == [{"seed": 0}]
+    ablation.append(tmp_path, {"seed": 1})
+    assert ablation.read(tmp_path) == [{"seed": 0}, {"seed": 1}] and file.read_text().count("\n") == 2
+    file.write_text('{"seed": 0}\n{"seed"\n{"seed": 2}\n')
+    with pytest.raises(ValueError, match="runs.jsonl, line 2 is damaged"):
+        ablation.read(tmp_path)
+
+
+def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "has_matplotlib", lambda: False)
+    ablation.append(tmp_path, result("default", 0, 20.0, commit=None))
+    (tmp_path / "study.json").write_text(json.dumps(Study().__dict__))
+    ablation.main(["--report", "--out", str(tmp_path)])
+    assert "pip install 'empf[plot]'" in capsys.readouterr().out
+    assert "unknown (1 runs)" in (tmp_path / "report.md").read_text() and not (tmp_path / "report.png").exists()
+
+
+def test_wrong_numbers_are_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="must be at least 1, got 0 and 3"):
+        ablation.main(["--threads", "0", "--out", str(tmp_path)])
 
 
 def test_report_without_results(tmp_path):

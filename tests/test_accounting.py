@@ -14,7 +14,7 @@ from empf.synapse import BinaryConv2d, BinaryLinear
     [("full", 100, 44.84), ("ternary", 100, 3.00), ("binary", 100, 1.61), ("full", 10, 44.66), ("ternary", 10, 2.82)],
 )
 def test_parameters_of_resnet18(weights, classes, mb):
-    counted = empf.account(empf.resnet18(num_classes=classes, weights=weights), image_size=32)
+    counted = empf.account(empf.resnet18(num_classes=classes, weights=weights))
     assert counted["params_mb"] == pytest.approx(mb, abs=0.005)
     assert counted["params_full_mb"] == pytest.approx(44.84 if classes == 100 else 44.66, abs=0.005)
 
@@ -27,7 +27,7 @@ def test_parameters_of_the_vgg_snn():
 @pytest.mark.parametrize(("parallel", "nops"), [(0, 6_586_368), (0.5, 4_620_288)])
 def test_neuron_operations_of_resnet18(parallel, nops):
     model = empf.resnet18(num_classes=100, T=4, parallel=parallel)
-    counted = empf.account(model, image_size=32)
+    counted = empf.account(model)
     assert counted["nops"] == nops and counted["neurons"] == 548_864
     assert model.training and model.t == 0
 
@@ -92,7 +92,7 @@ def test_spike_account_of_a_small_network(kwargs):
     weights = {layer: layer.effective_weight() for layer in layers}
     sops = sum(brute_force(s, weights[m], m.stride[0], m.padding[0]) for m, s in inputs) / 4
     assert counted["sops"] == sops
-    bits = kwargs.get("spike_bits") or 32
+    bits = 1 if kwargs.get("neuron") == "lif" else kwargs.get("spike_bits") or 32
     assert counted["energy_mj"] == pytest.approx(sops * 0.9e-9 * bits / 32)
     # stem once for a static image, head in every step, channel attention in every step
     seca = 3 * 5 * sum(2 * c for c in (4, 4, 8, 8, 16, 16, 32, 32)) if kwargs.get("seca") else 0
@@ -104,9 +104,25 @@ def test_spike_account_of_a_small_network(kwargs):
         assert counted["density"][name] == pytest.approx((torch.cat(spikes, 1) != 0).double().mean().item())
 
 
+def test_the_hidden_layer_of_resnet19_is_fed_spikes():
+    """Means of spikes, so that its products are additions too; the neurons before the pooling are counted."""
+    torch.manual_seed(0)
+    model = empf.resnet19(num_classes=3, image_size=8, width=0.0625, T=2)
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(20):  # running statistics with which the neurons fire
+            empf.reset(model)
+            model(images)
+    inputs, spikes = [], []
+    model.hidden["linear"].register_forward_hook(lambda m, i, o: inputs.append(i[0]))
+    model.hidden["before"].register_forward_hook(lambda m, i, o: spikes.append(o))
+    counted = empf.spike_account(model, [(images, None)])
+    assert torch.equal(inputs[0], spikes[0].mean((-2, -1))) and (inputs[0] >= 0).all()
+    assert counted["macs"] == 8 * 8 * 8 * 27 + 2 * 16 * 3  # stem and head
+    assert 0 < counted["density"]["hidden.before"] < 1
+
+
 def test_errors():
     model = empf.resnet18(num_classes=3, image_size=8, width=0.0625)
-    with pytest.raises(ValueError, match="built for images of 8 pixels, not 32"):
-        empf.account(model, image_size=32)
     with pytest.raises(ValueError, match="no images"):
         empf.spike_account(model, [])

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from bench import aot
-from empf.kernels import conv, conv_neuron, matmul
+from bench.aot_cases import CASES
 from empf.kernels.conv_tiles import TILES
+from empf.kernels.matmul import CONFIGS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux")
 pytest.importorskip("triton", reason="needs Triton")
@@ -16,7 +17,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 TILE_KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS")
 
 
-MODULES = {"matmul": matmul, "conv": conv, "conv_neuron": conv_neuron}
+MODULES = ("matmul", "conv", "conv_neuron")
 FEW = ("bf16 binary 64x64x64", "i8 binary 16x128x256", "3x3 64x64 ragged", "i8 T=4 64x64 split", "unpack")
 
 
@@ -34,8 +35,8 @@ def on_hopper(module):
 
 def test_every_configuration_compiles_and_stays_in_registers():
     """No local-memory traffic, tensor cores in every product, and no more shared memory than there is."""
-    for name, module in MODULES.items():
-        for case in module.aot_cases():
+    for name in MODULES:
+        for case in CASES[name]():
             targets = case[4]("cuda").get("targets", aot.TARGETS) if callable(case[4]) else aot.TARGETS
             for target in set(targets) & {"sm_90", "sm_100"}:
                 assert (name, case[0], target) in facts()
@@ -48,8 +49,8 @@ def test_every_configuration_compiles_and_stays_in_registers():
 
 def test_every_choice_of_the_launchers_is_a_case():
     """Each tile of the tables, each type of x, binary and ternary, split and whole."""
-    for name, table in (("matmul", matmul.CONFIGS), ("conv", TILES), ("conv_neuron", TILES)):
-        cases = [case for case in MODULES[name].aot_cases() if "x_ptr" in case[2]]
+    for name, table in (("matmul", CONFIGS), ("conv", TILES), ("conv_neuron", TILES)):
+        cases = [case for case in CASES[name]() if "x_ptr" in case[2]]
         tiles = {tuple(size for key, size in case[3].items() if key in TILE_KEYS) for case in cases}
         assert tiles == {tuple(tile[: 3 if name == "matmul" else 2]) for tiles in table.values() for tile in tiles}
         assert {case[2]["x_ptr"] for case in cases} == {"*bf16", "*fp16", "*fp32", "*i8", "*u8"}
@@ -100,11 +101,15 @@ def test_selection_of_cases_and_targets(one_process):
     assert found.tensor_core == 0 and found.loop == {} and found.loop_instructions == 0
     with pytest.raises(ValueError, match="sm_42"):
         aot.compile_cases("matmul", targets=("sm_42",))
-
-
-def test_a_failure_is_told(one_process):
-    with pytest.raises(RuntimeError, match="aot_cases"):
+    with pytest.raises(ValueError, match="modules must be among matmul, .*, got dispatch"):
         aot.compile_cases("dispatch")
+
+
+def test_a_failure_is_told(one_process, monkeypatch, tmp_path):
+    (tmp_path / "triton.py").write_text("raise RuntimeError('no compiler here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="does not compile: (.|\n)*no compiler here"):
+        aot.compile_cases("matmul", targets=("sm_90",))
 
 
 def test_loop_is_the_innermost_with_tensor_cores():

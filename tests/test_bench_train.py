@@ -31,8 +31,9 @@ def test_measurement_of_a_small_network(monkeypatch):
     gflop, saved = ({n: f(v) for n, v in r["variants"].items()} for f in (
         lambda v: v["gflop_per_update"], lambda v: v["bytes"]["saved"],
     ))  # fmt: skip
-    assert gflop["kept"] < gflop["authors"] < gflop["every"]  # the stem once, and in each step
-    assert saved["random"] == saved["every"] < saved["kept"] == saved["authors"] < saved["stbp"]
+    assert gflop["kept"] < gflop["authors-order"] == gflop["authors-loop"] < gflop["every"]  # the stem in each step
+    assert saved["random"] == saved["every"] < saved["kept"] == saved["authors-order"] < saved["stbp"]
+    assert {"authors-order", "authors-loop"} < set(r["speed_of_random_over"])
     text = bench.report(r)
     assert "layout conversions in an update: none" in text and "host reads in an update: none" in text
 
@@ -42,7 +43,7 @@ def test_another_order_of_learning_is_refused(monkeypatch):
     monkeypatch.setattr(loops, "authors_order", lambda model, x, target, criterion, t, backward: right(
         model, x, target, criterion, max(1, t - 1), backward
     ))  # fmt: skip
-    with pytest.raises(ValueError, match="the gradients of authors are .* nothing timed"):
+    with pytest.raises(ValueError, match="the gradients of authors-order are .* nothing timed"):
         bench.check_gradients(TINY)
 
 
@@ -51,6 +52,25 @@ def test_no_layout_conversion_and_no_read_by_the_host(variant):
     """Forward, backward and optimizer of a channels_last network."""
     seen = bench.watch(Loop(TINY), variant)
     assert not seen.conversions and not seen.reads
+
+
+def test_the_loop_of_the_authors_is_plain_and_in_the_default_layout(monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    loop = Loop(TINY)
+    plain, found = loop.of("authors-loop"), []
+    assert plain is loop.of("authors-loop") and loop.of("authors-order") is loop
+    x, target = next(plain.batches)
+    plain.model.blocks[0].conv2.neuron.register_forward_pre_hook(lambda m, inputs: found.append(inputs[0][0]))
+    plain.model.blocks[0].conv2.register_forward_hook(lambda m, inputs, out: found.append(out[0]))
+    plain.gradients("authors-loop", 2, x, target)
+    layouts = {name for y in [x, *found] for name in loops.formats(y)}
+    assert len(found) == 4 and layouts == {"contiguous"}  # of two steps, and the current reached the neuron
+    functions, queue = set(), [found[-1].grad_fn]
+    while queue:
+        node = queue.pop()
+        functions.add(node.name())
+        queue += [n for n, _ in node.next_functions if n is not None]
+    assert "NativeBatchNormBackward0" in functions and not any("Fire" in f or "NormFn" in f for f in functions)
 
 
 def test_a_conversion_and_a_read_are_seen():
@@ -123,3 +143,4 @@ def test_a_captured_graph_gives_the_gradients_of_the_loop():
         for a, b in zip(eager.model.parameters(), captured.model.parameters(), strict=True):
             assert (a.grad - b.grad).norm() <= 1e-2 * a.grad.norm() + 1e-7
         captured.optimizer.zero_grad(set_to_none=False)
+    assert len(captured.captured["random"].graphs) == 2

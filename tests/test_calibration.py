@@ -57,7 +57,17 @@ def test_statistics_are_those_of_evaluation():
         own = isinstance(model.get_submodule(name.rpartition(".")[0]), empf.EMPFNeuron)
         assert own != torch.equal(buffer, before[name]), name
     assert not model.training
-    assert all(n.momentum == 0.1 for n in model.modules() if isinstance(n, empf.EMPFNeuron))
+
+
+def test_each_neuron_keeps_its_own_momentum():
+    model, momenta = network().eval(), []
+    for number, neuron in enumerate(m for m in model.modules() if isinstance(m, empf.EMPFNeuron)):
+        neuron.momentum = 0.01 * (number + 1)
+        momenta.append(neuron.momentum)
+    model.blocks[1].conv1.bn.frozen_norm = True  # as the user has set it
+    empf.calibrate(model, [torch.randn(8, 3, 8, 8)])
+    assert [m.momentum for m in model.modules() if isinstance(m, empf.EMPFNeuron)] == momenta
+    assert [n for n, m in model.named_modules() if getattr(m, "frozen_norm", False)] == ["blocks.1.conv1.bn"]
 
 
 def test_mean_over_the_batches():

@@ -1,6 +1,7 @@
 """The one dataclass is the command line, the recipes and the metadata; a wrong setting is one sentence."""
 
 import argparse
+import math
 import os
 from dataclasses import FrozenInstanceError, fields
 
@@ -32,16 +33,20 @@ def test_is_frozen():
         TrainConfig().lr = 1.0
 
 
-# A value of each field that is neither the default nor that of a recipe, as on the command line.
+# A value of each field that is neither the default nor that of a recipe, as on the command line; of learning the
+# default, without which there are no steps per batch.
 VALUES = {
-    "dataset": "cifar100", "data": "folder", "streaming": True, "workers": "2", "split": "random",
+    "dataset": "dvs-cifar10", "data": "folder", "streaming": True, "workers": "2", "split": "random",
+    "frames_by": "time", "orientation": "mirrored", "resize": "8bit",
     "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
-    "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu", "learning": "stbp",
-    "steps_per_batch": "2", "epochs": "7", "batch_size": "33", "lr": "0.3", "weight_decay": "0.2",
-    "warmup_epochs": "1.5", "crop": False, "flip": False, "cutout": "3", "mixup": "0.7", "cutmix": "0.6",
-    "label_smoothing": "0.2", "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
-    "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16", "threads": "3",
-    "output_dir": "out", "save_minutes": "2.5", "max_steps": "8", "tracker": "tensorboard",
+    "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
+    "per_channel": True, "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
+    "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False, "roll": "2",
+    "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
+    "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
+    "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16",
+    "cuda_graphs": True, "threads": "3", "output_dir": "out", "save_minutes": "2.5", "max_steps": "8",
+    "tracker": "tensorboard",
 }  # fmt: skip
 
 
@@ -53,9 +58,10 @@ def test_every_field_is_a_flag():
         flags += {False: [f"--no-{flag}"], True: [f"--{flag}"]}.get(value, [f"--{flag}", value])
     config = parse(*flags)
     for f in fields(TrainConfig):
-        assert getattr(config, f.name) != f.default
+        assert getattr(config, f.name) != f.default or f.name == "learning"
         expected = VALUES[f.name] if isinstance(VALUES[f.name], bool) else type(getattr(config, f.name))(VALUES[f.name])
         assert getattr(config, f.name) == expected, f.name
+    assert parse("--learning", "stbp").learning == "stbp"
 
 
 def test_every_flag_is_explained():
@@ -105,6 +111,13 @@ WRONG = [
     (["--T"], "argument --T: expected one argument"),
     (["--T", "0"], "T must be at least 1, got 0"),
     (["--steps-per-batch", "3"], "steps_per_batch = 3 is more than T = 2 time steps"),
+    (
+        ["--learning", "every", "--steps-per-batch", "2"],
+        "steps_per_batch is for the learning mode random, not for every: leave it out",
+    ),
+    (["--resize", "8bit"], "resize is for events, not for the images of digits: leave --resize out"),
+    (["--frames-by", "time", "--dataset", "cifar10"], "frames_by is for events, not for the images of cifar10"),
+    (["--threads", "100000"], "100000 threads are more than the"),
     (["--epochs", "0"], "epochs must be at least 1, got 0"),
     (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
     (["--grad-compression", "fp16"], "argument --grad-compression: invalid choice: 'fp16'"),
@@ -112,11 +125,13 @@ WRONG = [
     (["--limit", "0"], "limit must be at least 1, got 0"),
     (["--seed", "-1"], "seed must be at least 0, got -1"),
     (["--seed", str(2**63)], "seed must be below 2^63"),
+    (["--roll", "1"], "roll is for events, not for images: set it to 0"),
     (["--mixup", "-0.1"], "mixup must be at least 0, got -0.1"),
     (["--lr", "0"], "lr must be positive"),
     (["--lr", "nan"], "lr must be a finite number, got nan"),
     (["--width", "inf"], "width must be a finite number, got inf"),
-    (["--width", "0"], "width must be positive, got 0.0"),
+    (["--width", "0"], "width must be positive and at most 64, got 0.0"),
+    (["--width", "1e9"], "width must be positive and at most 64, got 1000000000.0"),
     (["--label-smoothing", "1"], "label_smoothing and ema in [0, 1)"),
     (["--ema", "1"], "label_smoothing and ema in [0, 1)"),
     (["--parallel", "1.5"], "parallel is a share and must lie in 0..1, got 1.5"),
@@ -145,15 +160,28 @@ def test_a_wrong_flag_is_one_sentence(tmp_path, monkeypatch, capsys, flags, sent
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name, value", [("T", "4"), ("T", 4.0), ("T", True), ("crop", 1), ("data", 3), ("lr", None)])
-def test_a_wrong_type_is_named(name, value):
+SHARED = [("T", "4"), ("T", 2.5), ("T", True), ("T", None), ("spike_bits", 2.0), ("width", "1"), ("per_channel", 1)]
+
+
+@pytest.mark.parametrize(
+    "kind, name, value",
+    [(kind, *wrong) for kind in (TrainConfig, ModelConfig) for wrong in SHARED]
+    + [(TrainConfig, "crop", 1), (TrainConfig, "data", 3), (TrainConfig, "lr", None), (ModelConfig, "seca", False)],
+)
+def test_a_wrong_type_is_named(kind, name, value):
     """As a damaged config.json may have it."""
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
-        TrainConfig(**{name: value})
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("width", [math.nan, math.inf])
+def test_a_width_that_is_not_finite_is_refused(width):
+    with pytest.raises(ValueError, match=f"width must be a finite number, got {width}"):
+        ModelConfig(width=width)
 
 
 def test_whole_numbers_are_fine_where_fractions_are():
-    assert TrainConfig(lr=1, warmup_epochs=0).lr == 1
+    assert TrainConfig(lr=1, warmup_epochs=0).lr == ModelConfig(width=1).width == 1
 
 
 def test_resume_takes_stored_settings_and_may_change_those_without_effect():
@@ -178,3 +206,5 @@ def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
     assert [cpu_threads(0), cpu_threads(0, 2), cpu_threads(0, 4), cpu_threads(0, 9), cpu_threads(5, 9)] == [
         6, 3, 1, 1, 5,
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="7 threads are more than the 6 cores of this process: use --threads 0"):
+        cpu_threads(7)

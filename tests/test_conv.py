@@ -116,7 +116,7 @@ def test_signs_of_zero_and_constant_weights(value, device, kernels_on):
     x, step = integers((1, 33, 4, 3), torch.uint8, device)
     y = binary_conv2d(x, packed, padding=1, step=step)
     dense = torch.full((3, 33, 3, 3), -1.0 if value < 0 else 1.0, device=device)
-    assert torch.equal(y, torch.nn.functional.conv2d(x * step, dense, padding=1))
+    assert torch.equal(y, torch.nn.functional.conv2d(x.double() * step, dense.double(), padding=1).float())
 
 
 @pytest.mark.parametrize("tile", sorted({tile for tiles in TILES.values() for tile in tiles}), ids=str)
@@ -218,9 +218,13 @@ def test_dense_route(device, kernels_on, monkeypatch):
     monkeypatch.setattr(conv, "DENSE_POSITIONS", 50)
     assert dense_wins(x, many, 1, 1) and not dense_wins(x, many, 1, 0)
     assert not any(dense_wins(x[:, :8].to(dtype), few, 1, 1) for dtype in (torch.float32, torch.float16, torch.uint8))
-    y = binary_conv2d(x, many, padding=1, bias=bias, out_dtype=torch.float32)
-    assert torch.equal(y, exact(x, many, padding=1, bias=bias, out_dtype=torch.bfloat16).float())
+    y = binary_conv2d(x, many, padding=1, bias=bias)
+    assert torch.equal(y, exact(x, many, padding=1, bias=bias, out_dtype=torch.bfloat16))
     assert kernels_on == {"binary_unpack": 2}
+    thirds = few.with_scale(few.scale / 3)  # cuDNN would get them rounded to bf16, and the sums would keep that error
+    y = binary_conv2d(x[:, :8], thirds, padding=1, out_dtype=torch.float32)
+    assert kernels_on == {"binary_unpack": 2, "binary_conv2d": 1}
+    torch.testing.assert_close(y, exact(x[:, :8], thirds, padding=1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -239,7 +243,7 @@ def test_split_k(kind, dtype, device, kernels_on, monkeypatch):
 
 def test_choice_of_split():
     """512 channels, 4 x 4 maps, int8: 36 steps of 128 weights."""
-    large, small = TILES[1]
+    large, _, small = TILES[1]
     shape = (512, 512, 3, 3)
     assert split_plan(small, 1, shape, 16, 132) == Plan(small, 12)  # 8 tiles; of 16 parts of 3 steps 4 would be empty
     assert split_plan(small, 1, shape, 16 * 16, 132) == Plan(small, 8)  # 32 tiles: two programs per processor
@@ -287,6 +291,14 @@ def test_definition_runs_where_kernels_are_off(device, kernels_on):
     assert not kernels_on
     set_backend("on")
     assert torch.equal(off, binary_conv2d(x, packed, step=step, padding=1)) and kernels_on["binary_conv2d"] == 1
+
+
+def test_definition_sums_codes_exactly(device):
+    """Past 2^24, where fp32 holds no odd number: one rounding, at the end."""
+    x = torch.randint(128, 256, (3, 200_000, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack(torch.ones(1, *x.shape[1:]), scale=torch.ones(1)).to(device)
+    y = binary_conv2d_ref(x.to(device), packed, step=1.0)
+    assert torch.equal(y.cpu().flatten(), x.flatten(1).sum(1).float())
 
 
 def test_empty_batch(device, kernels_on):

@@ -217,6 +217,13 @@ def test_same_result_every_time(device, kernels_on):
         assert torch.equal(result, again)
 
 
+def test_nan_stays_nan(device, kernels_on):
+    a = case(2, bits=4, out_dtype=torch.float32, without=("gain", "shift"), device=device)
+    a["residual"][0, 1, 5, 2, 3] = float("nan")
+    for result, want, count in zip(binary_conv2d_neuron(**a), exact(a), (2, 1, 1), strict=True):
+        assert torch.equal(result.isnan(), want.isnan()) and want.isnan().sum() == count
+
+
 def test_inference_only(device, kernels_on):
     a = case(2, device=device)
     for name in ("x", "bias", "leak", "residual"):
@@ -252,7 +259,7 @@ def test_operator_is_well_formed(parallel, device, kernels_on):
 
 
 def test_definition_runs_where_kernels_are_off(device, kernels_on):
-    a = case(4, bits=4, device=device)
+    a = case(4, dtype=torch.uint8, bits=4, device=device)  # of codes the definition's sums are exact on any device
     set_backend("off")
     off = binary_conv2d_neuron(**a)
     assert not kernels_on
@@ -263,21 +270,23 @@ def test_definition_runs_where_kernels_are_off(device, kernels_on):
 
 BAD = {
     r"\(T, N, C, H, W\) with C = 12 .*got \(2, 12, 5, 4\)": dict(x=torch.ones(2, 12, 5, 4)),
-    "must have at least one time step, got": dict(x=torch.ones(0, 2, 12, 5, 4)),
-    "leak is needed unless": dict(leak=None),
-    r"leak must be floating point \(2,\), got torch.float32 \(3,\)": dict(leak=torch.ones(3)),
-    r"threshold must be floating point \(2, 37\), got torch.float32 \(2, 36\)": dict(threshold=torch.ones(2, 36)),
-    r"go together, got gain \(2, 37\), shift None": dict(shift=None),
-    r"go together, got gain None, shift \(2, 37\)": dict(gain=None),
-    r"gain must be floating point \(2, 37\), got": dict(gain=torch.ones(2)),
-    "bits must be None or from 1 to 8, got 9": dict(bits=9),
+    "at least one time step is needed .*, got": dict(x=torch.ones(0, 2, 12, 5, 4)),
+    "leak may be None only for a parallel neuron": dict(leak=None),
+    r"leak must be floating-point of shape \(2,\) or \(2, 37\), got \(3,\) torch.float32": dict(leak=torch.ones(3)),
+    r"threshold must be floating-point .*\(2, 37\), got \(2, 36\) torch.float32": dict(threshold=torch.ones(2, 36)),
+    "go together, got gain=True, shift=False": dict(shift=None),
+    "go together, got gain=False, shift=True": dict(gain=None),
+    r"gain must be floating-point of shape \(2, 37\), got": dict(gain=torch.ones(2)),
+    "bits must be None or 1..8, got 9": dict(bits=9),
     "codes=True needs bits": dict(codes=True),
-    "step must be positive and finite, got 0.0": dict(bits=4, step=0.0),
-    r"v must be floating point \(2, 37, 5, 4\), got torch.float32 \(2, 37, 4, 4\)": dict(v=torch.ones(2, 37, 4, 4)),
+    "step must be positive and finite, got inf": dict(bits=4, step=float("inf")),
+    r"v must be floating-point of shape \(2, 37, 5, 4\), .*got \(2, 37, 4, 4\) torch.float32": dict(
+        v=torch.ones(2, 37, 4, 4)
+    ),
     r"residual must be floating point \(2, 2, 37, 5, 4\), got torch.int64": dict(
         residual=torch.ones(2, 2, 37, 5, 4).long()
     ),
-    "x is on cpu, v is on meta": dict(v=torch.ones(2, 37, 5, 4, device="meta")),
+    "v is on meta, current on cpu": dict(v=torch.ones(2, 37, 5, 4, device="meta")),
     "step=0.5 with x of torch.float32": dict(in_step=0.5),
 }
 

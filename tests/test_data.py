@@ -320,8 +320,7 @@ def test_corrupt_file_is_named(tmp_path):
 def test_events_are_loaded_with_their_settings(monkeypatch):
     asked = []
     monkeypatch.setattr(events, "load_events", lambda *path, **settings: asked.append((path, settings)))
-    load("dvs-cifar10", "folder", T=5, split="random", by="time", limit=3, seed=2)
-    assert asked == [
-        (("folder",), dict(T=5, split="random", by="time", limit=3, device="cpu", seed=2)),
-    ]
+    settings = dict(T=5, split="random", by="time", orientation="mirrored", resize="8bit", limit=3, seed=2)
+    load("dvs-cifar10", "folder", **settings)
+    assert asked == [(("folder",), settings | {"device": "cpu"})]
     assert DATASETS["dvs-cifar10"] == events.DVS_CIFAR10

@@ -14,6 +14,7 @@ import empf
 from empf import cpu_conv, deploy
 from empf.deploy import PackedModel, load_packed, pack, read_picture, top_classes, unpack, verify
 from empf.hub import Origin
+from empf.images import centre_crop
 from empf.kernels import set_backend
 from empf.neuron import StatefulNeuron
 from empf.packed_layers import PackedNeuron, PackedSynapse
@@ -24,7 +25,7 @@ OTHERS = [
     dict(arch="resnet19", parallel=0.5), dict(arch="resnet34", weights="ternary"), dict(arch="resnet18", image_size=64),
     dict(arch="resnet18", width=0.1), dict(arch="vgg_snn"), dict(arch="vgg_snn", neuron="mem_bn", seca=2),
     dict(activation="sigmoid"), dict(activation="tanh", neuron="mem_bn"), dict(activation="softplus", parallel=0.5),
-    dict(activation="gelu", neuron="mem_bn"),
+    dict(activation="gelu", neuron="mem_bn", per_channel=True), dict(per_channel=True, weights="ternary"),
 ]  # fmt: skip
 ROUNDED = [
     dict(), dict(neuron="mem_bn", seca=1), dict(parallel=0.5, weights="ternary"), dict(arch="vgg_snn"),
@@ -112,8 +113,8 @@ def test_a_large_batch_goes_through_in_parts(settings, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(neuron="mem_bn"), dict(parallel=0.5, spike_bits=4, weights="ternary"), dict(seca=2), dict(arch="vgg_snn"),
-        dict(arch="resnet19", spike_bits=8),
+        dict(neuron="mem_bn", per_channel=True), dict(parallel=0.5, spike_bits=4, weights="ternary"), dict(seca=2),
+        dict(arch="vgg_snn"), dict(arch="resnet19", spike_bits=8),
     ],
     ids=str,
 )  # fmt: skip
@@ -180,6 +181,16 @@ def test_misuse_is_refused_with_the_words_of_the_model():
         net(x)
     assert "T = 3" in same_error(model, packed, lambda net: net(x, steps=1))
     assert "steps asked" in same_error(model, packed, lambda net: net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_pixels_that_were_not_normalised_are_refused(dtype):
+    """They would be taken for codes of spikes, also by the weights that are kept for the next call."""
+    model, x = trained()
+    packed = pack(model)
+    with pytest.raises(ValueError, match=f"floating-point numbers, got {dtype}: call x.float"):
+        packed((100 * x).to(dtype))
+    assert relative(logits(packed, x), logits(model, x)) < 2e-5
 
 
 def test_a_failed_call_changes_nothing():
@@ -296,6 +307,24 @@ def test_pictures_are_cut_to_their_middle_and_resized(tmp_path):
     assert read_picture(tmp_path / "wide.png", 1, 8).shape == (1, 8, 8)
 
 
+def test_every_colour_format_shows_the_same_picture(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    opaque = np.dstack([grey] * 3 + [np.full_like(grey, 128)])
+    for i, pixels in enumerate((grey, grey.astype(np.uint16) * 257, opaque[:, :, :3], opaque)):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        for channels in (1, 3):
+            found = read_picture(tmp_path / f"{i}.png", channels, 8)
+            assert torch.equal(found, torch.from_numpy(grey).expand(channels, 8, 8))
+
+
+def test_pictures_for_imagenet_are_cut_as_in_its_test(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    wanted = centre_crop(Image.fromarray(pixels), 16)
+    assert np.array_equal(read_picture(tmp_path / "cat.png", 3, 16, cropped=True).numpy(), wanted)
+    assert not np.array_equal(read_picture(tmp_path / "cat.png", 3, 16).numpy(), wanted)
+
+
 def test_pictures_that_cannot_be_classified(tmp_path):
     packed = picture_network()
     with pytest.raises(FileNotFoundError, match="no image"):
@@ -306,3 +335,5 @@ def test_pictures_that_cannot_be_classified(tmp_path):
     packed.origin = Origin()
     with pytest.raises(ValueError, match="pack it from a run folder"):
         top_classes(packed, tmp_path / "text.png")
+    with pytest.raises(ValueError, match="trained on events .* --stream"):
+        top_classes(pack(trained("vgg_snn")[0]), tmp_path / "text.png")

@@ -1,17 +1,17 @@
 """The separability of the gradient: separable networks are found separable, others and planted faults are not."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
+from make_events import recordings
 
 import empf
-from empf import diagnose, runs
+from empf import diagnose, recompute, runs
 from empf.config import TrainConfig
+from empf.events import load_events
 from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, neuron_step
-from empf.separability import compare, estimator, factors, follow, measure, measure_neuron
-from empf.training_memory import training_memory
+from empf.separability import compare, estimator, factors, follow, measure_neuron, measure_separability
 
 SUMMARY = {
     "cosine", "norm_ratio", "sign_agreement", "temporal_share", "random_bias", "random_variance", "ds_dm_values",
@@ -42,7 +42,7 @@ def steps_of(result):
 def test_em_pf_is_separable(config):
     model, x, target = network(**config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result, samples = measure(model, x, target)
+    result, samples = measure_separability(model, x, target)
     summary, steps = result["summary"], steps_of(result)
     assert set(summary) == SUMMARY and result["verdict"]["separable"]
     on, above = steps[0]["ds_dm"]["shares"][1], steps[0]["above_threshold"]
@@ -71,29 +71,29 @@ def test_silent_layers_are_named():
     with torch.no_grad():
         model.blocks[2].conv2.neuron.threshold_logit.fill_(100)
         model.blocks[2].conv1.bn.weight.zero_()
-    result = measure(model, x, target)[0]
+    result = measure_separability(model, x, target)[0]
     assert result["verdict"]["silent"] == ["blocks.2.conv2.neuron"]
     weights = result["gradients"]["blocks.2.conv2.conv.weight"]  # behind it: without spikes, no gradient
     assert weights["mean_of_losses"]["cosine"] is None and weights["random"]["variance"] is None
     with torch.no_grad():
         model.stem.bn.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="blocks.0.conv1.neuron is not finite"):
-        measure(model, x, target)
+        measure_separability(model, x, target)
 
 
 def test_parallel_neurons_leave_nothing_to_cut():
-    summary = measure(*network(parallel=1.0))[0]["summary"]
+    summary = measure_separability(*network(parallel=1.0))[0]["summary"]
     assert summary["temporal_share"] < 1e-9 and summary["cosine"] > 1 - 1e-9
     assert abs(summary["norm_ratio"] - 1) < 1e-9
 
 
 def test_lif_is_not_separable():
-    result = measure(*network(neuron="lif"))[0]
+    result = measure_separability(*network(neuron="lif"))[0]
     summary, verdict = result["summary"], result["verdict"]
     assert not verdict["separable"] and len(verdict["reasons"]) == 2
     assert summary["ds_dm_values"] is None and summary["ds_dm_dependence"] > 0.5 and summary["factor_error"] > 0.5
     assert summary["online_leak"] == 0  # its online mode is one
-    assert summary["temporal_share"] > measure(*network())[0]["summary"]["temporal_share"]
+    assert summary["temporal_share"] > measure_separability(*network())[0]["summary"]["temporal_share"]
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "softplus", "gelu"])
@@ -146,6 +146,58 @@ def test_mem_bn_is_measured_with_the_statistics_of_the_batch():
         assert path.gain[t].shape == (3, 1, 1) and path.gain[t].std() > 0.01
 
 
+class NoisyGradient(torch.autograd.Function):
+    """The identity; its gradient is now and then the next larger number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):
+        return torch.where(torch.arange(d.shape[-1]) % 3 == 0, d * (1 + 2**-23), d)
+
+
+class NoisyNeuron(EMPFNeuron):
+    def forward(self, current, **more):
+        return NoisyGradient.apply(super().forward(current, **more))
+
+
+def test_only_the_gain_of_mem_bn_is_allowed_to_round():
+    current = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    (*_, step), _ = measure_neuron(NoisyNeuron(2, 3, mem_bn=True), current)
+    assert step["dependence"] == 0 and step["ds_dm"]["values"] == [0, 1]
+    (*_, step), _ = measure_neuron(NoisyNeuron(2, 3), current)
+    assert step["dependence"] == pytest.approx(2**-23) and len(step["ds_dm"]["values"]) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [{}, {"neuron": "mem_bn"}], ids=str)
+def test_separable_on_a_gpu(config):
+    """The kernels form the gain of Mem-BN themselves."""
+    model, x, target = network(**config)
+    result = measure_separability(model.float().cuda(), x.float().cuda(), target.cuda())[0]
+    assert result["verdict"]["separable"] and result["summary"]["ds_dm_values"] == [0, 1]
+    assert result["summary"]["ds_dm_dependence"] == 0 and result["summary"]["factor_error"] <= 1e-5
+
+
+def test_what_is_measured_is_what_trains(monkeypatch):
+    """Also where spikes are made again for the backward pass: a fault planted there is found."""
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    model, x, target = network()
+    result = measure_separability(model, x, target)[0]
+    assert result["verdict"]["separable"] and result["summary"]["factor_error"] <= 1e-5
+    right = recompute.fire_backward
+
+    def depends_on_m(d_spikes, s, *more, **options):
+        return right(d_spikes * (1 + s), s, *more, **options)
+
+    monkeypatch.setattr(recompute, "fire_backward", depends_on_m)
+    result = measure_separability(model, x, target)[0]
+    assert not result["verdict"]["separable"] and result["summary"]["ds_dm_dependence"] > 0.1
+    assert result["summary"]["random_bias"] < 1e-9  # `every` goes the same way
+
+
 class Triangle(torch.autograd.Function):
     """ReLU with a gradient that depends on the distance to the threshold."""
 
@@ -185,7 +237,7 @@ class LeakingNeuron(EMPFNeuron):
 def test_a_planted_surrogate_is_found():
     model, x, target = network()
     model.blocks[3].conv2.neuron = SurrogateNeuron(3, threshold=0.5).double()
-    result = measure(model, x, target)[0]
+    result = measure_separability(model, x, target)[0]
     assert not result["verdict"]["separable"] and result["summary"]["ds_dm_dependence"] > 0.5
     assert all("blocks.3.conv2.neuron" in reason for reason in result["verdict"]["reasons"])
     others = [step for name, steps in result["neurons"].items() if name != "blocks.3.conv2.neuron" for step in steps]
@@ -195,11 +247,76 @@ def test_a_planted_surrogate_is_found():
 def test_a_planted_leak_that_is_not_detached_is_found():
     model, x, target = network()
     model.blocks[5].conv1.neuron = LeakingNeuron(3, leak=0.9).double()
-    result = measure(model, x, target)[0]
+    result = measure_separability(model, x, target)[0]
     (reason,) = result["verdict"]["reasons"]
     assert not result["verdict"]["separable"] and "online" in reason and "blocks.5.conv1.neuron" in reason
     assert result["summary"]["online_leak"] == pytest.approx(0.9)
     assert result["summary"]["random_bias"] > 1e-3  # `every` is no longer the expectation of `random`
+
+
+class OwnNetwork(torch.nn.Module):
+    """Written by hand: no configuration; `step_by_step`: how its neurons are called."""
+
+    def __init__(self, neurons, step_by_step):
+        super().__init__()
+        self.neurons, self.step_by_step = torch.nn.ModuleList(neurons), step_by_step
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in neurons)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, x):  # (T, N, 12) -> (T, N, 5)
+        for layer, neuron in zip(self.layers, self.neurons, strict=True):
+            current = 2 * layer(x)
+            x = torch.cat([neuron(step[None]) for step in current]) if self.step_by_step else neuron(current)
+        return self.head(x)
+
+
+def own(step_by_step=False, kinds=(EMPFNeuron, EMPFNeuron), T=3):
+    torch.manual_seed(1)
+    model = OwnNetwork([kind(T) for kind in kinds], step_by_step).double()
+    return model, torch.randn(T, 20, 12, dtype=torch.float64), torch.arange(20) % 5
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_network_of_ones_own(step_by_step):
+    model, x, target = own(step_by_step)
+    result, samples = measure_separability(model, x, target)
+    summary = result["summary"]
+    assert result["verdict"]["separable"] and result["T"] == 3 and not result["mem_bn"]
+    assert summary["ds_dm_values"] == [0, 1] and summary["factor_error"] <= 1e-5
+    assert 0.5 < summary["cosine"] < 0.9999 and summary["random_bias"] < 1e-9
+    assert list(result["neurons"]) == list(samples) == ["neurons.0", "neurons.1"]
+    assert "layers.1.weight" in diagnose.separability_table(result)
+    # through time, written out
+    empf.set_online(model, False)
+    sum(torch.nn.functional.cross_entropy(logits, target) for logits in model(x)).backward()
+    timed = model.layers[0].weight.grad / 3
+    model.zero_grad()
+    empf.reset(model)
+    empf.set_online(model, True)
+    sum(torch.nn.functional.cross_entropy(logits, target) for logits in model(x)).backward()
+    online = model.layers[0].weight.grad / 3
+    share = result["gradients"]["layers.0.weight"]["mean_of_losses"]["temporal_share"]
+    assert share == pytest.approx(((timed - online).norm() / timed.norm()).item(), rel=1e-9)
+
+
+def test_a_network_of_ones_own_that_is_not_separable():
+    verdict = measure_separability(*own(kinds=(EMPFNeuron, LIFNeuron)))[0]["verdict"]
+    assert not verdict["separable"] and all("neurons.1" in reason for reason in verdict["reasons"])
+
+
+def test_what_cannot_be_measured_is_one_sentence():
+    model, x, target = own()
+    model.neurons[1] = EMPFNeuron(4)
+    with pytest.raises(ValueError, match="found T = 3 and T = 4"):
+        measure_separability(model, x, target)
+    with pytest.raises(ValueError, match="found none"):
+        measure_separability(torch.nn.Linear(12, 5), x, target)
+    model, x, target = own()
+    with pytest.raises(ValueError, match="logits of all T = 3 steps"):
+        measure_separability(model, x[:2], target)
+    model.head = torch.nn.Flatten(0, 1)
+    with pytest.raises(ValueError, match="logits of all T = 3 steps"):
+        measure_separability(model, x, target)
 
 
 def test_agreement_and_estimator_by_hand():
@@ -217,11 +334,9 @@ def test_agreement_and_estimator_by_hand():
 def run(tmp_path_factory):
     """A run folder as train.py leaves it, of a network that never learned."""
     folder = tmp_path_factory.mktemp("run")
-    train = TrainConfig(dataset="digits", width=0.0625, T=2, limit=64, seed=3)
+    train = TrainConfig(dataset="digits", width=0.0625, T=2, limit=64, seed=3, output_dir=str(folder))
     model = empf.build(train.model())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "has_matplotlib", lambda: False)
-        runs.save_results(folder, model, [], "")
+    runs.save_results(folder, model, [{"epoch": 7}], "", draw=False)
     runs.save_config(folder, train.model(), train.to_dict(), [str(d) for d in range(10)], (0.3,), (0.4,))
     return folder
 
@@ -245,9 +360,15 @@ def test_command_on_a_run(run, tmp_path, capsys, monkeypatch):
     diagnose.main([*flags, str(out[1])])
     diagnose.main([*flags, str(out[2]), "--untrained", "--split", "test"])
     assert not (run / "separability-untrained.png").exists()
-    assert out[0].read_text() == out[1].read_text()
-    first, _, untrained = (json.loads(path.read_text()) for path in out)
+    first, again, untrained = (json.loads(path.read_text()) for path in out)
+    assert {**first, "machine": None} == {**again, "machine": None}
     assert first["verdict"]["separable"] and first["images"] == 16 and set(first["summary"]) == SUMMARY
+    assert first["run"] == run.name and str(run) not in out[0].read_text()
+    trained, config = first["training"], runs.read_config(run)
+    assert trained["settings"] == {**config["train"], "output_dir": run.name}
+    assert trained["epochs_done"] == 7 and untrained["training"]["epochs_done"] == 0
+    assert trained["commit"] == config["git_commit"] and trained["versions"]["torch"]
+    assert {"torch", "commit", "date"} <= first["machine"].keys()
     assert untrained["untrained"] and untrained["summary"]["cosine"] != first["summary"]["cosine"]
     torch.manual_seed(3)  # as train.py does before it builds the network
     expected = empf.build(empf.ModelConfig.from_dict(runs.read_config(run)["model"]))
@@ -262,6 +383,9 @@ def test_command_on_a_run(run, tmp_path, capsys, monkeypatch):
         ([], "either a run folder"),
         (["RUN", "--memory"], "either a run folder"),
         (["RUN", "--batch-size", "1"], "at least 2"),
+        (["RUN", "--width", "2", "--T", "3"], "leave out --T and --width"),
+        (["--memory", "--untrained", "--data", "X"], "leave out --untrained and --data"),
+        (["--memory", "--image-size", "0"], "image_size must be at least 1, got 0"),
         (["RUN", "--batch-size", "65"], "64 training images do not fill"),
         (["nowhere"], "not a run folder"),
         (["--memory", "--width", "-1"], "width must be positive"),
@@ -274,52 +398,41 @@ def test_bad_flags_are_one_sentence(run, flags, message):
         diagnose.main([str(run) if flag == "RUN" else flag for flag in flags])
 
 
-def test_memory_is_constant_online_and_linear_through_time():
-    config = empf.ModelConfig(width=0.0625, image_size=8, in_channels=1)
-    rows = training_memory(config, 4, steps=(1, 2, 5))
-    by = {(row["T"], row["learning"]): row for row in rows}
-    for T in (2, 5):
-        for learning in ("random", "every"):
-            row = by[T, learning]
-            assert row["saved"] == row["theory"] == by[2, "every"]["saved"]
-            assert row["saved_plain"] == by[2, "every"]["saved_plain"]
-        assert by[T, "stbp"]["theory"] == T * by[1, "stbp"]["saved_plain"]
-        assert by[T, "stbp"]["saved"] == pytest.approx(by[T, "stbp"]["theory"], rel=0.05)
-    assert by[1, "every"]["saved"] <= by[1, "every"]["theory"]  # no potential before the first step
-    row = by[2, "random"]
-    parameters = sum(p.numel() for p in empf.build(replace(config, T=2)).parameters())
-    assert row["parameters"] == row["gradients"] == row["optimizer"] == 4 * parameters
-    assert row["potentials"] == 4 * 4 * empf.account(empf.build(config))["neurons"]
-    parts = ("saved", "potentials", "parameters", "gradients", "optimizer", "effective_weights")
-    assert all(row["total"] == sum(row[part] for part in parts) for row in rows)
-    assert all(row["allocated"] is None for row in rows)
+def test_a_folder_that_does_not_say_how_it_was_trained(run, tmp_path):
+    folder = tmp_path / "model"
+    model = empf.load(run)
+    model.run = None  # as one that was never a run
+    model.save_pretrained(folder)
+    for flags in ([], ["--untrained"]):
+        with pytest.raises(SystemExit, match="does not say on which data it was trained"):
+            diagnose.main([str(folder), *flags])
 
 
-@pytest.mark.gpu
-def test_memory_allocated_on_a_gpu():
-    rows = training_memory(empf.ModelConfig(width=0.25), 16, "cuda", steps=(1, 4))
-    assert all(row["allocated"] > row["total"] - row["gradients"] for row in rows)
-    allocated = {(row["T"], row["learning"]): row["allocated"] for row in rows}
-    assert allocated[4, "every"] < 1.1 * allocated[1, "every"] and allocated[4, "stbp"] > 1.5 * allocated[1, "stbp"]
+def test_command_on_a_run_of_events(tmp_path, monkeypatch):
+    """The images are those the run was trained on: its split, its frames."""
+    monkeypatch.setenv("EMPF_CACHE", str(tmp_path / "cache"))
+    data = recordings(tmp_path / "data", classes=2, each=10)
+    train = TrainConfig(
+        dataset="dvs-cifar10", data=str(data), arch="vgg_snn", width=0.0625, T=2, split="test100", frames_by="time",
+        orientation="mirrored",
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    runs.save_results(folder, empf.build(train.model()), [], "", draw=False)
+    runs.save_config(folder, train.model(), train.to_dict(), ["class0", "class1"], (0.0, 0.0), (1.0, 1.0))
+    seen = []
 
+    def measured(model, x, target):
+        seen.append((x, target))
+        return measure_separability(model, x, target)
 
-def test_memory_command(tmp_path, capsys):
-    out = tmp_path / "memory.json"
-    flags = [
-        "--memory",
-        "--width",
-        "0.0625",
-        "--image-size",
-        "8",
-        "--batch-size",
-        "2",
-        "--T",
-        "2",
-        "1",
-        "--json",
-        str(out),
-    ]
-    diagnose.main([*flags, "--figure", str(tmp_path / "memory.svg")])
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["T"], row["learning"]) for row in rows] == [(T, name) for T in (1, 2) for name in empf.online.LEARNING]
-    assert "<svg" in (tmp_path / "memory.svg").read_text() and "stbp" in capsys.readouterr().out
+    monkeypatch.setattr(diagnose, "measure_separability", measured)
+    monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
+    for split in ("train", "test"):
+        diagnose.main([str(folder), "--batch-size", "2", "--split", split, "--json", str(tmp_path / "result.json")])
+    sets = load_events(data, T=2, split="test100", by="time", orientation="mirrored")
+    for (x, target), known in zip(seen, sets, strict=True):
+        for frames, label in zip(x.transpose(0, 1), target, strict=True):
+            same = (known.frames.float() == frames).flatten(1).all(1)
+            assert same.sum() == 1 and known.labels[same] == label
+    settings = json.loads((tmp_path / "result.json").read_text())["training"]["settings"]
+    assert settings["data"] == "data" and settings["split"] == "test100"

@@ -96,6 +96,15 @@ def test_both_processes_evaluate_the_same_network(found):
     assert len(first) == 2 and first == second and first[0] != first[1]
 
 
+def test_both_processes_average_the_same_buffers(found):
+    """Those of the weights and those of their moving average, in one order; and so again in a second run."""
+    folder, result = found
+    first, second = result["averaged"]
+    assert len(first) == 2 and first == second
+    files = [(folder / name / "model.safetensors").read_bytes() for name in ("averaged", "averaged again")]
+    assert files[0] == files[1]
+
+
 def test_only_the_first_process_writes(found):
     first, second = found[1]["files"]
     assert first.count("state.pt") == 3 and first.count("config.json") == 1 and second == []
@@ -156,12 +165,31 @@ def test_continues_with_another_number_of_processes(found, alone, name):
     """Within an epoch: the same images in the same batches, the same steps."""
     run = found[0] / name
     if name == "two then one":
-        assert runs.load_state(run)["at"]["batch"] == 4
+        at = runs.load_state(run)["at"]
+        assert (at["batch"], at["begun_by"]) == (4, 2)
         with in_double():
             resume(run)
     for mine, other in zip(metrics(run), metrics(alone[0]), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-9)
         assert (mine["train_accuracy"], mine["accuracy"]) == (other["train_accuracy"], other["accuracy"])
+
+
+def test_an_epoch_is_continued_as_it_was_begun(tmp_path, monkeypatch):
+    """Batches that another number of processes shares in another way are told who began, until the epoch ends."""
+    run, asked, iterate = tmp_path / "run", [], Batches.iterate
+    run_train("--output-dir", run, "--max-steps", "2")
+    state = runs.load_state(run)
+    state["at"]["begun_by"] = 2
+    runs.save_state(run, state)
+
+    def noted(self, start: int = 0, begun_by: int | None = None):
+        if begun_by is not None:
+            asked.append((start, begun_by))
+        return iterate(self, start, begun_by)
+
+    monkeypatch.setattr(Batches, "iterate", noted)
+    resume(run)
+    assert asked == [(2, 2), (0, 1)]
 
 
 def test_compressed_gradients(found):

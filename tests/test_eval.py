@@ -12,7 +12,7 @@ from train_tools import metrics, run_train
 import empf
 from empf.data import Batches, load
 from empf.evaluate import correct_per_step
-from eval import main
+from eval import main, table
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,11 @@ def test_the_table_has_every_part(run, result, capsys):
     assert rows["energy of the SOPs"] == f"{result['energy_mj']:.6f} mJ per image (4-bit spikes)"
     assert rows["density of blocks.0.conv1.neuron"] == f"{100 * result['density']['blocks.0.conv1.neuron']:.1f} %"
     assert rows["speed"].endswith("images/s")
+
+
+def test_spikes_of_lif_are_called_binary(result):
+    lif = result["model"] | {"neuron": "lif", "spike_bits": None}
+    assert "per image (binary spikes)" in table(result | {"model": lif})
 
 
 def test_a_bf16_run_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):

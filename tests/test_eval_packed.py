@@ -1,6 +1,7 @@
 """eval.py on packed files: the same table, packing with its check, and the classes of a picture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from deploy_tools import logits, trained
 from PIL import Image
 
 import empf
-from empf.deploy import load_packed, pack
+from empf.deploy import load_packed, pack, pack_to_file
 from empf.hub import Origin
 from empf.runs import save_config, save_results
-from eval import main
+from eval import main, printable
 
 NUMBERS = ("accuracy", "neurons", "nops", "params_full_mb", "params_mb", "sops", "energy_mj", "macs", "energy_full_mj")
 
@@ -101,6 +102,7 @@ def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
     nameless = pack(empf.load(run))
     nameless.origin = Origin()
     nameless.save(tmp_path / "nameless.safetensors")
+    weights = (run / "model.safetensors").read_bytes()
     for flags, sentence in (
         ([file, "--pack", tmp_path / "x"], "is packed already: --pack takes a run folder"),
         ([run, "--image", tmp_path / "x"], "--image takes a packed file"),
@@ -109,6 +111,12 @@ def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
         ([tmp_path / "cut.safetensors"], "cut.safetensors is damaged"),
         ([tmp_path / "nameless.safetensors"], "does not say on which data it was trained"),
         ([run, "--pack", "/dev/null/net.safetensors"], "could not write /dev/null/net.safetensors"),
+        ([run, "--pack", run / "model.safetensors"], "model.safetensors exists and is not a packed network"),
+        ([run, "--pack", tmp_path], "exists and is not a packed network: choose another name"),
+        (
+            [file, "--image", tmp_path / "x", "--json", tmp_path / "x.json"],
+            "only print what they find: leave out --json",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             run_eval(*flags, "--limit", "32")
@@ -116,3 +124,33 @@ def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
         message = code if isinstance(code, str) else capsys.readouterr().err
         assert code not in (0, None) and message.startswith("error: ") and sentence in message, message
         assert message.strip().count("\n") == 0
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+def test_a_packed_file_may_be_written_again_under_any_name(run, tmp_path):
+    _, x = trained(neuron="mem_bn", weights="ternary")
+    for _ in range(2):
+        assert pack_to_file(empf.load(run), tmp_path / "new" / "net", [(x, None)])["images"] == len(x)
+    with pytest.raises(ValueError, match="no images to compare"):
+        pack_to_file(empf.load(run), tmp_path / "new" / "unchecked", [])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["net"]
+    assert load_packed(tmp_path / "new" / "net").config == empf.load(run).config
+
+
+def test_data_with_the_classes_in_another_order_are_refused(packed, tmp_path):
+    net = load_packed(packed[0])
+    net.origin = replace(net.origin, classes=tuple("0213456789"))
+    net.save(tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit, match="label 1 to '1', the network was trained with 2: use the classes it"):
+        run_eval(tmp_path / "other.safetensors", "--limit", "32")
+
+
+def test_names_cannot_command_the_terminal(packed, tmp_path, capsys):
+    net = load_packed(packed[0])
+    net.origin = replace(net.origin, classes=("\x1b[2J", "a\nb", "\udcff", *(["猫 é"] * 7)))
+    net.save(tmp_path / "odd.safetensors")
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "cat.png")
+    run_eval(tmp_path / "odd.safetensors", "--image", tmp_path / "cat.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and {line.split("%  ")[1] for line in lines} <= {"?[2J", "a?b", "?", "猫 é"}
+    assert [printable(name) for name in net.origin.classes[:4]] == ["?[2J", "a?b", "?", "猫 é"]

@@ -1,5 +1,6 @@
 """Event datasets: splits, the cache of frames, batches and their augmentation."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from make_events import aedat2, random_rows, recordings
+from make_events import aedat2, moving_bars, random_rows, recordings
+from train_tools import metrics, run_train
 
+import eval
 from empf import event_cache
+from empf.event_frames import FrameSettings
 from empf.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, event_frames_of_file, load_events
 
 SMALL = dict(T=3, size=8, workers=1)
@@ -317,3 +321,27 @@ def test_wrong_arguments_of_batches():
         EventAugment(roll=-1)
     with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, got 2"):
         EventAugment(label_smoothing=2)
+
+
+def test_evaluation_makes_frames_as_training_did(tmp_path, monkeypatch):
+    """The flags of train.py reach the frames, and from config.json or the packed file those of eval.py."""
+    monkeypatch.setenv("EMPF_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        moving_bars(tmp_path / "data" / split, 16, T=2, seed=0)
+    used = []
+    monkeypatch.setattr(FrameSettings, "__post_init__", lambda settings: used.append(settings))
+    run, packed, found = tmp_path / "run", tmp_path / "net.safetensors", tmp_path / "found.json"
+    flags = ["--frames-by", "time", "--orientation", "mirrored", "--resize", "8bit", "--roll", "2", "--epochs", "1"]
+    run_train("--dataset", "dvs-cifar10", "--data", tmp_path / "data", *flags, "--output-dir", run)
+    assert json.loads((run / "config.json").read_text())["train"]["roll"] == 2
+    recording = tmp_path / "data" / "test" / "left" / "0.aedat"
+    for arguments in (
+        [run, "--pack", packed, "--json", found],
+        [packed, "--data", tmp_path / "data"],
+        [run, "--stream", recording],
+        [packed, "--stream", recording],
+    ):
+        eval.main([*map(str, arguments), "--threads", "1"])
+    monkeypatch.undo()
+    assert used == 5 * [FrameSettings(2, 48, "time", "mirrored", "8bit")]
+    assert json.loads(found.read_text())["accuracy"] == metrics(run)[-1]["accuracy"]

@@ -1,7 +1,7 @@
 """Faults of the machine: what was saved survives, nothing is half-written, the next start works.
 
-Damaged images and shards are in test_data.py, damaged run folders in test_runs.py, a process that dies among several in
-test_distributed.py, and a death at each single write in test_resume.py.
+Damaged images and shards of each kind are in test_data.py and test_streaming.py, damaged run folders in test_runs.py, a
+process that dies among several in test_distributed.py, and a death at each single write in test_resume.py.
 """
 
 import errno
@@ -15,11 +15,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import tqdm
+from make_data import image_folder, parquet_folder
 from train_tools import leftovers, metrics, resume, run_train, trace
 
 import train
@@ -57,13 +59,13 @@ SIGNALS = [*[signal.SIGKILL] * 10, signal.SIGTERM, *[signal.SIGKILL] * 10, signa
 
 
 def storm(run: str) -> None:
-    """Kill the run in this folder at random moments; print the exit statuses of its processes.
+    """Kill the run in this folder at random moments; print the exit statuses of its processes, and where each stopped.
 
     The processes are forked from this one, which has never trained: it imports everything once for all of them.
     """
     train.load("digits")
     train.make_optimizer(torch.nn.Linear(1, 1), train.TrainConfig())
-    statuses, rng = [], random.Random(0)
+    statuses, places, rng = [], [], random.Random(0)
     config, state = Path(run, "config.json"), Path(run, "state", "state.pt")
     for number in SIGNALS:
         started = config.exists()
@@ -84,17 +86,19 @@ def storm(run: str) -> None:
             time.sleep(rng.uniform(0, 0.06))
             os.kill(process, number)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-        runs.load_state(Path(run))
-    print(json.dumps(statuses), file=sys.stderr)
+        at = runs.load_state(Path(run))["at"]
+        places.append((at["epoch"], at["batch"]))
+    print(json.dumps((statuses, places)), file=sys.stderr)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_20_random_moments_and_both_signals_to_stop(tmp_path):
-    """Each start saves after every batch, and goes on exactly where the last one had saved."""
+    """Each start saves after every batch, and goes on exactly where the last one had saved: it never falls back."""
     run = tmp_path / "killed"
     result = in_another_process("storm", run)
-    statuses = json.loads(result.stderr.splitlines()[-1])
+    statuses, places = json.loads(result.stderr.splitlines()[-1])
     assert statuses == [-9 if number == signal.SIGKILL else 0 for number in SIGNALS] and statuses.count(-9) == 20
+    assert all(before < after for before, after in pairwise(places)) and places[-1] == [14, 0]
     assert result.stdout.count("stopped and saved") == 2 and result.stdout.count("finished") == 1
     assert leftovers(run) == []
     run_train("--output-dir", tmp_path / "whole", *STORM)
@@ -178,8 +182,8 @@ def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
     """The sentence names epoch and batch; what was saved before goes on once the data are repaired."""
 
     class Poisoned(Batches):
-        def iterate(self, start: int = 0):
-            for number, (images, target) in enumerate(super().iterate(start), start + 1):
+        def iterate(self, start: int = 0, begun_by: int | None = None):
+            for number, (images, target) in enumerate(super().iterate(start, begun_by), start + 1):
                 if (self.epoch, number) == (1, 2):
                     images[0, 0, 0, 0] = float("nan")
                 yield images, target
@@ -193,6 +197,24 @@ def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
     monkeypatch.undo()
     resume(run)
     assert trace(run) == trace(whole)
+
+
+@pytest.mark.parametrize(
+    "write, name", [(parquet_folder, "train-00001-of-00002.parquet"), (image_folder, "train/class003/00003.png")]
+)
+def test_a_damaged_file_of_the_data(tmp_path, write, name):
+    """One sentence names it; the run goes on once it is repaired."""
+    data, run = write(tmp_path / "data", "digits", train=96), tmp_path / "run"
+    run_train("--data", data, "--output-dir", tmp_path / "whole")
+    run_train("--data", data, "--output-dir", run, "--max-steps", "4")
+    whole, before = (data / name).read_bytes(), (run / "state/state.pt").read_bytes()
+    (data / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit, match=rf"^error: cannot (read|decode) .*{name}.*: (copy|replace) [^\n]*$"):
+        resume(run)
+    assert (run / "state/state.pt").read_bytes() == before and leftovers(run) == []
+    (data / name).write_bytes(whole)
+    resume(run)
+    assert trace(run) == trace(tmp_path / "whole")
 
 
 def test_leftovers_and_stale_locks_are_in_nobodys_way(whole, tmp_path):

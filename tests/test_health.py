@@ -1,12 +1,14 @@
 """Each planted fault raises its own warning and no other; a healthy run raises none."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from train_tools import metrics, resume, run_train
 
 import empf
-from empf.health import Health
+from empf.health import Health, main
 from empf.loop import make_optimizer
 
 BATCHES = 12
@@ -165,6 +167,31 @@ def test_the_values_are_what_they_are_called(learner):
     assert sum(report["flips"].values()) == 0.25
     assert report["leak"]["blocks.0.conv1.neuron"] == [0.5, 0.5] and "alpha" not in report
     assert health.report(1.0)["density"] == {} and sum(health.report(1.0)["flips"].values()) == 0
+
+
+@pytest.mark.parametrize(
+    "bits, remedy",
+    [(1, "more --spike-bits than 1"), (2, "more --spike-bits than 2"), (4, "a lower --lr"), (None, "--lr")],
+)
+def test_the_remedy_for_a_lost_threshold_fits(learner, bits, remedy):
+    warnings = learner(exploding_threshold, spike_bits=bits)[1]["warnings"]
+    (lost,) = [w for w in warnings if w.startswith("blocks.1.conv2.neuron: its threshold")]
+    assert remedy in lost
+
+
+def test_command_lists_all_warnings(tmp_path, capsys):
+    records = [{"epoch": 1, "health": {"warnings": ["a: b: c", "d: e: f"]}}, {"epoch": 2}, {"epoch": 3}]
+    records[2]["health"] = {"warnings": ["g: h: i"]}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == ["epoch 1: a: b: c", "epoch 1: d: e: f", "epoch 3: g: h: i"]
+    (tmp_path / "metrics.jsonl").write_text("")
+    main([str(tmp_path)])
+    assert capsys.readouterr().out == "no warnings\n"
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
+    for argv, message in (([], "one run folder"), ([str(tmp_path / "x")], "no metrics"), ([str(tmp_path)], "line 2")):
+        with pytest.raises(SystemExit, match=message):
+            main(argv)
 
 
 @pytest.mark.parametrize("batches, numbers", [(3, {3}), (22, {20}), (50, {20, 40}), (100, {25, 50, 75, 100}), (9, {9})])

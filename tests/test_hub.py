@@ -1,6 +1,7 @@
 """Hub methods on local folders: what is written, that it can be read again, and what the model card says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def test_a_run_gives_the_packed_network_its_names_and_numbers(run):
     wanted = Origin("digits", tuple(CLASSES), (0.25,), (0.5,), tuple(HISTORY[-1]["accuracy"]), 2)
     assert pack(load(run)).origin == wanted
     assert pack(trained()[0]).origin == Origin()
+
+
+@pytest.mark.parametrize("name, value, kind", [("dataset", [], "str"), ("epochs", "3", "int"), ("split", 1, "str")])
+def test_an_origin_of_other_types_is_refused(name, value, kind):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be {kind}, got {value!r}")):
+        Origin.from_dict({name: value})
 
 
 @pytest.mark.parametrize("text", ["{", "3", '{"accuracy": ["x"]}'])
@@ -101,6 +108,14 @@ def test_the_card_names_the_data_set_as_the_hub_does():
     packed.origin = Origin("cifar100", accuracy=(50.0,))
     card = packed.generate_model_card()
     assert card.data.datasets == ["uoft-cs/cifar100"] and card.data.model_name == "resnet18 on cifar100"
+
+
+def test_the_card_of_a_network_for_events():
+    packed = pack(trained("vgg_snn")[0])
+    packed.origin = Origin("dvs-cifar10", mean=(0.0, 0.0), std=(1.0, 1.0), split="random")
+    text = packed.generate_model_card().text
+    assert "logits = model(events)  # [T,N,2,H,W] -> [T,N,classes]" in text
+    assert "| split of the recordings | random |" in text and "mean counts" in text and "scaled to 0..1" not in text
 
 
 @pytest.mark.parametrize("kind", ["model", "packed"])

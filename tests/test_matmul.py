@@ -71,7 +71,7 @@ def machine(monkeypatch):
 def test_exact_on_integers(m, n, k, kind, dtype, device, kernels_on, poisoned):
     x, packed = integers(m, k, dtype, device), weights(n, k, kind, device)
     step = 0.25 if dtype in INTEGERS else None
-    bias = None if m == 7 else integers(2, n, torch.float32, device, seed=2).T[:, 0]  # not contiguous
+    bias = None if m == 7 else integers(n, 2, torch.float32, device, seed=2)[:, 0]  # every second number
     y = binary_matmul(x, packed, bias=bias, step=step, out_dtype=torch.float32)
     assert kernels_on["binary_matmul"] == 1
     want = exact(x, packed, bias, step)
@@ -104,11 +104,13 @@ def test_every_bit_position(kind, dtype, device, kernels_on):
     ],
 )
 def test_every_configuration(dtype, config, device, kernels_on, poisoned, monkeypatch):
-    """Ragged in M, N and K, with more than one tile and step each way."""
+    """Ragged in M, and where the launcher lets a tile be also in N and K; more than one tile and step each way."""
     if config.block_m > 128 and device == "cuda" and not matmul.device_facts(torch.device("cuda"))[1]:
         pytest.skip(f"{config} is for Hopper")
     monkeypatch.setitem(CONFIGS, dtype.itemsize, (config,) * 2)
+    wide = config.block_m > 128  # see `_fits`
     m, n, k = config.block_m + (config.block_m > 16), config.block_n + 5, 2 * config.block_k + 16
+    n, k = (config.block_n + 16, 2 * config.block_k) if wide else (n, k)
     x, packed = integers(m, k, dtype, device), weights(n, k, "binary", device)
     step = 0.5 if dtype in INTEGERS else None
     y = binary_matmul(x, packed, step=step, out_dtype=torch.float32)
@@ -155,7 +157,7 @@ def test_choice_of_configuration(itemsize):
                 assert hopper or config.block_m <= 128
                 assert 1 <= splits <= 16 and (splits == 1 or splits * 2 * config.block_k <= k + config.block_k)
     ragged = [matmul._choose(4096, n, k, itemsize, 132, True) for n, k in ((4097, 4096), (4096, 4112))]
-    assert all(plan.config.block_m <= 128 for plan in ragged)
+    assert all(plan.tile.block_m <= 128 for plan in ragged)
     assert matmul._choose(1, 32768, 16384, itemsize, 132, True)[1] == 1
     assert matmul._choose(1, 16384, 16384, itemsize, 132, True)[1] == 2
     assert matmul._choose(1, 4096, 4096, itemsize, 132, True)[1] == 8
@@ -279,6 +281,23 @@ def test_many_rows_of_bf16_take_the_dense_library(device, kernels_on, poisoned, 
         y = binary_matmul(x, packed, bias=bias)
         assert kernels_on == {"binary_unpack": 1} and y.dtype == torch.bfloat16
         assert torch.equal(y.cpu(), exact(x, packed, bias, None).bfloat16())
+    kernels_on.clear()
+    binary_matmul(x[:32], packed)
+    assert kernels_on == {"binary_matmul": 1}
+
+
+@pytest.mark.kernel
+def test_bf16_asked_for_more_does_not_take_the_dense_library(device, kernels_on, monkeypatch):
+    """It would round the scale to bf16, an error of 2^-9 that no type of the result could undo."""
+    monkeypatch.setattr(matmul, "DENSE_ROWS", 1)
+    x, packed = integers(33, 70, torch.bfloat16, device), weights(67, 70, "ternary", device)
+    packed = packed.with_scale(packed.scale / 3)
+    y = binary_matmul(x, packed, out_dtype=torch.float32)
+    assert kernels_on == {"binary_matmul": 1}
+    torch.testing.assert_close(y.cpu().double(), exact(x, packed, None, None), rtol=1e-6, atol=0)
+    for out_dtype in FLOATS:
+        plans = matmul._candidates(64, 72, 128, torch.bfloat16, out_dtype, 132, False)
+        assert (matmul.Plan(None) in plans) == (out_dtype == torch.bfloat16)
 
 
 @pytest.mark.kernel
@@ -287,8 +306,8 @@ def test_many_rows_of_bf16_take_the_dense_library(device, kernels_on, poisoned, 
 def test_codes_by_the_dense_library(kind, dtype, device, kernels_on, poisoned):
     """What the tuner may choose: unpacked to int8, exact like the kernel."""
     x, packed = integers(40, 136, dtype, device)[:, 8:], weights(72, 128, kind, device)
-    assert matmul.Plan(None) in matmul._candidates(40, 72, 128, dtype, 132, False)
-    assert matmul.Plan(None) not in matmul._candidates(16, 72, 128, dtype, 132, False)
+    assert matmul.Plan(None) in matmul._candidates(40, 72, 128, dtype, torch.float32, 132, False)
+    assert matmul.Plan(None) not in matmul._candidates(16, 72, 128, dtype, torch.float32, 132, False)
     sums = packed.row_sums() if dtype == torch.uint8 else None
     for bias in (None, integers(1, 72, torch.float32, device)[0]):
         y = matmul._dense_codes(

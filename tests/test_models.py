@@ -127,7 +127,7 @@ def test_architectures(arch, size, channels, stem):
 
 @pytest.mark.parametrize(
     ("arch", "convolutions", "count"),
-    [("resnet18", 20, 16), ("resnet34", 36, 32), ("resnet19", 19, 17), ("vgg_snn", 8, 8)],
+    [("resnet18", 20, 16), ("resnet34", 36, 32), ("resnet19", 19, 18), ("vgg_snn", 8, 8)],
 )
 def test_depth(arch, convolutions, count):
     model = empf.build(ModelConfig(arch=arch, width=0.0625, in_channels=2, image_size=48))

@@ -288,6 +288,53 @@ def test_sequence_equals_steps(make):
         assert (together.v - single.v).abs().max() <= bound
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: EMPFNeuron(2), lambda: EMPFNeuron(2, 3, mem_bn=True), lambda: EMPFNeuron(2, activation="tanh"),
+     lambda: LIFNeuron(2)],
+)  # fmt: skip
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_potential_stays_in_fp32_under_half_precision(make, grad):
+    torch.manual_seed(0)
+    neuron, wide = make(), make()
+    current = torch.randn(2, 6, 3).bfloat16()
+    with torch.set_grad_enabled(grad):
+        for i in current.split(1):
+            assert neuron(i).dtype == torch.bfloat16
+            assert neuron.v.dtype == torch.float32
+            wide(i.float())
+    torch.testing.assert_close(neuron.v, wide.v, rtol=0, atol=1e-6)
+
+
+class Noisy(EMPFNeuron):
+    """As a user would write it."""
+
+    def forward(self, current):
+        return super().forward(current + 0.25)
+
+
+def test_a_subclass_with_its_own_forward_is_fed_currents():
+    """Where the activations are large, a neuron of the library does the batch norm itself."""
+    torch.manual_seed(0)
+    model = empf.resnet18(width=0.125, T=2)
+    for module in model.modules():
+        if isinstance(module, EMPFNeuron):
+            module.__class__ = Noisy
+    y = torch.randn(1, 16, 8, 32, 32)
+    norm = model.blocks[0].conv1.bn
+    assert not Noisy(2).takes(norm, y) and EMPFNeuron(2).takes(norm, y)
+    loss, _ = empf.online_backward(
+        model, torch.randn(16, 3, 32, 32), torch.arange(16) % 10, torch.nn.functional.cross_entropy, steps=[2]
+    )
+    assert loss.isfinite()
+
+
+def test_batch_statistics_of_a_single_value_are_refused():
+    with pytest.raises(ValueError, match=r"more than one value per channel .*\(1, 3\): use a larger batch"):
+        EMPFNeuron(2, 3, mem_bn=True)(torch.randn(1, 1, 3))
+    EMPFNeuron(2, 3, mem_bn=True).eval()(torch.randn(1, 1, 3))
+
+
 def test_state_is_not_saved():
     neuron = EMPFNeuron(2)
     neuron(torch.ones(1, 1, 3))

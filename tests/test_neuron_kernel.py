@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.aot import TARGETS, compile_cases
+from empf.kernels import steps
 from empf.kernels.neuron import MAX_STEPS, neuron_update, neuron_update_ref, quantize_spikes
 
 pytestmark = pytest.mark.kernel
@@ -132,8 +133,10 @@ def test_edges_of_tiles(shape, layout, kernels_on, device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("T", [1, 4])
-def test_several_tiles_per_program(T, layout, kernels_on, device):
+def test_several_tiles_per_program(T, layout, kernels_on, device, monkeypatch):
     """More tiles than the programs of a launch, so partial sums run over tiles and over programs."""
+    monkeypatch.setattr(steps, "PROGRAMS", 1)
+    monkeypatch.setattr(steps, "device_facts", lambda _: (4, False))
     x = inputs(T, (3, 6, 19, 23), per_channel=True, folded=True, layout=layout, device=device)
     check(x, kernels_on, detach=False)
 
@@ -225,6 +228,32 @@ def test_parameter_gradients_are_deterministic(kernels_on, device):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("used", [("spikes",), ("v",)])
+def test_loss_of_one_output(used, kernels_on, device):
+    """Then the other has no gradient, not one of zeros."""
+    x = inputs(3, (2, 5, 7), per_channel=True, device=device)
+    y, gradients = in_float64(x), []
+    for z, f in ((x, neuron_update), (y, neuron_update_ref)):
+        out = dict(zip(("spikes", "v"), f(**z, detach=False), strict=True))
+        weights = torch.linspace(1, 2, 70, dtype=torch.float64, device=device).view(2, 5, 7)
+        total = sum((out[name].double() * weights).sum() for name in used)
+        gradients.append(torch.autograd.grad(total, [z[k] for k in ("current", "v", "leak", "threshold")]))
+    for got, want in zip(*gradients, strict=True):
+        assert_close("gradient", got, want, EPS[torch.float32], terms=70)
+        assert want.any()
+    assert kernels_on["neuron_update_backward"] == 1
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_nan_stays_nan(bits, kernels_on, device):
+    """From its step on, in its neuron: a spike of 0 would hide it."""
+    x = {k: None if p is None else p.detach() for k, p in inputs(3, (2, 5, 7), device=device).items()}
+    x["current"][1, 0, 3, 4] = float("nan")
+    for got, want, count in zip(neuron_update(**x, bits=bits), neuron_update_ref(**x, bits=bits), (2, 1), strict=True):
+        assert torch.equal(got.isnan(), want.isnan()) and got.isnan().sum() == count
+    assert kernels_on == {"neuron_update": 1}
+
+
 def test_only_wanted_gradients(kernels_on, device):
     x = inputs(2, (2, 3, 4), device=device)
     frozen = {k: p.detach() if p is not None and k != "current" else p for k, p in x.items()}
@@ -292,6 +321,7 @@ def test_float64_and_empty_batches_use_the_definition(kernels_on, device):
         ({"bits": 9}, "got 9"),
         ({"codes": True}, "needs bits"),
         ({"step": 0.0}, "got 0.0"),
+        ({"step": float("inf")}, "positive and finite, got inf"),
     ],
 )
 def test_errors(change, message):

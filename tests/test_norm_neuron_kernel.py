@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.aot import TARGETS, compile_cases
-from empf.kernels import dispatch
+from empf.kernels import dispatch, norm_kernels, steps
 from empf.kernels.norm_kernels import MAX_STEPS
 from empf.kernels.norm_neuron import bn_neuron, bn_neuron_ref, mem_bn_neuron, mem_bn_neuron_ref
 
@@ -119,7 +119,10 @@ def test_per_channel(form, layout, detach, path, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(2, 1), (1, 1, 31, 33), (1, 2, 513), (9, 128, 2, 2), (17, 20, 2, 2), (3, 6, 9, 23)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_edges_of_tiles(form, shape, layout, kernels_on, device):
+def test_edges_of_tiles(form, shape, layout, kernels_on, device, monkeypatch):
+    """And several tiles for a program, in the larger of these."""
+    monkeypatch.setattr(steps, "PROGRAMS", 1)
+    monkeypatch.setattr(steps, "device_facts", lambda _: (4, False))
     check(form, inputs(form, 2, shape, layout=layout, device=device))
     assert len(kernels_on) == 2  # forward and backward
 
@@ -161,6 +164,66 @@ def test_bn_as_torch_has_it(path, device):
     assert torch.allclose(mean[0], running[0], atol=1e-6) and torch.allclose(var[0] * 100 / 99, running[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 127, 128, 300])
+def test_partial_sums_of_many_programs(rows, kernels_on, device):
+    """Mean and variance from sums over any number of programs, and the same at every call."""
+    T, C = 2, 19
+    partial = torch.randn(2, rows, T, C, generator=torch.Generator().manual_seed(rows)).to(device)
+    partial[1] += 50  # sums of squares
+    first = torch.full((T, 3, C, 4), 0.25, device=device)
+    results = []
+    for _ in range(2):
+        mean, var = torch.empty(2, T, C, device=device)
+        norm_kernels._finish(partial, first, first.stride(0), mean, var)
+        results.append((mean, var))
+    d, squares = partial.double().sum(1) / 12
+    torch.testing.assert_close(mean.double(), 0.25 + d, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), (squares - d * d).clamp(min=0), rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_dtype_follows_x_whatever_the_parameters_are(form, dtypes, kernels_on, device):
+    of_x, of_parameters = dtypes
+    x = inputs(form, 2, (3, 4, 5), device=device)
+    x = [p.detach().to(of_x if i < 2 else of_parameters).requires_grad_() for i, p in enumerate(x)]
+    spikes, v, mean, var = FORMS[form][0](*x, detach=False)
+    assert {y.dtype for y in (spikes, v, mean, var)} == {of_x}
+    y = [p.detach().double().requires_grad_() for p in x]
+    want = FORMS[form][1](*y, detach=False)
+    for a, b in zip((spikes, v, mean, var), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(loss(spikes, v), x)
+    for p, a, b in zip(x, gradients, torch.autograd.grad(loss(*want[:2]), y), strict=True):
+        assert a.dtype == p.dtype
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    assert bool(kernels_on) == (of_x == torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("used", ["spikes", "v"])
+def test_loss_of_one_output(form, used, path, device):
+    """Then the other has no gradient, not one of zeros."""
+    x = inputs(form, 2, (3, 4, 5), device=device)
+    y, gradients = [p.detach().double().requires_grad_() for p in x], []
+    for z, function in zip((x, y), FORMS[form], strict=True):
+        out = dict(zip(("spikes", "v"), function(*z, detach=False), strict=False))[used]
+        gradients.append(torch.autograd.grad((out.double() * out.detach().double().cos()).sum(), z))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+        assert want.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays_nan(form, path, device):
+    """In all of its channel, and in the variance that a running average would take up."""
+    x = [p.detach() for p in inputs(form, 2, (3, 4, 5), device=device)]
+    x[0][0, 1, 2, 3] = float("nan")
+    for got, want in zip(FORMS[form][0](*x, bits=3), FORMS[form][1](*x, bits=3), strict=True):
+        assert torch.equal(got.isnan(), want.isnan()) and 0 < got.isnan().sum() < got.numel()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [1, 3])
 def test_again_with_the_statistics_of_before(form, T, path, device, request):
@@ -173,6 +236,8 @@ def test_again_with_the_statistics_of_before(form, T, path, device, request):
         assert request.getfixturevalue("kernels_on")[f"{form}_neuron_again"] == 1
     assert (v_again - v).abs().max() < 1e-5 and (again != spikes).float().mean() < 0.01
     assert again.stride() == spikes.stride() and not again.requires_grad
+    strided = [s.double().t().contiguous().t() for s in (mean, var)]  # neither contiguous nor fp32
+    assert torch.equal(FORMS[form][0](*x, bits=3, stats=strided)[0], again)
     assert not torch.allclose(FORMS[form][0](*x, stats=(mean + 1, var))[0], FORMS[form][0](*x)[0])
 
 

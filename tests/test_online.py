@@ -187,11 +187,17 @@ def test_memory_through_time_grows_with_T():
 # ---- errors
 
 
-@pytest.mark.parametrize("steps", [None, [], [0], [5], [2, 1], [2, 2]])
+@pytest.mark.parametrize("steps", [[], [0], [5], [2, 1], [2, 2]])
 def test_bad_steps(steps):
     x, y = batch()
     with pytest.raises(ValueError, match=r"ascending and within 1\.\.T = 4"):
         online_backward(small(), x, y, F.cross_entropy, steps=steps)
+
+
+def test_no_steps_says_how_to_draw_them():
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"learning='random' needs steps: pass steps=empf\.draw_steps\(4, 1, seed, "):
+        online_backward(small(), x, y, F.cross_entropy)
 
 
 def test_bad_mode():

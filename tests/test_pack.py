@@ -173,6 +173,23 @@ def test_no_derived_buffer_inside_a_graph_capture():
         packed.operand("quad")
 
 
+def test_a_buffer_is_whole_before_another_stream_may_read_it(monkeypatch):
+    """On CUDA it is waited for, once; torch.compile, which traces no streams, sees neither that nor the capture."""
+    calls, capturing = [], False
+    stream = type("Stream", (), {"synchronize": lambda self: calls.append("waited")})()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: calls.append("asked") or capturing)
+    packed = pack(dense(5, 40))
+    assert packed.operand("pair") is packed.operand("pair") and calls == ["asked", "waited"]
+    capturing = True
+    with pytest.raises(RuntimeError, match="run once before"):
+        packed.operand("quad")
+    assert calls.pop() == "asked"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert packed.operand("quad").shape == (8, 128) and calls == ["asked", "waited"]
+
+
 def test_packing_keeps_nothing_of_the_weight():
     w = dense(3, 40).requires_grad_()
     packed = pack(w)

@@ -233,6 +233,35 @@ def test_what_is_known_about_a_network_is_in_its_file(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "net.safetensors"]  # nothing half-written
 
 
+def test_long_names_of_many_classes_come_back(tmp_path):
+    packed = pack(trained()[0])
+    packed.origin = Origin(classes=tuple(f"{i} {'ä' * 60}" for i in range(5000)))  # 2 MB of header
+    packed.save(tmp_path / "net.safetensors")
+    assert load_packed(tmp_path / "net.safetensors").origin == packed.origin
+    packed.origin = Origin(classes=("x" * packed_file.MAX_HEADER,))
+    with pytest.raises(ValueError, match="give the classes shorter names"):
+        packed.save(tmp_path / "net.safetensors")
+
+
+def test_a_file_cannot_ask_for_all_memory(example, monkeypatch):
+    """A hostile one could be inflated a thousandfold, to parameters that its configuration does call for."""
+    folder, data, state, _ = example
+    (folder / "large.safetensors").write_bytes(data)
+    floats = sum(p.numel() for p in state.values() if p.is_floating_point())
+    monkeypatch.setattr(packed_file, "MAX_NUMBERS", floats - 1)
+    with pytest.raises(ValueError, match=f"large.safetensors does not hold .*the network has {floats:,} full-prec"):
+        load_packed(folder / "large.safetensors")
+    monkeypatch.setattr(packed_file, "MAX_NUMBERS", floats)
+    assert load_packed(folder / "large.safetensors").to_bytes() == data
+
+
+def test_parameters_in_half_precision_are_stored(tmp_path):
+    pack(trained()[0]).bfloat16().save(tmp_path / "net.safetensors")
+    found = load_packed(tmp_path / "net.safetensors").state_dict()
+    for name, p in pack(trained()[0]).state_dict().items():
+        assert torch.equal(found[name], p.bfloat16().float() if p.is_floating_point() else p)
+
+
 def test_saving_twice_gives_the_same_file():
     packed = pack(trained()[0])
     assert packed.to_bytes() == packed.to_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,18 +86,25 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
 
     def call(script, *arguments, seconds=None):
         called.append(script)
-        main = {"train.py": train.main, "eval.py": eval_script.main}[script]
-        cut = ["--max-steps", "1"] if called == ["train.py"] else []
         with undisturbed():
-            main([*arguments, *cut, *(["--threads", "1"] if script == "eval.py" or cut else [])])
+            train.main([*arguments, *(["--max-steps", "1", "--threads", "1"] if called == ["train.py"] else [])])
         return True
 
+    def evaluate(arguments):
+        called.append("eval.py")
+        with undisturbed():
+            eval_script.main([*arguments, "--threads", "1"])
+
     monkeypatch.setattr(record, "call", call)
+    monkeypatch.setattr(record, "eval_main", evaluate)
     monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
     monkeypatch.setattr(record, "SMOKE", {**record.SMOKE, "T": 2, "limit": 40, "batch_size": 20})
-    command = ["--smoke", "--weights", "ternary", "--runs", str(tmp_path), "--minutes", "9"]
-    record.main(command)
+    command = ["--smoke", "--weights", "ternary", "--minutes", "9", "--runs"]
+    record.main([*command, str(tmp_path / "here")])
     assert called == ["train.py"] and "the same command continues" in capsys.readouterr().out
+    (tmp_path / "here" / "smoke-record-ternary").rename(tmp_path / "smoke-record-ternary")  # to another machine
+    shutil.rmtree(tmp_path / "here")
+    command += [str(tmp_path)]
     file = tmp_path / "smoke-record-ternary" / "record-ternary.json"
     assert not file.exists()
     record.main(command)

@@ -1,6 +1,8 @@
 """An interrupted run, continued, equals the uninterrupted one bit for bit, however it was interrupted."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -85,6 +87,15 @@ def test_a_signal_stops_after_the_batch(uninterrupted, tmp_path, monkeypatch, nu
     monkeypatch.undo()
     resume(run)
     assert trace(run) == trace(uninterrupted["plain"])
+
+
+def test_a_folder_without_its_training_is_not_continued(uninterrupted, tmp_path):
+    """As `save_pretrained` writes it for a model whose run is not known."""
+    run = shutil.copytree(uninterrupted["plain"], tmp_path / "run")
+    config = runs.read_config(run) | {"train": {}}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="error: .*run does not say on which data it was trained: give a run folder"):
+        resume(run)
 
 
 class Died(BaseException):

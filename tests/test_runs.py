@@ -179,7 +179,7 @@ MODEL_DAMAGES = {
     ),
     "unknown setting": (
         lambda run: edit_config(run, lambda c: c["model"].update(depth=3)),
-        "unknown model setting depth",
+        "run/config.json: unknown model setting depth: ",
     ),
 }
 
@@ -191,6 +191,27 @@ def test_a_damaged_model_is_one_sentence(run, name):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         empf.load(run)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda c: c["train"].update(epoch=3), "run/config.json: unknown setting epoch; use the version that wrote it"),
+        (lambda c: c["train"].update(T="4"), "run/config.json: T must be int, got '4'; use the version that wrote it"),
+        (
+            lambda c: c.update(train={}),
+            "run does not say on which data it was trained: give a run folder that train.py",
+        ),
+    ],
+)
+def test_the_training_of_a_run_or_one_sentence(run, change, sentence):
+    """Without a training: a folder of the Hub."""
+    config = runs.read_config(run)
+    assert runs.training_of(config, run).to_dict() == config["train"]
+    change(config)
+    with pytest.raises(ValueError) as error:
+        runs.training_of(config, run)
+    assert sentence in str(error.value)
 
 
 def flip(path: Path, share: float) -> None:

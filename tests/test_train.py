@@ -102,7 +102,7 @@ def test_folder_of_another_run_is_refused(learned):
     [
         ["--mixed-precision", "bf16", "--ema", "0.5"],
         ["--learning", "every", "--neuron", "lif"],
-        ["--learning", "stbp", "--neuron", "mem_bn", "--seca", "2"],
+        ["--learning", "stbp", "--neuron", "mem_bn", "--seca", "2", "--per-channel"],
         ["--learning", "random", "--steps-per-batch", "2", "--parallel", "0.5", "--spike-bits", "4", "--seca", "1"],
         ["--weights", "ternary", "--activation", "gelu", "--arch", "resnet19"],
         ["--weights", "full", "--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1", "--cutout", "3", "--flip"],
@@ -155,6 +155,12 @@ def test_weights_that_diverge_after_the_last_loss_are_not_saved(tmp_path, monkey
     with pytest.raises(SystemExit, match="error: training diverged, a weight is not finite: lower --lr"):
         run_train("--batch-size", "96", "--epochs", "1", "--output-dir", run)
     assert all(tensor.isfinite().all() for tensor in runs.load_state(run)["model"].values())
+
+
+def test_a_batch_that_is_too_small_is_one_sentence(tmp_path):
+    """In the last layers one digit has a single pixel."""
+    with pytest.raises(SystemExit, match="^error: batch norm needs more than one value .* use a larger batch"):
+        run_train("--batch-size", "1", "--limit", "2", "--output-dir", tmp_path / "run")
 
 
 def test_a_wrong_image_in_the_folder_is_one_sentence(tmp_path):
@@ -391,3 +397,15 @@ def test_mem_bn_is_tested_with_calibrated_statistics(tmp_path, monkeypatch):
     monkeypatch.setattr(empf, "calibrate", calibrate)
     run_train("--neuron", "mem_bn", "--epochs", "2", "--output-dir", tmp_path / "run")
     assert seen == [True, True]
+
+
+def test_mem_bn_is_calibrated_on_images_as_they_are(tmp_path, monkeypatch):
+    """Neither mixed nor shifted, and in random order: those of a class may lie together."""
+    seen = []
+    monkeypatch.setattr(empf, "calibrate", lambda model, images: seen.extend(images))
+    flags = ["--mixup", "0.8", "--cutmix", "1", "--cutout", "3", "--label-smoothing", "0.1"]
+    run_train("--neuron", "mem_bn", "--epochs", "1", *flags, "--output-dir", tmp_path / "run")
+    plain = next(iter(Batches(train.load("digits", limit=96)[0], 96, train=False)))[0]
+    found = torch.cat(seen)
+    same = (found[:, None] == plain[None]).flatten(2).all(2)  # 96 96
+    assert same.any(0).all() and same.any(1).all() and not same.diagonal().all()

@@ -35,13 +35,20 @@ def timed(monkeypatch):
 
 
 def find(key="k", times=(3, 1, 2), default=0):
-    return tune.fastest((key, 7), CPU, range(len(times)), lambda plan: times[plan], default)
+    return tune.fastest((key, 7), CPU, lambda: range(len(times)), lambda plan: times[plan], default)
 
 
 def test_the_fastest_is_found_once_per_key(tuning, timed):
     assert [find(), find(), find("other", (1, 2))] == [1, 1, 0] and timed == [3, 1, 2, 1, 2]
     assert not tune.cache_file(CPU).exists()
-    assert find(times=(1,)) == 0  # the remembered plan is no candidate any more
+
+
+def test_what_is_known_costs_no_list_of_candidates(tuning, timed, monkeypatch):
+    assert find() == 1
+    monkeypatch.setattr(tune, "cache_file", None)
+    assert tune.fastest(("k", 7), CPU, None, None, 0) == 1
+    with pytest.raises(TypeError):
+        find("other")
 
 
 def test_saved_plans_are_read_by_the_next_process(tuning, timed):
@@ -52,6 +59,8 @@ def test_saved_plans_are_read_by_the_next_process(tuning, timed):
     file = tune.cache_file(CPU)
     assert json.loads(file.read_text()) == {"k 7": "1", "other 7": "0"}
     assert [path.name for path in file.parent.iterdir()] == [file.name]  # no temporary file is left
+    tuning("save")
+    assert find(times=(1,)) == 0  # the remembered plan is no candidate any more
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"k 7": 5}'])
@@ -73,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tuning, timed, tmp_path, m
 def test_nothing_is_timed_while_a_graph_is_captured(tuning, timed, monkeypatch):
     monkeypatch.setattr(tune, "cache_file", lambda device: "gpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tune.fastest(("k",), torch.device("cuda"), [1, 2], lambda plan: plan, 9) == 9 and timed == []
+    assert tune.fastest(("k",), torch.device("cuda"), lambda: [1, 2], lambda plan: plan, 9) == 9 and timed == []
 
 
 def test_modes():
@@ -88,7 +97,7 @@ def test_every_product_asks_the_tuner(wanted, tuning, device, kernels_on, monkey
     asked = {}
 
     def choose(key, device, plans, run, default):
-        asked[key[0]] = plans
+        plans = asked[key[0]] = plans()
         assert isinstance(default, type(plans[0])) and len(set(plans)) == len(plans)
         for plan in plans:
             run(plan)

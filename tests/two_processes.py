@@ -134,6 +134,10 @@ def main(folder: Path) -> None:
     spy = Spy()
     run("whole")
     found |= {name: gather_object([getattr(spy, name)]) for name in ("steps", "means", "files")}
+    spy.means.clear()
+    for name in ("averaged", "averaged again"):
+        run(name, "--ema", "0.5", "--epochs", "1")
+    found["averaged"] = gather_object([spy.means])
     run("within", "--max-steps", "2")
     resume("within")
     run("between", "--max-steps", "3")

@@ -1,0 +1,310 @@
+"""Which settings of training help at equal cost: many of them in a short training, the best ones in a longer one.
+
+python bench/recipe.py screen --data FOLDER            every variant below that is missing (resumable; --minutes N)
+python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 10 epochs, 3 seeds
+python bench/recipe.py report                          both tables
+
+screen: CIFAR-100 averaged to 16x16 pixels, 20,000 training images, ResNet-18 x0.25, T = 4, binary, 4 epochs, one
+thread. Variants get the same images in the same order and, but for other batch sizes, the same number of updates.
+confirm: train.py on all of CIFAR-100, in slices of --minutes that continue where the last one stopped.
+Results: one line per run in `bench/results/recipe/`, screen.jsonl and confirm.jsonl.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+
+import empf
+from bench.ablation import shrink
+from bench.machine import machine
+from bench.record import epochs, train
+from empf.config import Parser, TrainConfig
+from empf.data import Batches, ImageSet, load
+from empf.evaluate import correct_per_step
+from empf.loop import learning_rate, make_optimizer
+from empf.neuron import EMPFNeuron, logit
+from empf.runs import write_atomic
+from empf.synapse import QuantizedWeight
+
+OUT = Path(__file__).parent / "results" / "recipe"
+IMAGE_SIZE, IMAGES = 16, 20_000
+EPOCHS = 10  # to confirm
+
+# What the first small CIFAR-100 run of this repository was trained with.
+OLD = dict(
+    dataset="cifar100", width=0.25, epochs=4, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=0.5,
+    mixup=0.0, cutmix=0.0, label_smoothing=0.0, threads=1,
+)  # fmt: skip
+
+RECIPES = {"old": OLD}
+
+# Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
+VARIANTS: dict[str, dict] = {
+    "old": {},
+    "lr 0.03": {"lr": 0.03},
+    "lr 0.3": {"lr": 0.3},
+    "lr 1": {"lr": 1.0},
+    "no weight decay on latent weights": {"latent_decay": 0.0},
+    "weight decay 2e-3": {"weight_decay": 2e-3},
+    "no weight decay": {"weight_decay": 0.0},
+    "latent weights x 0.3": {"latent_scale": 0.3},
+    "latent weights x 3": {"latent_scale": 3.0},
+    "threshold 0.02": {"threshold": 0.02},
+    "threshold 0.1": {"threshold": 0.1},
+    "threshold 0.25": {"threshold": 0.25},
+    "threshold 0.75": {"threshold": 0.75},
+    "leak 0.2": {"leak": 0.2},
+    "leak 0.8": {"leak": 0.8},
+    "last BN of a block starts at 0": {"residual_gain": 0.0},
+    "last BN of a block starts at 0.3": {"residual_gain": 0.3},
+    "batch 32": {"batch_size": 32},
+    "batch 128": {"batch_size": 128},
+    "Adam": {"adam": 2e-3},
+    "EMA 0.99": {"ema": 0.99},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "mixup 0.8 / cutmix 1": {"mixup": 0.8, "cutmix": 1.0},
+    "mixup 0.2": {"mixup": 0.2},
+    "no crop": {"crop": False},
+    "two random steps": {"steps_per_batch": 2},
+    "later steps more often": {"later": 1.0},
+    "earlier steps more often": {"later": -1.0},
+    "SECA-I": {"seca": 1},
+    "SECA-II": {"seca": 2},
+    "SECA-II, threshold 0.1": {"seca": 2, "threshold": 0.1},
+    "SECA-II, threshold 0.1, Mem-BN": {"seca": 2, "threshold": 0.1, "neuron": "mem_bn"},
+    "SECA-II, threshold 0.1, label smoothing 0.1": {"seca": 2, "threshold": 0.1, "label_smoothing": 0.1},
+    "SECA-II, threshold 0.1, leak 0.2": {"seca": 2, "threshold": 0.1, "leak": 0.2},
+    "Mem-BN": {"neuron": "mem_bn"},
+    "Mem-BN, alpha 1, beta 0": {"neuron": "mem_bn", "alpha": 1.0, "beta": 0.0},
+    "Mem-BN, alpha 0, beta 1": {"neuron": "mem_bn", "alpha": 0.0, "beta": 1.0},
+}
+
+
+def scale_latent(model: nn.Module, factor: float) -> None:
+    for m in model.modules():
+        if isinstance(m, QuantizedWeight):
+            m.weight.data.mul_(factor)
+
+
+def start_logit(name: str) -> Callable[[nn.Module, float], None]:
+    def tweak(model: nn.Module, value: float) -> None:
+        for m in model.modules():
+            if isinstance(m, EMPFNeuron):
+                getattr(m, name).data.fill_(logit(value))
+
+    return tweak
+
+
+def start(name: str) -> Callable[[nn.Module, float], None]:
+    def tweak(model: nn.Module, value: float) -> None:
+        for m in model.modules():
+            if isinstance(m, EMPFNeuron) and m.mem_bn:
+                getattr(m, name).data.fill_(value)
+
+    return tweak
+
+
+def residual_gain(model: nn.Module, value: float) -> None:
+    for block in model.blocks:
+        block.conv2.bn.weight.data.fill_(value)
+
+
+TWEAKS = {
+    "latent_scale": scale_latent, "threshold": start_logit("threshold_logit"), "leak": start_logit("leak_logit"),
+    "alpha": start("alpha"), "beta": start("beta"), "residual_gain": residual_gain,
+}  # fmt: skip
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig, latent_decay: float | None, adam: float | None):
+    if adam is not None:
+        return torch.optim.Adam(model.parameters(), lr=adam)
+    optimizer = make_optimizer(model, config)
+    if latent_decay is not None:
+        latent = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight)}
+        mine = [p for p in optimizer.param_groups[0]["params"] if p in latent]
+        optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p not in latent]
+        optimizer.add_param_group({"params": mine, "weight_decay": latent_decay})
+    return optimizer
+
+
+def draw(config: TrainConfig, later: float, done: int) -> list[int]:
+    """`later` > 0: steps with probability proportional to t^later."""
+    if later == 0:
+        return empf.draw_steps(config.T, config.steps_per_batch, config.seed, done)
+    weights = torch.arange(1.0, config.T + 1) ** later
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + done)
+    return [int(torch.multinomial(weights, 1, generator=generator)) + 1]
+
+
+def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet]) -> dict:
+    """One short run."""
+    fields = {k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}
+    tweaks = {k: v for k, v in changes.items() if k not in fields}
+    config = TrainConfig(**{**OLD, **fields, "seed": seed})
+    adam, decay, later = tweaks.pop("adam", None), tweaks.pop("latent_decay", None), tweaks.pop("later", 0.0)
+    torch.manual_seed(seed)
+    model = empf.build(config.model(sets[0].spec)).to(memory_format=torch.channels_last)
+    for name, value in tweaks.items():
+        TWEAKS[name](model, value)
+    optimizer = optimizer_of(model, config, decay, adam)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    batches = Batches(sets[0], config.batch_size, train=True, seed=seed, augment=config.augment())
+    done, losses, begin = 0, [], time.process_time()
+    for epoch in range(config.epochs):
+        model.train()
+        batches.set_epoch(epoch)
+        total = 0.0
+        for images, target in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, done / len(batches)) * (1 if adam is None else adam / config.lr)
+            images = images.contiguous(memory_format=torch.channels_last)
+            steps = draw(config, later, done)
+            loss, _ = empf.online_backward(model, images, target, F.cross_entropy, learning="random", steps=steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            if config.ema:
+                average.update_parameters(model)
+            done, total = done + 1, total + float(loss)
+        losses.append(total / len(batches))
+    seconds = time.process_time() - begin
+    model = average.module if config.ema else model
+    empf.calibrate(model, (images for images, _ in islice(Batches(sets[0], 250, train=False), 20)))
+    test = Batches(sets[1], 250, train=False)
+    correct = correct_per_step(model, test).tolist()
+    return {
+        "accuracy": [100 * c / len(sets[1]) for c in correct],
+        "loss": losses, "cpu_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def add(file: Path, result: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as f:  # one write: lines of several processes do not mix
+        f.write(json.dumps(result) + "\n")
+
+
+def screen_all(out: Path, data: str | None, names: list[str], seeds: list[int], until: float) -> None:
+    """The runs that are missing, seed by seed."""
+    sets = load("cifar100", data)
+    sets = tuple(shrink(s, n, IMAGE_SIZE) for s, n in zip(sets, (IMAGES, len(sets[1])), strict=True))
+    for seed in seeds:
+        for name in names:
+            if any(r["variant"] == name and r["seed"] == seed for r in read(out / "screen.jsonl")):
+                continue
+            if time.monotonic() > until:
+                print("time is over; the same command continues")
+                return
+            result = {"variant": name, "changes": VARIANTS[name], "seed": seed}
+            result |= screen(VARIANTS[name], seed, sets) | machine()
+            add(out / "screen.jsonl", result)
+            print(f"{name:45s} seed {seed}  {result['accuracy'][-1]:5.2f} %  {result['cpu_seconds']:.0f} s", flush=True)
+
+
+def confirm_all(out: Path, data: str | None, names: list[str], seeds: list[int], runs: Path, until: float) -> None:
+    """Train with train.py what is missing, seed by seed; a run that time stops continues with the next call."""
+    for seed in seeds:
+        for name in names:
+            if any(r["recipe"] == name and r["seed"] == seed for r in read(out / "confirm.jsonl")):
+                continue
+            flags = {**RECIPES[name], "epochs": EPOCHS, "seed": seed}
+            run = runs / f"recipe-{name}-{seed}"
+            left = until - time.monotonic()
+            if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left):
+                print("time is over; the same command continues")
+                return
+            history = epochs(run)
+            result = {
+                "recipe": name, "flags": flags, "seed": seed, "accuracy": history[-1]["accuracy"],
+                "minutes": round(sum(e["seconds"] for e in history) / 60, 1),
+                "epochs": [{k: e[k] for k in ("loss", "train_accuracy", "accuracy", "seconds")} for e in history],
+            } | machine()  # fmt: skip
+            add(out / "confirm.jsonl", result)
+            print(f"{name:10s} seed {seed}  {result['accuracy'][-1]:.2f} %  {result['minutes']:.0f} min", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def report(out: Path) -> str:
+    """Both tables in Markdown."""
+    found: dict[str, list[dict]] = {}
+    for r in read(out / "screen.jsonl"):
+        found.setdefault(r["variant"], []).append(r)
+    if "old" not in found:
+        raise ValueError(f"no run of the variant 'old' in {out}: run `python bench/recipe.py screen` first")
+    accuracy = {name: [r["accuracy"][-1] for r in rows] for name, rows in found.items()}
+    cost = {name: statistics.mean(r["cpu_seconds"] for r in rows) for name, rows in found.items()}
+    base = statistics.mean(accuracy["old"])
+    lines = [
+        "# Recipe", "", "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1.", "",
+        f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {OLD['epochs']} epochs", "",
+        "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in sorted(found, key=lambda n: -statistics.mean(accuracy[n])):
+        mean = statistics.mean(accuracy[name])
+        lines.append(
+            f"| {name} | {spread(accuracy[name])} | {mean - base:+.2f} | {cost[name] / cost['old']:.2f} | "
+            f"{len(found[name])} |"
+        )
+    lines += [
+        "", f"## Confirmed: all of CIFAR-100, {EPOCHS} epochs", "", "| recipe | seeds | accuracy | minutes |",
+        "|---|---|---|---|",
+    ]  # fmt: skip
+    confirmed = read(out / "confirm.jsonl")
+    for name in RECIPES:
+        rows = [r for r in confirmed if r["recipe"] == name]
+        if rows:
+            seeds, minutes = ", ".join(str(r["seed"]) for r in rows), statistics.mean(r["minutes"] for r in rows)
+            lines.append(f"| {name} | {seeds} | {spread([r['accuracy'][-1] for r in rows])} | {minutes:.0f} |")
+    lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in RECIPES.items()), ""]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("what", choices=("screen", "confirm", "report"))
+    p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all)")
+    p.add_argument("--seeds", nargs="+", type=int, help="default: 0 to screen, 0 1 2 to confirm")
+    p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs of train.py (default: runs)")
+    p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    args = p.parse_args(argv)
+    known = VARIANTS if args.what == "screen" else RECIPES
+    names = args.only or list(known)
+    if unknown := sorted(set(names) - set(known)):
+        p.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    until = time.monotonic() + 60 * args.minutes
+    try:
+        if args.what == "screen":
+            torch.set_num_threads(1)
+            screen_all(args.out, args.data, names, args.seeds or [0], until)
+        elif args.what == "confirm":
+            confirm_all(args.out, args.data, names, args.seeds or [0, 1, 2], args.runs, until)
+        else:
+            text = report(args.out)
+            write_atomic(args.out / "report.md", text.encode())
+            print(text)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a network is built from, `ModelConfig`, and the check of types that all configurations share."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import get_args, get_type_hints
+
+from empf.neuron import ACTIVATIONS
+
+ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
+WEIGHTS = ("binary", "ternary", "full")
+NEURONS = ("empf", "mem_bn", "lif")
+WIDEST = 64.0
+
+
+def field_types(cls, name: str) -> tuple[type, ...]:
+    hint = get_type_hints(cls)[name]
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def check_types(config) -> None:
+    """Raise a ValueError that names the first field of a dataclass with a value of another type, or not finite.
+
+    A whole number is fine where a fraction is; a bool is no number.
+    """
+    for f in fields(config):
+        value, types = getattr(config, f.name), field_types(type(config), f.name)
+        if type(value) not in types and not (type(value) is int and float in types):
+            raise ValueError(f"{f.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{f.name} must be a finite number, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a network.
+
+    Args:
+        arch: resnet18 | resnet19 | resnet34 | vgg_snn.
+        num_classes, in_channels, image_size: shape of the task; the stem follows from image_size
+            (up to 48: 3x3; up to 96: 3x3 + max-pool; larger: 7x7 stride 2 + max-pool).
+        T: time steps.
+        weights: binary | ternary | full.
+        neuron: empf | mem_bn | lif (baseline).
+        parallel: share of parallel neurons, 0..1; at 0.5 the second neuron of each block is parallel.
+        seca: channel attention, 0 (none), 1 (SECA-I) or 2 (SECA-II).
+        spike_bits: n-bit spikes, None (floating point) or 1..8.
+        activation: relu | sigmoid | tanh | softplus | gelu.
+        per_channel: leak, threshold, alpha and beta are learned for each channel, not for each layer.
+        width: multiplier of all channel counts, up to 64.
+
+    Raises ValueError for a value of another type or outside its range.
+    """
+
+    arch: str = "resnet18"
+    num_classes: int = 10
+    in_channels: int = 3
+    image_size: int = 32
+    T: int = 4
+    weights: str = "binary"
+    neuron: str = "empf"
+    parallel: float = 0.0
+    seca: int = 0
+    spike_bits: int | None = None
+    activation: str = "relu"
+    per_channel: bool = False
+    width: float = 1.0
+
+    def __post_init__(self):
+        check_types(self)
+        choices = {
+            "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
+            "spike_bits": (None, *range(1, 9)),
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        for name in ("num_classes", "in_channels", "image_size", "T"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.parallel <= 1:
+            raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
+        if not 0 < self.width <= WIDEST:
+            raise ValueError(f"width must be positive and at most {WIDEST:g}, got {self.width}")
+        unfit = self.parallel or self.spike_bits is not None or self.activation != "relu" or self.per_channel
+        if self.neuron == "lif" and unfit:
+            raise ValueError(
+                "the LIF baseline has binary spikes and constants: it takes no parallel, spike_bits, activation or "
+                "per_channel"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """Build from a dict; an unknown key is a ValueError that names it."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown model setting {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
