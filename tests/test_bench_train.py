@@ -119,8 +119,18 @@ def test_events_and_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--cuda-graph needs a GPU"):
         bench.main(["--device", "cpu", "--cuda-graph"])
     setting = Setting("vgg_snn", width=0.0625, T=2, batch_size=2)
-    exact = bench.compare(Loop(setting, torch.float64), 2)
-    assert max(exact.values()) < 1e-9
+    loop = Loop(setting, torch.float64)
+    assert max(bench.compare(loop, bench.draw(loop, 2)).values()) < 1e-9
+
+
+def test_gradients_that_are_wrong_are_not_timed(monkeypatch):
+    setting = Setting(width=0.0625, T=2, batch_size=4)
+    found = bench.check_gradients(setting)
+    assert max(found["float64"].values()) < 1e-9 and 0 < found["rounding of random"] < 0.1
+    plain = bench.compare
+    monkeypatch.setattr(bench, "compare", lambda *a: {**plain(*a), "kept": 0.5})
+    with pytest.raises(ValueError, match="gradients of kept are 5.0e-01"):
+        bench.check_gradients(setting)
 
 
 def test_the_flags_of_a_setting_give_the_setting(monkeypatch):
