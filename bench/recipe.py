@@ -48,7 +48,21 @@ OLD = dict(
     mixup=0.0, cutmix=0.0, label_smoothing=0.0, threads=1,
 )  # fmt: skip
 
-RECIPES = {"old": OLD}
+# For confirm. authors: the defaults of train.py for long trainings.
+RECIPES = {
+    "authors": {
+        "dataset": "cifar100",
+        "width": 0.25,
+        "lr": 0.01,
+        "warmup_epochs": 1.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+        "threads": 1,
+    },
+    "old": OLD,
+    "new": {**OLD, "seca": 2, "threshold": 0.1},
+}
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
 VARIANTS: dict[str, dict] = {
@@ -77,6 +91,7 @@ VARIANTS: dict[str, dict] = {
     "mixup 0.8 / cutmix 1": {"mixup": 0.8, "cutmix": 1.0},
     "mixup 0.2": {"mixup": 0.2},
     "no crop": {"crop": False},
+    "authors": {"lr": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
     "two random steps": {"steps_per_batch": 2},
     "later steps more often": {"later": 1.0},
     "earlier steps more often": {"later": -1.0},
@@ -98,13 +113,10 @@ def scale_latent(model: nn.Module, factor: float) -> None:
             m.weight.data.mul_(factor)
 
 
-def start_logit(name: str) -> Callable[[nn.Module, float], None]:
-    def tweak(model: nn.Module, value: float) -> None:
-        for m in model.modules():
-            if isinstance(m, EMPFNeuron):
-                getattr(m, name).data.fill_(logit(value))
-
-    return tweak
+def start_leak(model: nn.Module, value: float) -> None:
+    for m in model.modules():
+        if isinstance(m, EMPFNeuron):
+            m.leak_logit.data.fill_(logit(value))
 
 
 def start(name: str) -> Callable[[nn.Module, float], None]:
@@ -122,7 +134,7 @@ def residual_gain(model: nn.Module, value: float) -> None:
 
 
 TWEAKS = {
-    "latent_scale": scale_latent, "threshold": start_logit("threshold_logit"), "leak": start_logit("leak_logit"),
+    "latent_scale": scale_latent, "leak": start_leak,
     "alpha": start("alpha"), "beta": start("beta"), "residual_gain": residual_gain,
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ from bench.machine import machine, spread
 from empf import recompute
 from empf.config import Parser, cpu_threads
 from empf.memory import saved_for_backward
-from empf.models import ARCHS, WEIGHTS
+from empf.model_config import ARCHS, WEIGHTS
 from empf.runs import write_atomic
 
 VARIANTS = ("random", "kept", "authors-order", "authors-loop", "every", "stbp")

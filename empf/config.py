@@ -60,6 +60,7 @@ class TrainConfig:
     seca: int = setting(0, "channel attention", (0, 1, 2))
     spike_bits: int | None = setting(None, "n-bit spikes, 1..8; without it spikes are floating point")
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
+    threshold: float = setting(0.5, "firing threshold of every neuron before training, within (0, 1)")
     per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")
     learning: str = setting("random", "which steps are back-propagated", LEARNING)
     steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
@@ -67,7 +68,9 @@ class TrainConfig:
     batch_size: int = setting(64, "images per batch and process")
     lr: float = setting(0.01, "peak learning rate of SGD with Nesterov momentum 0.9")
     weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
-    warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr; then cosine to 0")
+    warmup_epochs: float = setting(
+        5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all; then cosine to 0"
+    )
     crop: bool = setting(True, "random crop after zero padding")
     flip: bool = setting(True, "random horizontal flip")
     roll: int = setting(0, "events only: pixels of a random shift, what leaves on one side comes back; 0 is off")
@@ -208,9 +211,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def from_flags(given: dict) -> TrainConfig:
-    """The configuration of a new run: defaults, then the recipe of the data set, then the given flags."""
-    recipe = RECIPES.get(given.get("dataset", TrainConfig.dataset), {})
-    return TrainConfig.from_dict({**recipe, **given})
+    """The configuration of a new run: defaults, then the recipe of the data set, then the given flags.
+
+    Warm-up takes a tenth of the epochs at most, unless it is given. ValueError where it would never end.
+    """
+    values = {**RECIPES.get(given.get("dataset", TrainConfig.dataset), {}), **given}
+    epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
+    if "warmup_epochs" not in given:
+        values["warmup_epochs"] = min(warm_up, max(epochs, 0) / 10)
+    elif 0 < epochs <= warm_up:
+        raise ValueError(f"warmup_epochs = {warm_up} leaves nothing of {epochs} epochs: give fewer --warmup-epochs")
+    return TrainConfig.from_dict(values)
 
 
 # These leave the numbers alone.

@@ -22,7 +22,8 @@ from empf.config import Parser, check_device, cpu_threads
 from empf.data import load
 from empf.diagnose_figures import number
 from empf.machine import machine
-from empf.models import ARCHS, NEURONS, WEIGHTS, ModelConfig, SpikingNetwork, build
+from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
+from empf.models import SpikingNetwork, build
 from empf.separability import measure_separability
 from empf.training_memory import STEPS, training_memory
 

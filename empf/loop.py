@@ -184,4 +184,4 @@ def warning_lines(record: dict) -> list[str]:
     warnings = record.get("health", {}).get("warnings", [])
     lines = [f"warning: {warning}" for warning in warnings[:SHOWN]]
     more = len(warnings) - len(lines)
-    return lines + [f"warning: {more} more in metrics.jsonl"] if more else lines
+    return lines + [f"warning: {more} more: python -m empf.health RUN"] if more else lines

@@ -11,6 +11,7 @@ ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
 WEIGHTS = ("binary", "ternary", "full")
 NEURONS = ("empf", "mem_bn", "lif")
 WIDEST = 64.0
+NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
 
 
 def field_types(cls, name: str) -> tuple[type, ...]:
@@ -46,6 +47,7 @@ class ModelConfig:
         seca: channel attention, 0 (none), 1 (SECA-I) or 2 (SECA-II).
         spike_bits: n-bit spikes, None (floating point) or 1..8.
         activation: relu | sigmoid | tanh | softplus | gelu.
+        threshold: of every neuron before training, within (0, 1); LIF has its own.
         per_channel: leak, threshold, alpha and beta are learned for each channel, not for each layer.
         width: multiplier of all channel counts, up to 64.
 
@@ -63,6 +65,7 @@ class ModelConfig:
     seca: int = 0
     spike_bits: int | None = None
     activation: str = "relu"
+    threshold: float = 0.5
     per_channel: bool = False
     width: float = 1.0
 
@@ -82,12 +85,11 @@ class ModelConfig:
             raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
         if not 0 < self.width <= WIDEST:
             raise ValueError(f"width must be positive and at most {WIDEST:g}, got {self.width}")
-        unfit = self.parallel or self.spike_bits is not None or self.activation != "relu" or self.per_channel
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1), got {self.threshold}")
+        unfit = [n for n in NOT_FOR_LIF if getattr(self, n) != getattr(type(self), n)]
         if self.neuron == "lif" and unfit:
-            raise ValueError(
-                "the LIF baseline has binary spikes and constants: it takes no parallel, spike_bits, activation or "
-                "per_channel"
-            )
+            raise ValueError(f"the LIF baseline has binary spikes and constants: it takes no {' or '.join(unfit)}")
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":

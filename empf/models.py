@@ -21,9 +21,6 @@ from empf import recompute
 from empf.attention import SECA
 from empf.fire import check_count
 from empf.hub import HubModel
-from empf.model_config import ARCHS as ARCHS
-from empf.model_config import NEURONS as NEURONS
-from empf.model_config import WEIGHTS as WEIGHTS
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.synapse import BinaryConv2d, BinaryLinear
@@ -98,7 +95,7 @@ class Builder:
         parallel = int((i + 1) * c.parallel) > int(i * c.parallel)  # evenly spread; at 0.5 every second one
         return EMPFNeuron(
             c.T, channels, mem_bn=c.neuron == "mem_bn" and not parallel, parallel=parallel,
-            spike_bits=c.spike_bits, activation=c.activation, per_channel=c.per_channel,
+            spike_bits=c.spike_bits, activation=c.activation, threshold=c.threshold, per_channel=c.per_channel,
         )  # fmt: skip
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:

@@ -40,7 +40,8 @@ VALUES = {
     "frames_by": "time", "orientation": "mirrored", "resize": "8bit",
     "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
-    "per_channel": True, "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
+    "threshold": "0.3", "per_channel": True,
+    "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
     "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False, "roll": "2",
     "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
     "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
@@ -208,3 +209,13 @@ def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="7 threads are more than the 6 cores of this process: use --threads 0"):
         cpu_threads(7)
+
+
+def test_warm_up_leaves_room_for_training():
+    assert from_flags({"dataset": "cifar100"}).warmup_epochs == 5.0
+    assert from_flags({"dataset": "cifar100", "epochs": 3}).warmup_epochs == 0.3
+    assert from_flags({"epochs": 3, "warmup_epochs": 2.0}).warmup_epochs == 2.0
+    with pytest.raises(ValueError, match="leaves nothing of 3 epochs"):
+        from_flags({"epochs": 3, "warmup_epochs": 3.0})
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
+        from_flags({"epochs": 0})
