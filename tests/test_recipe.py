@@ -1,0 +1,100 @@
+"""bench/recipe.py: what differs between the runs, results that are kept, and the report."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import empf
+from bench import recipe
+from empf.config import TrainConfig
+from empf.data import DATASETS, ImageSet
+
+
+@pytest.fixture(scope="module")
+def sets():
+    spec = replace(DATASETS["cifar100"], image_size=16)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (128, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return tuple(ImageSet(pixels, torch.arange(128) % 100, [str(c) for c in range(100)], spec) for _ in range(2))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(recipe, "OLD", {**recipe.OLD, "width": 0.0625, "epochs": 1})
+
+
+def test_every_variant_is_a_setting_or_a_tweak():
+    apart = {"adam", "latent_decay", "later"}
+    for changes in recipe.VARIANTS.values():
+        assert set(changes) <= set(TrainConfig.__dataclass_fields__) | set(recipe.TWEAKS) | apart
+        TrainConfig(**{**recipe.OLD, **{k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}})
+    for flags in recipe.RECIPES.values():
+        assert TrainConfig(**{**flags, "epochs": recipe.EPOCHS}).dataset == "cifar100"
+
+
+CHANGES = [{"latent_scale": 3.0}, {"residual_gain": 0.0}, {"leak": 0.2}, {"adam": 1e-3}, {"later": 9.0}]
+
+
+def test_each_change_changes_the_training_and_nothing_else_does(small, sets):
+    base = recipe.screen({}, 0, sets)
+    found = [base, *(recipe.screen(changes, 0, sets) for changes in CHANGES)]
+    assert len({r["loss"][0] for r in found}) == 1 + len(CHANGES)
+    again = recipe.screen({}, 0, sets)
+    assert again["loss"] == base["loss"] and again["accuracy"] == base["accuracy"] and len(base["accuracy"]) == 4
+
+
+def test_latent_weights_have_a_decay_of_their_own_and_mem_bn_its_start():
+    config = TrainConfig(**{**recipe.OLD, "width": 0.0625, "neuron": "mem_bn"})
+    model = empf.build(config.model())
+    for name, value in (("alpha", 1.0), ("beta", 0.0)):
+        recipe.TWEAKS[name](model, value)
+    neuron = model.blocks[0].conv1.neuron
+    assert neuron.alpha.tolist() == [1.0] * 4 and neuron.beta.tolist() == [0.0] * 4
+    groups = recipe.optimizer_of(model, config, 0.25, None).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    assert decay[id(model.blocks[0].conv1.conv.weight)] == 0.25
+    assert decay[id(model.head.weight)] == config.weight_decay and decay[id(neuron.alpha)] == 0.0
+
+
+def test_steps_are_drawn_later_or_earlier():
+    config = TrainConfig(**recipe.OLD)
+    late, early = ([recipe.draw(config, later, i)[0] for i in range(400)] for later in (1.0, -1.0))
+    assert abs(sum(late) / 400 - 3.0) < 0.2 and abs(sum(early) / 400 - 1.92) < 0.2  # sum t^2 / sum t, 4 / sum 1/t
+    assert recipe.draw(config, 0.0, 7) == recipe.draw(config, 0.0, 7)
+
+
+def test_what_is_there_is_not_run_again(small, sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "load", lambda *a: sets)
+    monkeypatch.setattr(recipe, "shrink", lambda images, count, size: images)
+    for _ in range(2):
+        recipe.main(["screen", "--only", "old", "lr 0.3", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "screen.jsonl").read_text().splitlines()]
+    assert [r["variant"] for r in rows] == ["old", "lr 0.3"]
+    capsys.readouterr()
+    recipe.main(["report", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| lr 0.3 |" in printed and printed.strip() == (tmp_path / "report.md").read_text().strip()
+
+
+def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
+    called = []
+    history = [{"loss": 1.0, "train_accuracy": 2.0, "accuracy": [3.0, 4.0], "seconds": 60.0}]
+    monkeypatch.setattr(recipe, "train", lambda run, flags, data, seconds: called.append((run.name, flags)) or True)
+    monkeypatch.setattr(recipe, "epochs", lambda run: history)
+    for _ in range(2):
+        recipe.main(["confirm", "--only", "old", "--seeds", "0", "5", "--out", str(tmp_path), "--runs", str(tmp_path)])
+    assert [name for name, _ in called] == ["recipe-old-0", "recipe-old-5"]
+    assert called[1][1]["seed"] == 5 and called[1][1]["epochs"] == recipe.EPOCHS
+    rows = [json.loads(line) for line in (tmp_path / "confirm.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["accuracy"], r["minutes"]) for r in rows] == [(0, [3.0, 4.0], 1.0), (5, [3.0, 4.0], 1.0)]
+
+
+def test_wrong_calls_get_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["screen", "--only", "nothing"])
+    assert "unknown: nothing; known: old" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no run of the variant 'old'"):
+        recipe.main(["report", "--out", str(tmp_path)])
