@@ -34,6 +34,10 @@ RECIPES = {
     "dvs-cifar10": dict(arch="vgg_snn", T=10, mixup=0.0, cutmix=0.0),
 }
 
+# The same for cifar10 and cifar100 in a short training: mixing images only pays in a long one (bench/recipe.py).
+SHORT_EPOCHS = 30
+SHORT = dict(lr=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+
 
 def setting(default, help: str, choices: tuple | None = None):
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -201,6 +205,8 @@ def parser() -> argparse.ArgumentParser:
         kind = next(t for t in field_types(TrainConfig, f.name) if t is not type(None))
         flag = "--" + f.name.replace("_", "-")
         recipes = "".join(f"; {name}: {values[f.name]}" for name, values in RECIPES.items() if f.name in values)
+        if f.name in SHORT:
+            recipes += f"; cifar, up to {SHORT_EPOCHS} epochs: {SHORT[f.name]}"
         text = f.metadata["help"] + f" (default: {f.default}{recipes})"
         if kind is bool:
             p.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -215,7 +221,9 @@ def from_flags(given: dict) -> TrainConfig:
 
     Warm-up takes a tenth of the epochs at most, unless it is given. ValueError where it would never end.
     """
-    values = {**RECIPES.get(given.get("dataset", TrainConfig.dataset), {}), **given}
+    dataset = given.get("dataset", TrainConfig.dataset)
+    short = dataset in ("cifar10", "cifar100") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
+    values = {**(SHORT if short else RECIPES.get(dataset, {})), **given}
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
     if "warmup_epochs" not in given:
         values["warmup_epochs"] = min(warm_up, max(epochs, 0) / 10)

@@ -211,6 +211,16 @@ def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
         cpu_threads(7)
 
 
+def test_short_trainings_have_a_recipe_of_their_own():
+    short = from_flags({"dataset": "cifar100", "epochs": 30})
+    assert (short.lr, short.mixup, short.cutmix, short.label_smoothing) == (0.1, 0.0, 0.0, 0.0)
+    long = from_flags({"dataset": "cifar100", "epochs": 31})
+    assert (long.lr, long.mixup, long.cutmix, long.label_smoothing) == (0.01, 0.8, 1.0, 0.1)
+    assert from_flags({"dataset": "cifar10", "epochs": 10, "mixup": 0.2}).mixup == 0.2
+    assert from_flags({"dataset": "imagenet200", "epochs": 10}).mixup == 0.8
+    assert "up to 30 epochs: 0.1" in " ".join(parser().format_help().split())
+
+
 def test_warm_up_leaves_room_for_training():
     assert from_flags({"dataset": "cifar100"}).warmup_epochs == 5.0
     assert from_flags({"dataset": "cifar100", "epochs": 3}).warmup_epochs == 0.3

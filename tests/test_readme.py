@@ -13,10 +13,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def run_example(number):
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[number]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_of_diagnosis_runs(capsys):
+    assert run_example(1)["result"]["summary"]["ds_dm_values"] == [0.0, 1.0]
+    assert "blocks.7.conv2.neuron" in capsys.readouterr().out
+
+
+def test_the_example_runs():
+    names = run_example(0)
     assert names["logits"].shape == (4, 8, 100)
     assert names["loss"].isfinite()
     assert all(p.grad is not None for p in names["model"].parameters())
