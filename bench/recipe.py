@@ -50,7 +50,7 @@ OLD = dict(
 
 # For confirm. authors: the defaults of train.py for long trainings.
 RECIPES = {
-    "authors": {
+    "authors": {  # with a warm-up that fits
         "dataset": "cifar100",
         "width": 0.25,
         "lr": 0.01,
@@ -265,7 +265,9 @@ def report(out: Path) -> str:
     cost = {name: statistics.mean(r["cpu_seconds"] for r in rows) for name, rows in found.items()}
     base = statistics.mean(accuracy["old"])
     lines = [
-        "# Recipe", "", "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1.", "",
+        "# Recipe", "",
+        "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1 (other jobs ran beside, so",
+        "a tenth means little). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
         f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {OLD['epochs']} epochs", "",
         "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
     ]  # fmt: skip
@@ -285,7 +287,10 @@ def report(out: Path) -> str:
         if rows:
             seeds, minutes = ", ".join(str(r["seed"]) for r in rows), statistics.mean(r["minutes"] for r in rows)
             lines.append(f"| {name} | {seeds} | {spread([r['accuracy'][-1] for r in rows])} | {minutes:.0f} |")
-    lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in RECIPES.items()), ""]
+    if not confirmed:
+        lines[-2:] = ["Not run yet."]
+    flags = {name: json.dumps({**flags, "epochs": EPOCHS}) for name, flags in RECIPES.items()}
+    lines += ["", *(f"{name}: `{values}`" for name, values in flags.items()), ""]
     return "\n".join(lines)
 
 
