@@ -266,8 +266,8 @@ def report(out: Path) -> str:
     base = statistics.mean(accuracy["old"])
     lines = [
         "# Recipe", "",
-        "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1 (other jobs ran beside, so",
-        "a tenth means little). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
+        "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1 (other jobs ran",
+        "beside, so a tenth means little). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
         f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {OLD['epochs']} epochs", "",
         "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
     ]  # fmt: skip
