@@ -1,6 +1,7 @@
 """Runs the kernel tests on the Triton interpreter where there is no GPU, and skips GPU-only tests there, visibly."""
 
 import os
+import signal
 
 # Read when torch loads. Threads that wait actively make everything ten times slower where others use the cores too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.gpu)
         elif "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def python_handles_signals():
+    """As in a new process: a training within this one has left its own handlers behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -429,7 +429,10 @@ def test_workers_go_with_a_process_that_is_killed(folder):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from /proc")
 def test_an_epoch_of_5000_images_needs_no_more_memory_at_its_end(tmp_path, monkeypatch):
-    """Of train.py and its worker. A third of the epoch is 82 MB of batches, 20 MB of pixels, 12 MB of files."""
+    """Of train.py and its worker. Five batches are 25 MB as they are trained, 6 MB of pixels, 4 MB of files.
+
+    A leak grows all the time, an allocator that takes another piece now and then only once or twice: hence the median.
+    """
     monkeypatch.setitem(DATASETS, "imagenet1k", replace(DATASETS["imagenet1k"], image_size=64))
     monkeypatch.setitem(StreamBatches.__init__.__kwdefaults__, "buffer", 256)
     broken = synthetic_imagenet(tmp_path, 5000, size=(160, 120))
@@ -446,7 +449,8 @@ def test_an_epoch_of_5000_images_needs_no_more_memory_at_its_end(tmp_path, monke
         flags += ["--limit", "5000", "--batch-size", "100", "--data", tmp_path, "--output-dir", run]
         run_train("--dataset", "imagenet1k", *flags)
     assert len(samples) == 50 and len(metrics(run)) == 1
-    assert np.median(samples[34:]) - np.median(samples[17:34]) < 8
+    windows = np.median(np.reshape(samples[10:], (8, 5)), axis=1)
+    assert np.median(np.diff(windows)) < 2, windows
     named = [str(w.message).split(":")[0] for w in caught if "skipped" in str(w.message)]
     assert sorted(named) == sorted(f"skipped {where}" for where in broken) and len(broken) == 10
 
