@@ -8,6 +8,7 @@
 Mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; Cutout: arXiv 1708.04552.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ class Augment:
         return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
 
 
-class ImageBatches:
+class ImageBatches(ABC):
     """What all batches of images have: the seed and the epoch, the share of a rank, and how a batch is prepared."""
 
     def __init__(
@@ -103,12 +104,12 @@ class ImageBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.iterate()
 
+    @abstractmethod
     def iterate(self, start: int = 0, begun_by: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from number `start` of the present epoch on.
 
         `begun_by`: processes that began the epoch, where they were not `world`; their joined batches were as large.
         """
-        raise NotImplementedError
 
     def _share(self, count: int) -> tuple[int, int]:
         """First and last + 1 of this rank's part of `count` rows."""

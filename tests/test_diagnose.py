@@ -10,8 +10,9 @@ import empf
 from empf import diagnose, recompute, runs
 from empf.config import TrainConfig
 from empf.events import load_events
+from empf.gradients import compare, estimator
 from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, neuron_step
-from empf.separability import compare, estimator, factors, follow, measure_neuron, measure_separability
+from empf.separability import factors, follow, measure_neuron, measure_separability
 
 SUMMARY = {
     "cosine", "norm_ratio", "sign_agreement", "temporal_share", "random_bias", "random_variance", "ds_dm_values",
