@@ -27,7 +27,8 @@ import torch
 import empf
 from empf import runs
 from empf.batches import batches as make_batches
-from empf.config import Parser, TrainConfig, check_device, cpu_threads
+from empf.config import Parser, TrainConfig, check_device
+from empf.cpu import use_cpu
 from empf.data import load
 from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"got {args.batch_size}, {args.count_batches}, {args.threads} and {args.workers}"
             )
         check_device(device)
-        torch.set_num_threads(cpu_threads(args.threads))
+        use_cpu(args.threads)
         if args.image is not None or args.stream is not None:
             left = {"--pack": args.pack, "--json": args.json, "--stream": args.image and args.stream}
             if wrong := [name for name, value in left.items() if value is not None]:

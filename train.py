@@ -32,6 +32,7 @@ from empf import loop, runs
 from empf.batches import batches as make_batches
 from empf.capture import CapturedBackward, check_capture
 from empf.config import TrainConfig
+from empf.cpu import use_cpu
 from empf.data import load
 from empf.evaluate import correct_per_step
 from empf.health import Health
@@ -69,7 +70,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[parallel],
     )
     if accelerator.device.type == "cpu":  # accelerate launch sets OMP_NUM_THREADS=1
-        torch.set_num_threads(settings.cpu_threads(config.threads, accelerator.num_processes))
+        use_cpu(config.threads, accelerator.num_processes)
         if config.grad_compression == "bf16" and accelerator.num_processes > 1:
             raise ValueError("processes on CPUs cannot exchange gradients in bf16: use --grad-compression powersgd")
     if config.cuda_graphs:

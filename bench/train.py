@@ -43,7 +43,8 @@ import empf
 from bench.loops import ONE_STEP, PLAIN, Loop, Setting, Stopwatch, Watch
 from bench.machine import machine, spread
 from empf import recompute
-from empf.config import Parser, cpu_threads
+from empf.config import Parser
+from empf.cpu import cpu_threads, keep_freed_memory
 from empf.memory import saved_for_backward
 from empf.model_config import ARCHS, WEIGHTS
 from empf.runs import write_atomic
@@ -349,9 +350,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         setting = Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
         torch.set_num_threads(cpu_threads(args.threads))
-        if args.alone:
+        if args.alone:  # freed memory must not stay, or the growth is not that of one update
             print(peak_alone(setting, args.alone))
             return
+        keep_freed_memory()
         result = measure(setting, args.repeats, args.cpu_time)
         print(report(result))
         kind = torch.device(setting.device).type

@@ -1,7 +1,6 @@
 """One frozen dataclass is the configuration of a training run, its command line and its metadata in the checkpoint."""
 
 import argparse
-import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import NoReturn
 
@@ -158,17 +157,6 @@ class TrainConfig:
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown setting {', '.join(unknown)}")
         return cls(**values)
-
-
-def cpu_threads(threads: int, processes: int = 1) -> int:
-    """`threads`, or if that is 0 the share of one of `processes` in the cores this process may use.
-
-    Raises ValueError for more threads than cores.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > cores:
-        raise ValueError(f"{threads} threads are more than the {cores} cores of this process: use --threads 0")
-    return threads or max(1, cores // processes)
 
 
 def batch_per_process(joined: int, processes: int) -> int:

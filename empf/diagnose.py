@@ -18,7 +18,8 @@ import torch
 
 from empf import diagnose_figures, runs
 from empf.batches import batches
-from empf.config import Parser, check_device, cpu_threads
+from empf.config import Parser, check_device
+from empf.cpu import cpu_threads
 from empf.data import load
 from empf.diagnose_figures import number
 from empf.machine import machine

@@ -2,13 +2,12 @@
 
 import argparse
 import math
-import os
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from train_tools import run_train
 
-from empf.config import TrainConfig, batch_per_process, cpu_threads, for_resume, from_flags, parser
+from empf.config import TrainConfig, batch_per_process, for_resume, from_flags, parser
 from empf.models import ModelConfig
 
 
@@ -200,15 +199,6 @@ def test_the_joined_batch_is_kept_by_another_number_of_processes():
     assert [batch_per_process(48, n) for n in (1, 2, 3, 48)] == [48, 24, 16, 1]
     with pytest.raises(ValueError, match="has 6 images .* which 4 processes cannot share: .* 1, 2, 3 or 6$"):
         batch_per_process(6, 4)
-
-
-def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    assert [cpu_threads(0), cpu_threads(0, 2), cpu_threads(0, 4), cpu_threads(0, 9), cpu_threads(5, 9)] == [
-        6, 3, 1, 1, 5,
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="7 threads are more than the 6 cores of this process: use --threads 0"):
-        cpu_threads(7)
 
 
 def test_short_trainings_have_a_recipe_of_their_own():

@@ -22,6 +22,7 @@ import train
 from empf import config as settings
 from empf import loop, runs
 from empf.config import TrainConfig
+from empf.cpu import cpu_threads
 from empf.data import Batches
 from empf.health import Health
 
@@ -236,7 +237,7 @@ def test_threads_are_set_although_the_launcher_allows_one(tmp_path, monkeypatch)
     wanted = []
     monkeypatch.setattr(torch, "set_num_threads", wanted.append)
     run_train("--output-dir", tmp_path / "run", "--threads", "0", "--max-steps", "1")
-    assert wanted[0] == settings.cpu_threads(0) >= 1
+    assert wanted[0] == cpu_threads(0) >= 1
 
 
 # ---- the loop
