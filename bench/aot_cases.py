@@ -15,7 +15,7 @@
 
 import torch
 
-from empf.kernels import conv, conv_neuron, matmul, neuron, norm_kernels
+from empf.kernels import conv, conv_neuron, dense, matmul, neuron, neuron_kernels, norm_kernels
 from empf.kernels.conv_tiles import TILES, constants
 from empf.kernels.matmul import CONFIGS
 from empf.kernels.products import AMD_STAGES, Plan
@@ -56,7 +56,7 @@ def matmul_cases() -> list[tuple]:
     for w, scale in (("bf16", "*fp32"), ("i8", None)):
         types = dict(words_ptr="*i32", scale_ptr=scale, w_ptr=f"*{w}", N="i32", K="i32", stride_w="i32")
         constexprs = dict(TERNARY=w == "i8", BLOCK_N=64, BLOCK_K=128)
-        cases.append((f"unpack {w}", matmul._unpack_kernel, types, constexprs, dict(num_warps=4)))
+        cases.append((f"unpack {w}", dense._unpack_kernel, types, constexprs, dict(num_warps=4)))
     return cases
 
 
@@ -150,7 +150,7 @@ def neuron_cases() -> list[tuple]:
         more = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
         options = {"targets": ("sm_90",)} if T in (1, neuron.MAX_STEPS) else {}
         constants_of = flags | tile | {"CODES": codes}
-        cases.append((f"forward {name}", neuron._neuron_forward_kernel, types | more, constants_of, options))
+        cases.append((f"forward {name}", neuron_kernels._neuron_forward_kernel, types | more, constants_of, options))
         if codes:
             continue
         detach = backward == "online"
@@ -160,7 +160,7 @@ def neuron_cases() -> list[tuple]:
         more |= {"stride_dt": "i64", "s_max": "fp32"}
         constants_of = flags | tile | {"DETACH": detach, "PARAMETERS": True}
         label = f"backward {name} {backward}"
-        cases.append((label, neuron._neuron_backward_kernel, types | more, constants_of, options))
+        cases.append((label, neuron_kernels._neuron_backward_kernel, types | more, constants_of, options))
     return cases
 
 

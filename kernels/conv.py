@@ -38,8 +38,8 @@ from .conv_tiles import (
     split_plan,
     tile_plans,
 )
+from .dense import dense_is_precise, unpack_dense
 from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
-from .matmul import dense_is_precise, unpack_dense
 from .pack import PackedWeight, signs
 from .products import CODES, Plan, gather, is_last, park, split_buffers
 

@@ -44,7 +44,8 @@ from .conv_tiles import (
     tile_plans,
 )
 from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
-from .neuron import _neuron_step, _spike_codes, check_neuron, neuron_update_ref
+from .neuron import check_neuron, neuron_update_ref
+from .neuron_kernels import _neuron_step, _spike_codes
 from .pack import PackedWeight
 from .products import gather, is_last, park, split_buffers
 from .steps import _parameter

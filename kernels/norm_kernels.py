@@ -11,7 +11,7 @@ p (6, T, C)             leak, threshold, alpha, beta, weight, bias in fp32; part
 import torch
 
 from .dispatch import tl, triton
-from .neuron import _neuron_step, _spike_codes
+from .neuron_kernels import _neuron_step, _spike_codes
 from .steps import (
     _store_sum,
     _tile,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from empf.kernels import matmul, set_backend
+from empf.kernels.dense import dense_product_of_codes
 from empf.kernels.matmul import CONFIGS, FLOATS, binary_matmul, binary_matmul_ref
 from empf.kernels.pack import PackedWeight, pack, signs
 
@@ -310,7 +311,7 @@ def test_codes_by_the_dense_library(kind, dtype, device, kernels_on, poisoned):
     assert matmul.Plan(None) not in matmul._candidates(16, 72, 128, dtype, torch.float32, 132, False)
     sums = packed.row_sums() if dtype == torch.uint8 else None
     for bias in (None, integers(1, 72, torch.float32, device)[0]):
-        y = matmul._dense_codes(
+        y = dense_product_of_codes(
             x, packed.operand("quad"), packed.scale, bias, sums, 0.5, kind == "ternary", torch.float32
         )
         assert torch.equal(y.cpu().double(), exact(x, packed, bias, 0.5))
