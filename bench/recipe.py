@@ -1,7 +1,7 @@
 """Which settings of training help at equal cost: many of them in a short training, the best ones in a longer one.
 
 python bench/recipe.py screen --data FOLDER            every variant below that is missing (resumable; --minutes N)
-python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 10 epochs, 3 seeds
+python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 3 seeds (--epochs N)
 python bench/recipe.py report                          both tables
 
 screen: CIFAR-100 averaged to 16x16 pixels, 20,000 training images, ResNet-18 x0.25, T = 4, binary, 4 epochs, one
@@ -40,7 +40,7 @@ from empf.synapse import QuantizedWeight
 
 OUT = Path(__file__).parent / "results" / "recipe"
 IMAGE_SIZE, IMAGES = 16, 20_000
-EPOCHS = 10  # to confirm
+EPOCHS = 3  # to confirm: those of the first small run
 
 # What the first small CIFAR-100 run of this repository was trained with.
 OLD = dict(
@@ -228,14 +228,19 @@ def screen_all(out: Path, data: str | None, names: list[str], seeds: list[int], 
             print(f"{name:45s} seed {seed}  {result['accuracy'][-1]:5.2f} %  {result['cpu_seconds']:.0f} s", flush=True)
 
 
-def confirm_all(out: Path, data: str | None, names: list[str], seeds: list[int], runs: Path, until: float) -> None:
-    """Train with train.py what is missing, seed by seed; a run that time stops continues with the next call."""
+def confirm_all(
+    out: Path, data: str | None, names: list[str], number: int, seeds: list[int], runs: Path, until: float
+) -> None:
+    """Train with train.py for a `number` of epochs what is missing, seed by seed.
+
+    A run that time stops continues with the next call.
+    """
     for seed in seeds:
         for name in names:
-            if any(r["recipe"] == name and r["seed"] == seed for r in read(out / "confirm.jsonl")):
+            flags = {**RECIPES[name], "epochs": number, "seed": seed}
+            if any(r["recipe"] == name and r["flags"] == flags for r in read(out / "confirm.jsonl")):
                 continue
-            flags = {**RECIPES[name], "epochs": EPOCHS, "seed": seed}
-            run = runs / f"recipe-{name}-{seed}"
+            run = runs / f"recipe-{name}-{number}-{seed}"
             left = until - time.monotonic()
             if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left):
                 print("time is over; the same command continues")
@@ -247,7 +252,10 @@ def confirm_all(out: Path, data: str | None, names: list[str], seeds: list[int],
                 "epochs": [{k: e[k] for k in ("loss", "train_accuracy", "accuracy", "seconds")} for e in history],
             } | machine()  # fmt: skip
             add(out / "confirm.jsonl", result)
-            print(f"{name:10s} seed {seed}  {result['accuracy'][-1]:.2f} %  {result['minutes']:.0f} min", flush=True)
+            print(
+                f"{name:10s} {number} epochs, seed {seed}  {result['accuracy'][-1]:.2f} %  "
+                f"{result['minutes']:.0f} min", flush=True,
+            )  # fmt: skip
 
 
 def spread(values: list[float]) -> str:
@@ -278,19 +286,20 @@ def report(out: Path) -> str:
             f"{len(found[name])} |"
         )
     lines += [
-        "", f"## Confirmed: all of CIFAR-100, {EPOCHS} epochs", "", "| recipe | seeds | accuracy | minutes |",
-        "|---|---|---|---|",
+        "", "## Confirmed: all of CIFAR-100", "", "| epochs | recipe | seeds | accuracy | minutes |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     confirmed = read(out / "confirm.jsonl")
-    for name in RECIPES:
-        rows = [r for r in confirmed if r["recipe"] == name]
-        if rows:
-            seeds, minutes = ", ".join(str(r["seed"]) for r in rows), statistics.mean(r["minutes"] for r in rows)
-            lines.append(f"| {name} | {seeds} | {spread([r['accuracy'][-1] for r in rows])} | {minutes:.0f} |")
+    for number in sorted({r["flags"]["epochs"] for r in confirmed}):
+        for name in RECIPES:
+            rows = [r for r in confirmed if r["recipe"] == name and r["flags"]["epochs"] == number]
+            if rows:
+                seeds, minutes = ", ".join(str(r["seed"]) for r in rows), statistics.mean(r["minutes"] for r in rows)
+                accuracy = spread([r["accuracy"][-1] for r in rows])
+                lines.append(f"| {number} | {name} | {seeds} | {accuracy} | {minutes:.0f} |")
     if not confirmed:
         lines[-2:] = ["Not run yet."]
-    flags = {name: json.dumps({**flags, "epochs": EPOCHS}) for name, flags in RECIPES.items()}
-    lines += ["", *(f"{name}: `{values}`" for name, values in flags.items()), ""]
+    lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in RECIPES.items()), ""]
     return "\n".join(lines)
 
 
@@ -299,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("what", choices=("screen", "confirm", "report"))
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all)")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"to confirm (default: {EPOCHS})")
     p.add_argument("--seeds", nargs="+", type=int, help="default: 0 to screen, 0 1 2 to confirm")
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs of train.py (default: runs)")
@@ -314,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
             screen_all(args.out, args.data, names, args.seeds or [0], until)
         elif args.what == "confirm":
-            confirm_all(args.out, args.data, names, args.seeds or [0, 1, 2], args.runs, until)
+            confirm_all(args.out, args.data, names, args.epochs, args.seeds or [0, 1, 2], args.runs, until)
         else:
             text = report(args.out)
             write_atomic(args.out / "report.md", text.encode())

@@ -85,9 +85,10 @@ def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "train", lambda run, flags, data, seconds: called.append((run.name, flags)) or True)
     monkeypatch.setattr(recipe, "epochs", lambda run: history)
     for _ in range(2):
-        recipe.main(["confirm", "--only", "old", "--seeds", "0", "5", "--out", str(tmp_path), "--runs", str(tmp_path)])
-    assert [name for name, _ in called] == ["recipe-old-0", "recipe-old-5"]
-    assert called[1][1]["seed"] == 5 and called[1][1]["epochs"] == recipe.EPOCHS
+        where = ["--out", str(tmp_path), "--runs", str(tmp_path)]
+        recipe.main(["confirm", "--only", "old", "--epochs", "7", "--seeds", "0", "5", *where])
+    assert [name for name, _ in called] == ["recipe-old-7-0", "recipe-old-7-5"]
+    assert called[1][1]["seed"] == 5 and called[1][1]["epochs"] == 7
     rows = [json.loads(line) for line in (tmp_path / "confirm.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["accuracy"], r["minutes"]) for r in rows] == [(0, [3.0, 4.0], 1.0), (5, [3.0, 4.0], 1.0)]
 

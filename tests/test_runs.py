@@ -15,6 +15,7 @@ from train_tools import leftovers, run_train
 
 import empf
 from empf import runs
+from empf.curves import plot_curves
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_the_curves_are_a_picture(run):
 
     pytest.importorskip("matplotlib")
     history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2)]
-    runs.plot_curves(run, history, "title")
+    plot_curves(run, history, "title")
     with Image.open(run / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.width >= 800
@@ -263,7 +264,7 @@ def test_the_curves_show_the_health(run):
     for warnings in ([], ["layer: it is silent: lower --lr"]):
         for record in history[1:]:
             record["health"] = {"density": {"a": 0.3, "b": 0.1}, "flips": {"c": 0.01}, "warnings": warnings}
-        runs.plot_curves(run, history, "title")
+        plot_curves(run, history, "title")
         with Image.open(run / "curves.png") as image:
             pixels = np.asarray(image.convert("RGB"))[image.height // 2 :].reshape(-1, 3)
             shapes[len(warnings)] = image.size, ((pixels[:, 0] > 180) & (pixels[:, 1:] < 90).all(1)).sum()
