@@ -100,7 +100,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    raw = loop.laid_out(empf.build(config.model(spec)), device)
+    raw = empf.build(config.model(spec)).to(device, memory_format=torch.channels_last)
     if config.sync_bn and processes > 1:
         sync_norms(raw)
     optimizer = make_optimizer(raw, config)

@@ -126,21 +126,6 @@ def divergence(batches: Batches, number: int, losses: list[float], run: Path) ->
     return ValueError(f"training diverged, the loss is not finite in {where}: lower --lr; {good}")
 
 
-def laid_out(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device, channels_last, in which convolutions are faster.
-
-    Not on CPUs where it is narrow: the weight gradient of a strided 1x1 convolution of fewer than 16 channels writes
-    beyond its memory there in this layout, from maps of 48x48 on (oneDNN in torch 2.13).
-    """
-    narrow = any(
-        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride > (1, 1) and m.in_channels < 16
-        for m in model.modules()
-    )
-    if device.type == "cpu" and narrow:
-        return model.to(device)
-    return model.to(device, memory_format=torch.channels_last)
-
-
 def snapshot(parts: dict[str, Any], run: Path) -> dict:
     """The state dicts of all parts of the training, for `restore`; ValueError unless the model's are finite."""
     state = {name: None if part is None else part.state_dict() for name, part in parts.items()}

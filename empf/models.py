@@ -23,7 +23,7 @@ from empf.fire import check_count
 from empf.hub import HubModel
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron
-from empf.synapse import BinaryConv2d, BinaryLinear
+from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d
 
 RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
     "resnet18": ([2, 2, 2, 2], [64, 128, 256, 512], None),
@@ -100,7 +100,7 @@ class Builder:
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:
         if self.config.weights == "full":
-            return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+            return FullConv2d(c_in, c_out, kernel, stride, kernel // 2)
         return BinaryConv2d(c_in, c_out, kernel, stride, kernel // 2, kind=self.config.weights)
 
     def linear(self, c_in: int, c_out: int) -> nn.Module:

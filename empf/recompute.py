@@ -107,13 +107,13 @@ class Swaps:
     """Tensors in whose place autograd saves an `Again` inside `with swaps.hooks()`."""
 
     def __init__(self):
-        self.known: dict[tuple[int, int], Swap] = {}  # by address: the hooks must not keep the tensors alive
+        self.known: dict[int, Swap] = {}  # by address: the hooks must not keep the tensors alive
 
     def add(self, tensor: Tensor, again: Again, *, see=None, last: bool = False) -> None:
-        self.known[tensor.data_ptr(), tensor.numel()] = Swap(again, see, last, tensor.size(), tensor.stride())
+        self.known[tensor.data_ptr()] = Swap(again, see, last, tensor.size(), tensor.stride())
 
     def pack(self, saved: Tensor) -> Tensor | Packed:
-        swap = self.known.get((saved.data_ptr(), saved.numel()))
+        swap = self.known.get(saved.data_ptr())  # also of a view of some of the pixels
         return saved if swap is None else Packed(swap, saved.size(), saved.stride())
 
     def hooks(self) -> saved_tensors_hooks:

@@ -85,6 +85,27 @@ class QuantizedWeight:
         return {**self.__dict__, "_formed": None}
 
 
+def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """`F.conv2d` without a bias; on a CPU, a 1x1 convolution with a stride is given only the pixels that it looks at.
+
+    Of the others oneDNN (torch 2.13) makes a weight gradient that, with fewer than 8 channels in channels_last, is
+    written beyond the end of its memory.
+    """
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0):
+        x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, None, stride, padding)
+
+
+class FullConv2d(nn.Conv2d):
+    """Convolution (N, C, H, W) -> (N, C_out, H', W') in full precision and without a bias; args as `nn.Conv2d`."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.stride, self.padding)
+
+
 class BinaryConv2d(QuantizedWeight, nn.Conv2d):
     """Convolution (N, C, H, W) -> (N, C_out, H', W') with binary or ternary weights and no bias.
 
@@ -98,7 +119,7 @@ class BinaryConv2d(QuantizedWeight, nn.Conv2d):
         self._check_kind(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.effective_weight(), None, self.stride, self.padding)
+        return conv2d(x, self.effective_weight(), self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"

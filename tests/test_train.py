@@ -313,15 +313,6 @@ def test_nothing_is_read_from_the_device_within_the_loop(network):
         assert sum(reads.found.values()) == 1  # it does see them
 
 
-def test_narrow_networks_are_not_channels_last_on_a_cpu():
-    """Their weight gradients crash in torch 2.13."""
-    layouts = {}
-    for width in (0.125, 0.25):
-        model = loop.laid_out(empf.build(TrainConfig(width=width).model()), torch.device("cpu"))
-        layouts[width] = model.blocks[3].conv1.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert layouts == {0.125: False, 0.25: True}
-
-
 def test_activations_keep_the_layout_of_the_weights(monkeypatch):
     """channels_last from the stem on, without a conversion between the convolutions."""
     seen = []
