@@ -61,7 +61,7 @@ RECIPES = {
         "threads": 1,
     },
     "old": OLD,
-    "new": {**OLD, "seca": 2, "threshold": 0.1},
+    "new": {**OLD, "seca": 2, "threshold": 0.1, "optimizer": "muon", "crop": False},
 }
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).

@@ -47,7 +47,12 @@ SMOKE = {"width": 0.0625, "epochs": 2, "batch_size": 32, "warmup_epochs": 0.5, "
 
 
 def flags(recipe: dict) -> list[str]:
-    return [part for name, value in recipe.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    """The command line of some fields of TrainConfig."""
+    found = []
+    for name, value in recipe.items():
+        flag = name.replace("_", "-")
+        found += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return found
 
 
 def die_with_parent() -> None:

@@ -14,6 +14,7 @@ from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types,
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
 
+OPTIMIZERS = ("sgd", "muon")
 COMPRESSIONS = ("none", "bf16", "powersgd")
 
 # What differs from the defaults of TrainConfig (the authors' recipe, for CIFAR) unless given on the command line.
@@ -69,7 +70,8 @@ class TrainConfig:
     steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
     epochs: int = setting(300, "passes over the training set")
     batch_size: int = setting(64, "images per batch and process")
-    lr: float = setting(0.01, "peak learning rate of SGD with Nesterov momentum 0.9")
+    optimizer: str = setting("sgd", "SGD with Nesterov momentum 0.9; muon: hidden synapses orthogonal", OPTIMIZERS)
+    lr: float = setting(0.01, "peak learning rate")
     weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
     warmup_epochs: float = setting(
         5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all; then cosine to 0"

@@ -13,12 +13,15 @@ from empf.accounting import account
 from empf.config import TrainConfig
 from empf.data import Batches
 from empf.models import SpikingNetwork
+from empf.muon import Muon
+from empf.synapse import FullConv2d, QuantizedWeight
 
 SHOWN = 5  # warnings per epoch
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only.
+    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
+    synapses get orthogonal updates at the same learning rate.
 
     On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
     convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
@@ -27,11 +30,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         if p.device.type != "cpu":
             p.grad = torch.zeros_like(p)
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    hidden = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight | FullConv2d)}
+    orthogonal = hidden if config.optimizer == "muon" else set()
     groups = [
-        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p in decayed - orthogonal], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    if not orthogonal:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    groups.append(
+        {
+            "params": [p for p in model.parameters() if p in orthogonal], "weight_decay": config.weight_decay,
+            "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
+        }
+    )  # fmt: skip
+    return Muon(groups, lr=config.lr, momentum=0.9, nesterov=True)
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:

@@ -1,0 +1,59 @@
+"""SGD whose updates of matrices are orthogonal (Muon): for the latent weights of low-bit synapses.
+
+    M <- momentum * M + (1 - momentum) * G                  average of the gradients, G (out, in) or (out, in, kh, kw)
+    D  = orthogonal((1 - momentum) * G + momentum * M)      nearest semi-orthogonal (out, in * kh * kw), approximately
+    W <- W - lr * (D + weight_decay * W)
+
+Every direction of D has about the same length, so weights whose gradients are small flip their sign as often as
+others. `torch.optim.Muon` takes no convolutions, and its products are in bf16, which few CPUs have.
+Method: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+"""
+
+import torch
+from torch import Tensor
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, again and again, takes singular values to 0.7..1.2
+ITERATIONS = 5
+
+
+@torch.no_grad()
+def orthogonal(g: Tensor) -> Tensor:
+    """g (out, ...) with singular values close to 1, seen as a matrix (out, -1); zeros stay zeros.
+
+    The products are in bf16 on a GPU and in fp32 elsewhere. Same shape, dtype and memory format as g.
+    """
+    x = g.movedim(1, -1).reshape(len(g), -1)  # without a copy from channels_last
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp_min(1e-12)  # singular values of at most 1
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    x = (x.T if tall else x).to(g.dtype)
+    return torch.empty_like(g).copy_(x.reshape(g.movedim(1, -1).shape).movedim(-1, 1))
+
+
+class Muon(torch.optim.SGD):
+    """`torch.optim.SGD`; groups with an `orthogonal_momentum` above 0 get orthogonal updates, with that momentum.
+
+    Such a group should have no other momentum. `step` leaves its orthogonal directions in `.grad`.
+    """
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, **defaults)
+        for group in self.param_groups:
+            group.setdefault("orthogonal_momentum", 0.0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            momentum = group["orthogonal_momentum"]
+            for p in group["params"] if momentum else ():
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                p.grad.copy_(orthogonal(p.grad.lerp(average, momentum)))
+        super().step()
