@@ -5,6 +5,7 @@ w = sigmoid(Conv1d_k(GAP(I)))      I <- w * I          (SECA-I; SECA-II is fed x
 I   (T, N, C, H, W)     k = 5 neighbouring channels, zero padding        arXiv 2410.07547, sec. 4
 """
 
+import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 class SECA(nn.Module):
     """Scale each channel by a gate in (0, 1) computed from the channel means of the same image and step; k parameters.
 
-    Input and output (T, N, C, H, W) or any (..., C, H, W) with at least one leading dimension.
+    Input and output (T, N, C, H, W) or any (..., C, H, W) with at least one leading dimension. `rest`, of the same
+    shape, is added to the output.
     """
 
     def __init__(self, kernel_size: int = 5):
@@ -21,7 +23,8 @@ class SECA(nn.Module):
             raise ValueError(f"the kernel size of SECA must be odd and positive, got {kernel_size}")
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, current: Tensor, rest: Tensor | None = None) -> Tensor:
         mean = reduce(current, "... c h w -> ... c", "mean")
         gate = self.conv(mean.reshape(-1, 1, mean.shape[-1])).sigmoid()  # (T N) 1 C
-        return current * rearrange(gate.view(mean.shape), "... c -> ... c 1 1")
+        gate = rearrange(gate.view(mean.shape), "... c -> ... c 1 1")
+        return current * gate if rest is None else torch.addcmul(rest, current, gate)

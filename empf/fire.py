@@ -16,6 +16,7 @@ from empf.kernels.steps import empty_like_steps, is_channels_last
 
 # Numbers of one step in a piece, for each thread; smaller ones would fit the cache better but cost calls.
 PIECE = 1 << 18
+RUN = 32  # numbers; for shorter runs, torch's loop over them shows
 
 
 def pieces(*steps: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -40,10 +41,10 @@ def per_channel(p: Tensor, dims: int) -> Tensor:
 
 
 def lane(p: Tensor, step: Tensor) -> Tensor:
-    """`per_channel` with long runs in memory."""
-    if p.dim() and step.dim() == 4 and step.device.type == "cpu" and is_channels_last(step[None]):
-        c, width = step.shape[1], step.shape[3]
-        return p.repeat(width).view(width, c).t().unsqueeze(1)  # C 1 W, the channel innermost
+    """`per_channel` with runs in memory that are not shorter than RUN."""
+    c = len(p) if p.dim() else RUN
+    if c < RUN and step.dim() == 4 and step.device.type == "cpu" and is_channels_last(step[None]):
+        return p.expand(step.shape[3], c).contiguous().t().unsqueeze(1)  # C 1 W, the channel innermost
     return per_channel(p, step.dim())
 
 
@@ -116,16 +117,20 @@ def fire(
             i = x_t if gain_t is None else torch.addcmul(shift_t, x_t, gain_t, out=here)
             for y_n, (_, gain_y, shift_y) in zip(both[2 * k :], more, strict=True):
                 i = torch.add(torch.addcmul(shift_y, y_n, gain_y), i, out=here)
-            if v_n is not None:
-                m = torch.mul(v_n, leak_t, out=v_out_n).add_(i)
+            m = i.to(dtype) if v_n is None else torch.addcmul(i, v_n, leak_t, out=here)
+            if v_out_n is None:
+                s = torch.sub(m, threshold_t, out=here).clamp_min_(0)
             else:
-                m = i.to(dtype) if v_out_n is None else v_out_n.copy_(i)
-            s = torch.sub(m, threshold_t, out=here).clamp_min_(0)
-            if v_out_n is not None:
-                v_n = m.sub_(s)
+                v_n = torch.minimum(m, threshold_t, out=v_out_n)
+                s = torch.sub(m, v_n, out=here)
             if not direct:
                 spikes_t.copy_(s if bits is None else spike_codes(s, bits, step) * step)
     return spikes, v_out
+
+
+def stacked(steps: Sequence[Tensor]) -> Tensor:
+    """(k, ...) from its steps; of a single one without a copy."""
+    return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
 
 
 def check_count(x: Tensor) -> None:
@@ -147,7 +152,7 @@ def step_statistics(y: Tensor, norm, momentum: float | None = None) -> tuple[Ten
     """(mean, 1 / deviation), each (k, C), of a `StepBatchNorm` in training; its running statistics move."""
     momentum = norm.momentum if momentum is None else momentum
     found = [statistics(step, (norm.running_mean, norm.running_var), momentum) for step in y]
-    mean, var = (torch.stack(values) for values in zip(*found, strict=True))
+    mean, var = (stacked(values) for values in zip(*found, strict=True))
     return mean, torch.rsqrt(var + norm.eps)
 
 
@@ -203,7 +208,7 @@ def fire_backward(
             d_mh_n.masked_fill_(above, 0)
         d_threshold.append(total(d_mh_n, threshold))
         if v is not None:
-            d_leak.append(total(d_mh_n * v_n, leak))
+            d_leak.append(total_product(d_mh_n, v_n, leak))
     d_threshold = -torch.stack(d_threshold).sum(0)
     if v is not None:
         return d_mh, torch.stack(d_leak).sum(0), d_threshold
@@ -215,9 +220,19 @@ def leak_gradient(d_m: Tensor, v: Tensor | None, leak: Tensor) -> Tensor:
     """Sum of d_m * v, one step (N, C, ...), in the shape of leak, (1,) or (1, C)."""
     if v is None:
         return torch.zeros_like(leak)
-    return torch.stack([total(d_n * v_n, leak) for d_n, v_n in pieces(d_m, v)]).sum(0)
+    return torch.stack([total_product(d_n, v_n, leak) for d_n, v_n in pieces(d_m, v)]).sum(0)
 
 
 def total(d: Tensor, p: Tensor) -> Tensor:
     """The sum of (N, C, ...) in the shape (1,) or (1, C) of the parameter."""
     return d.sum([i for i in range(d.dim()) if i != 1] if p.dim() == 2 else None).unsqueeze(0)
+
+
+def total_product(d: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """`total` of d * v, in one pass where it can be one."""
+    layouts = {is_channels_last(x[None]) for x in (d, v)}
+    if p.dim() == 2 or d.dtype != v.dtype or len(layouts) > 1 or None in layouts:
+        return total(d * v, p)
+    if layouts == {True}:
+        d, v = d.movedim(1, -1), v.movedim(1, -1)
+    return torch.dot(d.reshape(-1), v.reshape(-1)).unsqueeze(0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from empf import recompute
 from empf.attention import SECA
-from empf.fire import check_count
+from empf.fire import check_count, stacked
 from empf.hub import HubModel
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron
@@ -59,7 +59,7 @@ class StepBatchNorm(nn.Module):
         momentum = 1 - (1 - self.momentum) ** repeat
         if recompute.active(x):
             return recompute.batch_norm(x, self, momentum, rest, again)
-        y = recompute.stacked(
+        y = stacked(
             [F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x]  # N C H W
         )
         return y if rest is None else y + rest
@@ -141,8 +141,7 @@ class SpikingConv(nn.Module):
     def normalize(self, y: Tensor, x: Tensor, rest: Tensor | None = None) -> Tensor:
         if self.seca is None:
             return self.bn(y, rest=rest)
-        current = self.seca(x + self.bn(y) if self.skip else self.bn(y))
-        return current if rest is None else current + rest
+        return self.seca(self.bn(y, rest=x if self.skip else None), rest)
 
     def feed(self, neuron: nn.Module, spikes: Tensor, x: Tensor) -> tuple[Tensor, StepBatchNorm | None]:
         """What comes to the next neuron: (current, None), or (output of the convolution, its batch norm)."""

@@ -31,6 +31,7 @@ from empf.fire import (
     move,
     move_statistics,
     normalise,
+    stacked,
     statistics,
     step_statistics,
     working_dtype,
@@ -189,10 +190,6 @@ def norm_backward(d: Tensor, y: Tensor, weight: Tensor, mean: Tensor, rstd: Tens
     return stacked(d_y), sum(d_weight), sum(d_bias)
 
 
-def stacked(steps) -> Tensor:
-    return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
-
-
 def batch_norm(y: Tensor, norm, momentum: float, rest: Tensor | None, again: Callable[[], Tensor] | None) -> Tensor:
     """A `StepBatchNorm` in training, on (k, N, C, ...); the current carries its recipe.
 
@@ -231,6 +228,7 @@ class FireFn(Function):
         ctx.made_again = raw is not None
         if ctx.made_again:
             swaps.add(spikes, raw, last=True)
+        ctx.set_materialize_grads(False)  # of v: there is none
         ctx.top = None if bits is None else (2**bits - 1) * step
         ctx.save_for_backward(spikes, v, leak, threshold, *(() if mean is None else (x, weight, mean, rstd)))
         if v_out is not None:
@@ -264,6 +262,7 @@ class MemFireFn(Function):
         spikes, v_out = fire(m, None, leak, threshold, gain=gain, shift=shift, bits=bits, step=step)
         spikes = spikes.to(x.dtype)
         swaps.add(spikes, raw, last=True)
+        ctx.set_materialize_grads(False)  # of v: there is none
         ctx.top = None if bits is None else (2**bits - 1) * step
         ctx.save_for_backward(spikes, x, v, leak, threshold, alpha, beta, weight, bias, mean, rstd)
         ctx.mark_non_differentiable(v_out)

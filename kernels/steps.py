@@ -17,7 +17,9 @@ def is_channels_last(x: Tensor) -> bool | None:
     step = x[0]
     if step.is_contiguous():
         return False
-    return True if step.movedim(1, -1).is_contiguous() else None
+    if step.dim() == 4:
+        return step.is_contiguous(memory_format=torch.channels_last) or None
+    return step.movedim(1, -1).is_contiguous() or None
 
 
 def steps_dense(x: Tensor) -> Tensor:

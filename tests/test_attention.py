@@ -39,6 +39,9 @@ def test_gradients_reach_kernel_and_input():
     seca = SECA().double()
     current = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: seca(x), (current,))
+    rest = torch.randn_like(current, requires_grad=True)
+    torch.testing.assert_close(seca(current, rest), seca(current) + rest, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(seca, (current, rest))
     seca(current).sum().backward()
     assert seca.conv.weight.grad.abs().max() > 0
 
