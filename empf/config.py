@@ -34,9 +34,9 @@ RECIPES = {
     "dvs-cifar10": dict(arch="vgg_snn", T=10, mixup=0.0, cutmix=0.0),
 }
 
-# The same for cifar10 and cifar100 in a short training: mixing images only pays in a long one (bench/recipe.py).
+# The same for cifar10 and cifar100 in a short training (bench/recipe.py): mixing images only pays in a long one.
 SHORT_EPOCHS = 30
-SHORT = dict(lr=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
 
 def setting(default, help: str, choices: tuple | None = None):

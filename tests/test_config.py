@@ -41,8 +41,8 @@ VALUES = {
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
     "threshold": "0.3", "per_channel": True,
     "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
-    "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False, "roll": "2",
-    "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
+    "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False,
+    "roll": "2", "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
     "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
     "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16",
     "cuda_graphs": True, "threads": "3", "output_dir": "out", "save_minutes": "2.5", "max_steps": "8",
@@ -204,6 +204,7 @@ def test_the_joined_batch_is_kept_by_another_number_of_processes():
 def test_short_trainings_have_a_recipe_of_their_own():
     short = from_flags({"dataset": "cifar100", "epochs": 30})
     assert (short.lr, short.mixup, short.cutmix, short.label_smoothing) == (0.1, 0.0, 0.0, 0.0)
+    assert (short.optimizer, short.threshold) == ("muon", 0.1)
     long = from_flags({"dataset": "cifar100", "epochs": 31})
     assert (long.lr, long.mixup, long.cutmix, long.label_smoothing) == (0.01, 0.8, 1.0, 0.1)
     assert from_flags({"dataset": "cifar10", "epochs": 10, "mixup": 0.2}).mixup == 0.2

@@ -16,6 +16,7 @@ from empf import runs
 SETTINGS = {
     "plain": [],
     "mixed": ["--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1", "--cutout", "2"],
+    "muon": ["--optimizer", "muon", "--weights", "ternary"],
     "average": ["--ema", "0.9", "--neuron", "mem_bn", "--learning", "every"],
 }
 SAVE_ALWAYS = ("--save-minutes", "0")

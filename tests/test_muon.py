@@ -1,0 +1,73 @@
+"""Muon: its directions against the singular value decomposition, its update against the formulas, who gets it."""
+
+import pytest
+import torch
+
+import empf
+from empf.config import TrainConfig
+from empf.loop import make_optimizer
+from empf.muon import Muon, orthogonal
+
+SHAPES = [(16, 8, 3, 3), (32, 16, 1, 1), (24, 24), (5, 64), (1, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_directions_are_those_of_the_nearest_orthogonal_matrix(shape):
+    torch.manual_seed(0)
+    g = 1e-3 * torch.randn(shape, dtype=torch.float64)
+    found = orthogonal(g)
+    u, _, vh = torch.linalg.svd(g.flatten(1), full_matrices=False)
+    along = u.T @ found.flatten(1) @ vh.T  # diagonal: only the lengths of the singular directions are approximate
+    lengths = along.diagonal()
+    assert (along - lengths.diag()).abs().max() < 1e-6
+    assert lengths.min() > 0.6 and lengths.max() < 1.25
+    torch.testing.assert_close(orthogonal(1000 * g), found, rtol=1e-6, atol=1e-9)
+
+
+def test_layout_and_dtype_stay_and_zeros_stay_zeros():
+    g = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    found = orthogonal(g)
+    assert found.dtype == g.dtype and found.stride() == g.stride()
+    torch.testing.assert_close(found, orthogonal(g.contiguous()), rtol=1e-5, atol=1e-6)
+    assert orthogonal(torch.zeros(3, 2)).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_updates_by_the_formulas():
+    torch.manual_seed(0)
+    w, b = (torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2))
+    groups = [
+        {"params": [w], "weight_decay": 0.1, "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.9},
+        {"params": [b]},
+    ]
+    optimizer = Muon(groups, lr=0.5, momentum=0.9, nesterov=True)
+    plain = torch.nn.Parameter(b.detach().clone())
+    sgd = torch.optim.SGD([plain], lr=0.5, momentum=0.9, nesterov=True)
+    expected, average = w.detach().clone(), torch.zeros(3, 4, dtype=torch.float64)
+    for _ in range(3):
+        g = torch.randn(3, 4, dtype=torch.float64)
+        w.grad, b.grad, plain.grad = g.clone(), g.clone(), g.clone()
+        optimizer.step()
+        sgd.step()
+        average = 0.9 * average + 0.1 * g
+        expected = expected - 0.5 * (orthogonal(0.1 * g + 0.9 * average) + 0.1 * expected)
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(b, plain)  # the other group is plain SGD
+
+
+def test_a_parameter_without_a_gradient_stays():
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([{"params": [w], "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.9}], lr=0.1).step()
+    assert w.tolist() == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("weights", ["binary", "ternary", "full"])
+def test_hidden_convolutions_get_it_and_nothing_else(weights):
+    config = TrainConfig(dataset="cifar100", width=0.0625, weights=weights, optimizer="muon", seca=1)
+    model = empf.build(config.model())
+    optimizer = make_optimizer(model, config)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {g["orthogonal_momentum"]: [names[p] for p in g["params"]] for g in optimizer.param_groups[1:]}
+    hidden = [n for n in names.values() if n.startswith("blocks.") and n.endswith("conv.weight") and "seca" not in n]
+    assert groups[0.95] == hidden and len(hidden) == 19
+    assert sorted(n for g in optimizer.param_groups for n in map(names.get, g["params"])) == sorted(names.values())
+    assert type(make_optimizer(model, TrainConfig(optimizer="sgd"))) is torch.optim.SGD
