@@ -44,22 +44,13 @@ EPOCHS = 3  # to confirm: those of the first small run
 
 # What the first small CIFAR-100 run of this repository was trained with.
 OLD = dict(
-    dataset="cifar100", width=0.25, epochs=4, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=0.5,
-    mixup=0.0, cutmix=0.0, label_smoothing=0.0, threads=1,
+    dataset="cifar100", width=0.25, epochs=4, batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4,
+    warmup_epochs=0.5, threshold=0.5, mixup=0.0, cutmix=0.0, label_smoothing=0.0, threads=1,
 )  # fmt: skip
 
-# For confirm. authors: the defaults of train.py for long trainings.
+# For confirm. authors: the defaults of train.py for long trainings, but for the warm-up.
 RECIPES = {
-    "authors": {  # with a warm-up that fits
-        "dataset": "cifar100",
-        "width": 0.25,
-        "lr": 0.01,
-        "warmup_epochs": 1.0,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "label_smoothing": 0.1,
-        "threads": 1,
-    },
+    "authors": {**OLD, "lr": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
     "old": OLD,
     "new": {**OLD, "seca": 2, "threshold": 0.1, "optimizer": "muon", "crop": False},
 }
@@ -101,6 +92,10 @@ VARIANTS: dict[str, dict] = {
     "SECA-II, threshold 0.1, Mem-BN": {"seca": 2, "threshold": 0.1, "neuron": "mem_bn"},
     "SECA-II, threshold 0.1, label smoothing 0.1": {"seca": 2, "threshold": 0.1, "label_smoothing": 0.1},
     "SECA-II, threshold 0.1, leak 0.2": {"seca": 2, "threshold": 0.1, "leak": 0.2},
+    "muon": {"optimizer": "muon"},
+    "threshold 0.1, muon, no crop": {"threshold": 0.1, "optimizer": "muon", "crop": False},
+    "SECA-II, threshold 0.1, muon": {"seca": 2, "threshold": 0.1, "optimizer": "muon"},
+    "SECA-II, threshold 0.1, muon, no crop": {"seca": 2, "threshold": 0.1, "optimizer": "muon", "crop": False},
     "Mem-BN": {"neuron": "mem_bn"},
     "Mem-BN, alpha 1, beta 0": {"neuron": "mem_bn", "alpha": 1.0, "beta": 0.0},
     "Mem-BN, alpha 0, beta 1": {"neuron": "mem_bn", "alpha": 0.0, "beta": 1.0},

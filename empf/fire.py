@@ -1,7 +1,8 @@
 """Spikes in plain torch with few passes over memory: the engine of training on a CPU.
 
 Same arithmetic as `neuron_step`, number by number and in the same order, but piece by piece: all operations on a piece
-of the batch run while it is in the cache. Nothing here is seen by autograd; see recompute.py.
+of the batch run while it is in the cache. Only v is min(mh, threshold) itself, which mh - s is up to rounding. Nothing
+here is seen by autograd; see recompute.py.
 
 x (k, N, C, ...)      v, one step (N, C, ...)      leak, threshold (k,) or (k, C)      gain, shift (k, C)
 """
@@ -229,10 +230,10 @@ def total(d: Tensor, p: Tensor) -> Tensor:
 
 
 def total_product(d: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    """`total` of d * v, in one pass where it can be one."""
-    layouts = {is_channels_last(x[None]) for x in (d, v)}
-    if p.dim() == 2 or d.dtype != v.dtype or len(layouts) > 1 or None in layouts:
+    """`total` of d * v; of a single number in one pass, where both lie alike in memory."""
+    layout = is_channels_last(d[None])
+    if p.dim() == 2 or d.dtype != v.dtype or layout is None or layout != is_channels_last(v[None]):
         return total(d * v, p)
-    if layouts == {True}:
+    if layout:
         d, v = d.movedim(1, -1), v.movedim(1, -1)
     return torch.dot(d.reshape(-1), v.reshape(-1)).unsqueeze(0)
