@@ -204,7 +204,8 @@ class Watch(TorchDispatchMode):
     """Notes changes of memory layout around convolutions, and reads of device values by the host.
 
     conversions: copies of an activation between memory formats, and convolutions that get an activation or a gradient
-    in another format than channels_last. weights: the same of tensors that are shaped like a weight of the model.
+    in another format than channels_last (some of the pixels of one in that format are not another format).
+    weights: the same of tensors that are shaped like a weight of the model.
     reads: operations that make the host wait for the device.
     """
 
@@ -227,7 +228,7 @@ class Watch(TorchDispatchMode):
                 self.note(name, out)
         elif name in ("convolution", "convolution_backward"):
             for x in args[: 2 if name == "convolution" else 3]:
-                if x.dim() == 4 and "channels_last" not in formats(x):
+                if x.dim() == 4 and x.stride(1) != 1 and "channels_last" not in formats(x):
                     self.note(name, x)
         return out
 
