@@ -257,6 +257,15 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def cost(rows: list[dict], old: list[dict]) -> str:
+    """CPU time as a multiple of that of `old` on the same day, since the machine may be another one or busier."""
+    days: dict[str, list[float]] = {}
+    for r in old:
+        days.setdefault(r["date"][:10], []).append(r["cpu_seconds"])
+    known = [r["cpu_seconds"] / statistics.mean(days[day]) for r in rows if (day := r["date"][:10]) in days]
+    return f"{statistics.mean(known):.2f}" if known else ""
+
+
 def report(out: Path) -> str:
     """Both tables in Markdown."""
     found: dict[str, list[dict]] = {}
@@ -265,19 +274,19 @@ def report(out: Path) -> str:
     if "old" not in found:
         raise ValueError(f"no run of the variant 'old' in {out}: run `python bench/recipe.py screen` first")
     accuracy = {name: [r["accuracy"][-1] for r in rows] for name, rows in found.items()}
-    cost = {name: statistics.mean(r["cpu_seconds"] for r in rows) for name, rows in found.items()}
     base = statistics.mean(accuracy["old"])
     lines = [
         "# Recipe", "",
-        "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` is 1 (other jobs ran",
-        "beside, so a tenth means little). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
+        "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` of the same day is 1, and",
+        "minutes of training on one core (other jobs ran beside, so a tenth means little in one, a quarter in the",
+        "other). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
         f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {OLD['epochs']} epochs", "",
         "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name in sorted(found, key=lambda n: -statistics.mean(accuracy[n])):
         mean = statistics.mean(accuracy[name])
         lines.append(
-            f"| {name} | {spread(accuracy[name])} | {mean - base:+.2f} | {cost[name] / cost['old']:.2f} | "
+            f"| {name} | {spread(accuracy[name])} | {mean - base:+.2f} | {cost(found[name], found['old'])} | "
             f"{len(found[name])} |"
         )
     lines += [

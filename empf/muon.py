@@ -53,7 +53,10 @@ class Muon(torch.optim.SGD):
             for p in group["params"] if momentum else ():
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                state = self.state[p]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"]
                 average.lerp_(p.grad, 1 - momentum)
                 p.grad.copy_(orthogonal(p.grad.lerp(average, momentum)))
         super().step()

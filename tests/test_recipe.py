@@ -79,6 +79,16 @@ def test_what_is_there_is_not_run_again(small, sets, tmp_path, monkeypatch, caps
     assert "| lr 0.3 |" in printed and printed.strip() == (tmp_path / "report.md").read_text().strip()
 
 
+def test_cost_is_compared_within_a_day():
+    def row(day, seconds):
+        return {"date": f"2026-11-{day}T01:02:03+00:00", "cpu_seconds": seconds}
+
+    old = [row(24, 100.0), row(25, 200.0), row(25, 400.0)]
+    assert recipe.cost([row(24, 150.0)], old) == "1.50"
+    assert recipe.cost([row(25, 150.0), row(26, 999.0)], old) == "0.50"
+    assert recipe.cost([row(26, 1.0)], old) == ""
+
+
 def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     called = []
     history = [{"loss": 1.0, "train_accuracy": 2.0, "accuracy": [3.0, 4.0], "seconds": 60.0}]
