@@ -88,8 +88,8 @@ class QuantizedWeight:
 def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """`F.conv2d` without a bias; on a CPU, a 1x1 convolution with a stride is given only the pixels that it looks at.
 
-    Given all of them, oneDNN (torch 2.13) writes the weight gradient beyond the end of its memory, where there are fewer
-    than 8 channels in channels_last.
+    Given all of them, oneDNN (torch 2.13) writes the weight gradient beyond the end of its memory, if fewer than 8
+    channels lie in channels_last.
     """
     if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0):
         x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
