@@ -42,6 +42,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         {
             "params": [p for p in model.parameters() if p in orthogonal], "weight_decay": config.weight_decay,
             "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
+            "limit": math.inf if config.weights == "full" else 1.0,
         }
     )  # fmt: skip
     return Muon(groups, lr=config.lr, momentum=0.9, nesterov=True)

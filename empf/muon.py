@@ -2,12 +2,16 @@
 
     M <- momentum * M + (1 - momentum) * G                  average of the gradients, G (out, in) or (out, in, kh, kw)
     D  = orthogonal((1 - momentum) * G + momentum * M)      nearest semi-orthogonal (out, in * kh * kw), approximately
-    W <- W - lr * (D + weight_decay * W)
+    W <- W - lr * (D + weight_decay * W), cut to -limit..limit
 
 Every direction of D has about the same length, so weights whose gradients are small flip their sign as often as
-others. `torch.optim.Muon` takes no convolutions, and its products are in bf16, which few CPUs have.
+others. And every update has the same length, so latent weights would soon be beyond 1, where the straight-through
+gradient is 0 and they stay for ever: hence the limit. `torch.optim.Muon` takes no convolutions, and its products are in
+bf16, which few CPUs have.
 Method: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,13 +42,15 @@ def orthogonal(g: Tensor) -> Tensor:
 class Muon(torch.optim.SGD):
     """`torch.optim.SGD`; groups with an `orthogonal_momentum` above 0 get orthogonal updates, with that momentum.
 
-    Such a group should have no other momentum. `step` leaves its orthogonal directions in `.grad`.
+    Such a group should have no other momentum; it may have a `limit` of its weights. `step` leaves its orthogonal
+    directions in `.grad`.
     """
 
     def __init__(self, params, **defaults):
         super().__init__(params, **defaults)
         for group in self.param_groups:
             group.setdefault("orthogonal_momentum", 0.0)
+            group.setdefault("limit", math.inf)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -60,3 +66,7 @@ class Muon(torch.optim.SGD):
                 average.lerp_(p.grad, 1 - momentum)
                 p.grad.copy_(orthogonal(p.grad.lerp(average, momentum)))
         super().step()
+        for group in self.param_groups:
+            if group["limit"] < math.inf:
+                for p in group["params"]:
+                    p.clamp_(-group["limit"], group["limit"])

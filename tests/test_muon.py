@@ -60,6 +60,20 @@ def test_a_parameter_without_a_gradient_stays():
     assert w.tolist() == [[1.0, 1.0]] * 2
 
 
+def test_latent_weights_stay_where_the_straight_through_gradient_is_alive():
+    model = empf.resnet18(width=0.0625, image_size=8, num_classes=3, T=1)
+    optimizer = make_optimizer(model, TrainConfig(width=0.0625, optimizer="muon", lr=10.0))
+    weight = model.blocks[2].shortcut["conv"].weight
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8))[0], torch.arange(4) % 3)
+        loss.backward()
+        assert weight.grad.count_nonzero() == weight.numel()
+        optimizer.step()
+        optimizer.zero_grad()
+        empf.reset(model)
+        assert weight.abs().max() == 1.0
+
+
 @pytest.mark.parametrize("weights", ["binary", "ternary", "full"])
 def test_hidden_convolutions_get_it_and_nothing_else(weights):
     config = TrainConfig(dataset="cifar100", width=0.0625, weights=weights, optimizer="muon", seca=1)
