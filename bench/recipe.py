@@ -52,7 +52,7 @@ OLD = dict(
 RECIPES = {
     "authors": {**OLD, "lr": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
     "old": OLD,
-    "new": {**OLD, "seca": 2, "threshold": 0.1, "optimizer": "muon", "crop": False},
+    "new": {**OLD, "threshold": 0.1, "optimizer": "muon", "crop": False},
 }
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
@@ -224,18 +224,18 @@ def screen_all(out: Path, data: str | None, names: list[str], seeds: list[int], 
 
 
 def confirm_all(
-    out: Path, data: str | None, names: list[str], number: int, seeds: list[int], runs: Path, until: float
+    out: Path, data: str | None, names: list[str], change: dict, seeds: list[int], runs: Path, until: float
 ) -> None:
-    """Train with train.py for a `number` of epochs what is missing, seed by seed.
+    """Train with train.py what is missing, seed by seed, with the `epochs` and `threads` of `change`.
 
     A run that time stops continues with the next call.
     """
     for seed in seeds:
         for name in names:
-            flags = {**RECIPES[name], "epochs": number, "seed": seed}
+            flags = {**RECIPES[name], **change, "seed": seed}
             if any(r["recipe"] == name and r["flags"] == flags for r in read(out / "confirm.jsonl")):
                 continue
-            run = runs / f"recipe-{name}-{number}-{seed}"
+            run = runs / f"recipe-{name}-{change['epochs']}-{seed}"
             left = until - time.monotonic()
             if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left):
                 print("time is over; the same command continues")
@@ -248,7 +248,7 @@ def confirm_all(
             } | machine()  # fmt: skip
             add(out / "confirm.jsonl", result)
             print(
-                f"{name:10s} {number} epochs, seed {seed}  {result['accuracy'][-1]:.2f} %  "
+                f"{name:10s} {change['epochs']} epochs, seed {seed}  {result['accuracy'][-1]:.2f} %  "
                 f"{result['minutes']:.0f} min", flush=True,
             )  # fmt: skip
 
@@ -313,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all)")
     p.add_argument("--epochs", type=int, default=EPOCHS, help=f"to confirm (default: {EPOCHS})")
+    p.add_argument("--threads", type=int, default=1, help="to confirm (default: 1)")
     p.add_argument("--seeds", nargs="+", type=int, help="default: 0 to screen, 0 1 2 to confirm")
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs of train.py (default: runs)")
@@ -328,7 +329,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
             screen_all(args.out, args.data, names, args.seeds or [0], until)
         elif args.what == "confirm":
-            confirm_all(args.out, args.data, names, args.epochs, args.seeds or [0, 1, 2], args.runs, until)
+            change = {"epochs": args.epochs, "threads": args.threads}
+            confirm_all(args.out, args.data, names, change, args.seeds or [0, 1, 2], args.runs, until)
         else:
             text = report(args.out)
             write_atomic(args.out / "report.md", text.encode())

@@ -28,16 +28,16 @@ from empf.cpu import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 faults = []
-for _ in range(6):
+for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = torch.ones(16 << 20)  # 64 MiB, larger than what glibc keeps by itself
     del block
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sum(faults[2:]))  # the heap grows in the first two
+print(sorted(faults)[4])  # the median: the heap grows in some of the first turns
 """
     plain, kept = (
         int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
         for how in ("plain", "keep")
     )
-    assert plain >= 4 * 32  # even with pages of 2 MiB
+    assert plain >= 32  # even with pages of 2 MiB
     assert kept < plain / 10
