@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench.machine import machine
-from empf.config import Parser
+from empf.config import RESUME_MAY_CHANGE, Parser, from_flags
 from empf.data import DATASETS
 from empf.runs import read_config, write_atomic
 from eval import main as eval_main
@@ -94,8 +94,9 @@ def train(run: Path, recipe: dict, data: str | None, seconds: float | None) -> b
     """Train until the end or for so many seconds; returns whether the run is finished."""
     where = [] if data is None else ["--data", data]
     if (run / "config.json").exists():
-        started = read_config(run)["train"]
-        other = {name: started.get(name) for name, value in recipe.items() if started.get(name) != value}
+        started, wanted = read_config(run)["train"], from_flags(recipe).to_dict()  # what is not named counts as well
+        free = {"output_dir", *RESUME_MAY_CHANGE} - set(recipe)
+        other = {name: started.get(name) for name in set(wanted) - free if started.get(name) != wanted[name]}
         if other:
             raise ValueError(f"{run} was started with other settings ({other}): move it away or choose another --runs")
         if len(epochs(run)) == recipe["epochs"]:

@@ -96,9 +96,9 @@ def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "epochs", lambda run: history)
     for _ in range(2):
         where = ["--out", str(tmp_path), "--runs", str(tmp_path)]
-        recipe.main(["confirm", "--only", "old", "--epochs", "7", "--seeds", "0", "5", *where])
+        recipe.main(["confirm", "--only", "old", "--epochs", "7", "--threads", "2", "--seeds", "0", "5", *where])
     assert [name for name, _ in called] == ["recipe-old-7-0", "recipe-old-7-5"]
-    assert called[1][1]["seed"] == 5 and called[1][1]["epochs"] == 7
+    assert (called[1][1]["seed"], called[1][1]["epochs"], called[1][1]["threads"]) == (5, 7, 2)
     rows = [json.loads(line) for line in (tmp_path / "confirm.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["accuracy"], r["minutes"]) for r in rows] == [(0, [3.0, 4.0], 1.0), (5, [3.0, 4.0], 1.0)]
 

@@ -123,6 +123,10 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(record.SMOKE, "lr", 0.06)
     with pytest.raises(SystemExit, match=r"was started with other settings \({'lr': 0.05}\)"):
         record.main(command)
+    monkeypatch.setitem(record.SMOKE, "lr", 0.05)
+    monkeypatch.delitem(record.RECIPE, "seca")  # what a recipe does not name is the default
+    with pytest.raises(SystemExit, match=r"was started with other settings \({'seca': 2}\)"):
+        record.main(command)
 
 
 def test_the_recipe_is_made_of_flags_of_train():
