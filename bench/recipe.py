@@ -2,10 +2,11 @@
 
 python bench/recipe.py screen --data FOLDER            every variant below that is missing (resumable; --minutes N)
 python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 3 seeds (--epochs N)
-python bench/recipe.py report                          both tables
+python bench/recipe.py report                          the tables
 
-screen: CIFAR-100 averaged to 16x16 pixels, 20,000 training images, ResNet-18 x0.25, T = 4, binary, 4 epochs, one
-thread. Variants get the same images in the same order and, but for other batch sizes, the same number of updates.
+screen: CIFAR-100 averaged to 16x16 pixels, 20,000 training images, ResNet-18 x0.25, T = 4, binary, 4 epochs (or
+--epochs), one thread. Variants get the same images in the same order and, but for other batch
+sizes, the same number of updates.
 confirm: train.py on all of CIFAR-100, in slices of --minutes that continue where the last one stopped.
 Results: one line per run in `bench/results/recipe/`, screen.jsonl and confirm.jsonl.
 """
@@ -48,57 +49,57 @@ OLD = dict(
     warmup_epochs=0.5, threshold=0.5, mixup=0.0, cutmix=0.0, label_smoothing=0.0, threads=1,
 )  # fmt: skip
 
-# For confirm. authors: the defaults of train.py for long trainings, but for the warm-up.
-RECIPES = {
-    "authors": {**OLD, "lr": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
-    "old": OLD,
-    "new": {**OLD, "threshold": 0.1, "optimizer": "muon", "crop": False},
-}
+NEW = dict(threshold=0.1, optimizer="muon", crop=False)
+AUTHORS = dict(lr=0.01, mixup=0.8, cutmix=1.0, label_smoothing=0.1)  # defaults of train.py for long trainings
+
+RECIPES = {"authors": {**OLD, **AUTHORS}, "old": OLD, "new": {**OLD, **NEW}}  # to confirm
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
 VARIANTS: dict[str, dict] = {
     "old": {},
+    "new": NEW,
+    "new but with crop": {**NEW, "crop": True},
+    "authors": AUTHORS,
+    "two random steps": {"steps_per_batch": 2},
+    "later steps more often": {"later": 1.0},
+    "earlier steps more often": {"later": -1.0},
+    "mixup 0.2": {"mixup": 0.2},
+    "no crop": {"crop": False},
+    "muon": {"optimizer": "muon"},
+    "new, SECA-II": {**NEW, "seca": 2},
+    "new, lr 0.05": {**NEW, "lr": 0.05},
+    "new, lr 0.2": {**NEW, "lr": 0.2},
+    "new, two random steps": {**NEW, "steps_per_batch": 2},
+    "new, label smoothing 0.1": {**NEW, "label_smoothing": 0.1},
+    "new, mixup 0.2": {**NEW, "mixup": 0.2},
     "lr 0.03": {"lr": 0.03},
     "lr 0.3": {"lr": 0.3},
     "lr 1": {"lr": 1.0},
+    "lr falls linearly": {"linear": True},
     "no weight decay on latent weights": {"latent_decay": 0.0},
     "weight decay 2e-3": {"weight_decay": 2e-3},
-    "no weight decay": {"weight_decay": 0.0},
     "latent weights x 0.3": {"latent_scale": 0.3},
     "latent weights x 3": {"latent_scale": 3.0},
     "threshold 0.02": {"threshold": 0.02},
     "threshold 0.1": {"threshold": 0.1},
     "threshold 0.25": {"threshold": 0.25},
-    "threshold 0.75": {"threshold": 0.75},
     "leak 0.2": {"leak": 0.2},
     "leak 0.8": {"leak": 0.8},
+    "Mem-BN": {"neuron": "mem_bn"},
+    "Mem-BN, alpha 1, beta 0": {"neuron": "mem_bn", "alpha": 1.0, "beta": 0.0},
+    "Mem-BN, alpha 0, beta 1": {"neuron": "mem_bn", "alpha": 0.0, "beta": 1.0},
     "last BN of a block starts at 0": {"residual_gain": 0.0},
     "last BN of a block starts at 0.3": {"residual_gain": 0.3},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
     "batch 32": {"batch_size": 32},
     "batch 128": {"batch_size": 128},
     "Adam": {"adam": 2e-3},
     "EMA 0.99": {"ema": 0.99},
-    "label smoothing 0.1": {"label_smoothing": 0.1},
-    "mixup 0.8 / cutmix 1": {"mixup": 0.8, "cutmix": 1.0},
-    "mixup 0.2": {"mixup": 0.2},
-    "no crop": {"crop": False},
-    "authors": {"lr": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
-    "two random steps": {"steps_per_batch": 2},
-    "later steps more often": {"later": 1.0},
-    "earlier steps more often": {"later": -1.0},
-    "SECA-I": {"seca": 1},
     "SECA-II": {"seca": 2},
     "SECA-II, threshold 0.1": {"seca": 2, "threshold": 0.1},
     "SECA-II, threshold 0.1, Mem-BN": {"seca": 2, "threshold": 0.1, "neuron": "mem_bn"},
     "SECA-II, threshold 0.1, label smoothing 0.1": {"seca": 2, "threshold": 0.1, "label_smoothing": 0.1},
     "SECA-II, threshold 0.1, leak 0.2": {"seca": 2, "threshold": 0.1, "leak": 0.2},
-    "muon": {"optimizer": "muon"},
-    "threshold 0.1, muon, no crop": {"threshold": 0.1, "optimizer": "muon", "crop": False},
-    "SECA-II, threshold 0.1, muon": {"seca": 2, "threshold": 0.1, "optimizer": "muon"},
-    "SECA-II, threshold 0.1, muon, no crop": {"seca": 2, "threshold": 0.1, "optimizer": "muon", "crop": False},
-    "Mem-BN": {"neuron": "mem_bn"},
-    "Mem-BN, alpha 1, beta 0": {"neuron": "mem_bn", "alpha": 1.0, "beta": 0.0},
-    "Mem-BN, alpha 0, beta 1": {"neuron": "mem_bn", "alpha": 0.0, "beta": 1.0},
 }
 
 
@@ -155,12 +156,20 @@ def draw(config: TrainConfig, later: float, done: int) -> list[int]:
     return [int(torch.multinomial(weights, 1, generator=generator)) + 1]
 
 
-def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet]) -> dict:
-    """One short run."""
+def falling(config: TrainConfig, progress: float) -> float:
+    """A straight line instead of the cosine of `learning_rate`."""
+    if progress < config.warmup_epochs:
+        return learning_rate(config, progress)
+    return config.lr * (config.epochs - progress) / (config.epochs - config.warmup_epochs)
+
+
+def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet], number: int) -> dict:
+    """One short run, of a `number` of epochs."""
     fields = {k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}
     tweaks = {k: v for k, v in changes.items() if k not in fields}
-    config = TrainConfig(**{**OLD, **fields, "seed": seed})
+    config = TrainConfig(**{**OLD, **fields, "seed": seed, "epochs": number})
     adam, decay, later = tweaks.pop("adam", None), tweaks.pop("latent_decay", None), tweaks.pop("later", 0.0)
+    rate = falling if tweaks.pop("linear", False) else learning_rate
     torch.manual_seed(seed)
     model = empf.build(config.model(sets[0].spec)).to(memory_format=torch.channels_last)
     for name, value in tweaks.items():
@@ -175,7 +184,7 @@ def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet]) -> dict:
         total = 0.0
         for images, target in batches:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, done / len(batches)) * (1 if adam is None else adam / config.lr)
+                group["lr"] = rate(config, done / len(batches)) * (1 if adam is None else adam / config.lr)
             images = images.contiguous(memory_format=torch.channels_last)
             steps = draw(config, later, done)
             loss, _ = empf.online_backward(model, images, target, F.cross_entropy, learning="random", steps=steps)
@@ -206,21 +215,22 @@ def add(file: Path, result: dict) -> None:
         f.write(json.dumps(result) + "\n")
 
 
-def screen_all(out: Path, data: str | None, names: list[str], seeds: list[int], until: float) -> None:
-    """The runs that are missing, seed by seed."""
+def screen_all(out: Path, data: str | None, names: list[str], number: int, seeds: list[int], until: float) -> None:
+    """The runs of a `number` of epochs that are missing, seed by seed."""
     sets = load("cifar100", data)
     sets = tuple(shrink(s, n, IMAGE_SIZE) for s, n in zip(sets, (IMAGES, len(sets[1])), strict=True))
     for seed in seeds:
         for name in names:
-            if any(r["variant"] == name and r["seed"] == seed for r in read(out / "screen.jsonl")):
+            key = {"variant": name, "changes": VARIANTS[name], "epochs": number, "seed": seed}
+            if any(key.items() <= r.items() for r in read(out / "screen.jsonl")):
                 continue
             if time.monotonic() > until:
                 print("time is over; the same command continues")
                 return
-            result = {"variant": name, "changes": VARIANTS[name], "seed": seed}
-            result |= screen(VARIANTS[name], seed, sets) | machine()
+            result = key | screen(VARIANTS[name], seed, sets, number) | machine()
             add(out / "screen.jsonl", result)
-            print(f"{name:45s} seed {seed}  {result['accuracy'][-1]:5.2f} %  {result['cpu_seconds']:.0f} s", flush=True)
+            done = f"{name:45s} {number} epochs, seed {seed}  {result['accuracy'][-1]:5.2f} %"
+            print(f"{done}  {result['cpu_seconds']:.0f} s", flush=True)
 
 
 def confirm_all(
@@ -267,40 +277,47 @@ def cost(rows: list[dict], old: list[dict]) -> str:
 
 
 def report(out: Path) -> str:
-    """Both tables in Markdown."""
-    found: dict[str, list[dict]] = {}
-    for r in read(out / "screen.jsonl"):
-        found.setdefault(r["variant"], []).append(r)
-    if "old" not in found:
+    """The tables in Markdown."""
+    screened = read(out / "screen.jsonl")
+    if not any(r["variant"] == "old" for r in screened):
         raise ValueError(f"no run of the variant 'old' in {out}: run `python bench/recipe.py screen` first")
-    accuracy = {name: [r["accuracy"][-1] for r in rows] for name, rows in found.items()}
-    base = statistics.mean(accuracy["old"])
     lines = [
         "# Recipe", "",
         "Test accuracy in %, mean +- standard deviation over n seeds; cost: CPU time, `old` of the same day is 1, and",
-        "minutes of training on one core (other jobs ran beside, so a tenth means little in one, a quarter in the",
-        "other). `python bench/recipe.py screen`, then `confirm`, then `report`.", "",
-        f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {OLD['epochs']} epochs", "",
-        "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
+        "minutes of training with so many threads (other jobs ran beside, so a tenth means little in one, a quarter in",
+        "the other). `python bench/recipe.py screen`, then `confirm`, then `report`.",
     ]  # fmt: skip
-    for name in sorted(found, key=lambda n: -statistics.mean(accuracy[n])):
-        mean = statistics.mean(accuracy[name])
-        lines.append(
-            f"| {name} | {spread(accuracy[name])} | {mean - base:+.2f} | {cost(found[name], found['old'])} | "
-            f"{len(found[name])} |"
-        )
+    for number in sorted({r["epochs"] for r in screened}):
+        found: dict[str, list[dict]] = {}
+        for r in screened:
+            if r["epochs"] == number:
+                found.setdefault(r["variant"], []).append(r)
+        accuracy = {name: [r["accuracy"][-1] for r in rows] for name, rows in found.items()}
+        old = found.get("old", [])
+        lines += [
+            "", f"## Screened: {IMAGES:,} images of {IMAGE_SIZE}x{IMAGE_SIZE}, {number} epochs", "",
+            "| variant | accuracy | against old | cost | n |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for name in sorted(found, key=lambda n: -statistics.mean(accuracy[n])):
+            mean = statistics.mean(accuracy[name])
+            gain = f"{mean - statistics.mean(accuracy['old']):+.2f}" if old else ""
+            lines.append(
+                f"| {name} | {spread(accuracy[name])} | {gain} | {cost(found[name], old)} | {len(found[name])} |"
+            )
     lines += [
-        "", "## Confirmed: all of CIFAR-100", "", "| epochs | recipe | seeds | accuracy | minutes |",
-        "|---|---|---|---|---|",
+        "", "## Confirmed: all of CIFAR-100", "", "| epochs | recipe | seeds | accuracy | threads | minutes |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     confirmed = read(out / "confirm.jsonl")
     for number in sorted({r["flags"]["epochs"] for r in confirmed}):
         for name in RECIPES:
             rows = [r for r in confirmed if r["recipe"] == name and r["flags"]["epochs"] == number]
             if rows:
-                seeds, minutes = ", ".join(str(r["seed"]) for r in rows), statistics.mean(r["minutes"] for r in rows)
-                accuracy = spread([r["accuracy"][-1] for r in rows])
-                lines.append(f"| {number} | {name} | {seeds} | {accuracy} | {minutes:.0f} |")
+                seeds, accuracy = ", ".join(str(r["seed"]) for r in rows), spread([r["accuracy"][-1] for r in rows])
+                threads, minutes = (", ".join(str(v) for v in values) for values in (
+                    [r["flags"]["threads"] for r in rows], [round(r["minutes"]) for r in rows]
+                ))  # fmt: skip
+                lines.append(f"| {number} | {name} | {seeds} | {accuracy} | {threads} | {minutes} |")
     if not confirmed:
         lines[-2:] = ["Not run yet."]
     lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in RECIPES.items()), ""]
@@ -312,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("what", choices=("screen", "confirm", "report"))
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all)")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"to confirm (default: {EPOCHS})")
+    p.add_argument("--epochs", type=int, help=f"default: {OLD['epochs']} to screen, {EPOCHS} to confirm")
     p.add_argument("--threads", type=int, default=1, help="to confirm (default: 1)")
     p.add_argument("--seeds", nargs="+", type=int, help="default: 0 to screen, 0 1 2 to confirm")
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes")
@@ -327,9 +344,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.what == "screen":
             torch.set_num_threads(1)
-            screen_all(args.out, args.data, names, args.seeds or [0], until)
+            screen_all(args.out, args.data, names, args.epochs or OLD["epochs"], args.seeds or [0], until)
         elif args.what == "confirm":
-            change = {"epochs": args.epochs, "threads": args.threads}
+            change = {"epochs": args.epochs or EPOCHS, "threads": args.threads}
             confirm_all(args.out, args.data, names, change, args.seeds or [0, 1, 2], args.runs, until)
         else:
             text = report(args.out)

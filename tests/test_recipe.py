@@ -22,11 +22,11 @@ def sets():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(recipe, "OLD", {**recipe.OLD, "width": 0.0625, "epochs": 1})
+    monkeypatch.setattr(recipe, "OLD", {**recipe.OLD, "width": 0.0625})
 
 
 def test_every_variant_is_a_setting_or_a_tweak():
-    apart = {"adam", "latent_decay", "later"}
+    apart = {"adam", "latent_decay", "later", "linear"}
     for changes in recipe.VARIANTS.values():
         assert set(changes) <= set(TrainConfig.__dataclass_fields__) | set(recipe.TWEAKS) | apart
         TrainConfig(**{**recipe.OLD, **{k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}})
@@ -38,11 +38,18 @@ CHANGES = [{"latent_scale": 3.0}, {"residual_gain": 0.0}, {"leak": 0.2}, {"adam"
 
 
 def test_each_change_changes_the_training_and_nothing_else_does(small, sets):
-    base = recipe.screen({}, 0, sets)
-    found = [base, *(recipe.screen(changes, 0, sets) for changes in CHANGES)]
+    base = recipe.screen({}, 0, sets, 1)
+    found = [base, *(recipe.screen(changes, 0, sets, 1) for changes in CHANGES)]
     assert len({r["loss"][0] for r in found}) == 1 + len(CHANGES)
-    again = recipe.screen({}, 0, sets)
+    again = recipe.screen({}, 0, sets, 1)
     assert again["loss"] == base["loss"] and again["accuracy"] == base["accuracy"] and len(base["accuracy"]) == 4
+
+
+def test_the_learning_rate_falls_linearly(small, sets):
+    config = TrainConfig(**{**recipe.OLD, "epochs": 4})
+    assert [recipe.falling(config, p) for p in (0.5, 2.25, 4.0)] == pytest.approx([0.1, 0.05, 0.0])
+    cosine, line = (recipe.screen(changes, 0, sets, 2)["loss"] for changes in ({}, {"linear": True}))
+    assert line[0] == cosine[0] and line[1] != cosine[1]  # four updates: the first two are warm-up and peak
 
 
 def test_latent_weights_have_a_decay_of_their_own_and_mem_bn_its_start():
@@ -70,13 +77,17 @@ def test_what_is_there_is_not_run_again(small, sets, tmp_path, monkeypatch, caps
     monkeypatch.setattr(recipe, "load", lambda *a: sets)
     monkeypatch.setattr(recipe, "shrink", lambda images, count, size: images)
     for _ in range(2):
-        recipe.main(["screen", "--only", "old", "lr 0.3", "--out", str(tmp_path)])
+        recipe.main(["screen", "--only", "old", "lr 0.3", "--epochs", "1", "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "screen.jsonl").read_text().splitlines()]
     assert [r["variant"] for r in rows] == ["old", "lr 0.3"]
     capsys.readouterr()
     recipe.main(["report", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "| lr 0.3 |" in printed and printed.strip() == (tmp_path / "report.md").read_text().strip()
+    assert (
+        "20,000 images of 16x16, 1 epochs" in printed
+        and "| lr 0.3 |" in printed
+        and printed.strip() == (tmp_path / "report.md").read_text().strip()
+    )
 
 
 def test_cost_is_compared_within_a_day():
