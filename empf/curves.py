@@ -53,7 +53,11 @@ def plot_health(left, right, watched: list[dict], shades) -> None:
         if layers:
             ax.legend(title="first and last layer", fontsize=8, title_fontsize=8)
     if any(value > 0 for r in watched for value in r["health"]["flips"].values()):
+        from matplotlib.ticker import LogFormatter  # an optional package
+
         right.set_yscale("log")
+        for which in ("major", "minor"):  # 40, not 4 x 10^1; none between powers of ten where there are many
+            getattr(right.yaxis, f"set_{which}_formatter")(LogFormatter(minor_thresholds=(2, 1)))
     warned = [r for r in watched if r["health"]["warnings"]]
     for record in warned:
         for ax in (left, right):
