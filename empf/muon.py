@@ -12,6 +12,7 @@ Method: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networ
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,7 +54,10 @@ class Muon(torch.optim.SGD):
             group.setdefault("limit", math.inf)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update; `closure`, if any, computes the gradients and returns the loss, which is returned here."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             momentum = group["orthogonal_momentum"]
             for p in group["params"] if momentum else ():
@@ -70,3 +74,4 @@ class Muon(torch.optim.SGD):
             if group["limit"] < math.inf:
                 for p in group["params"]:
                     p.clamp_(-group["limit"], group["limit"])
+        return loss

@@ -60,6 +60,23 @@ def test_a_parameter_without_a_gradient_stays():
     assert w.tolist() == [[1.0, 1.0]] * 2
 
 
+def test_a_wrapper_may_pass_a_closure():
+    """Accelerate's optimizer calls step(closure), with None where there is none."""
+    w, v = (torch.nn.Parameter(torch.eye(3)) for _ in range(2))
+    one, other = (
+        Muon([{"params": [p], "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.9}], lr=0.1) for p in (w, v)
+    )
+
+    def closure():
+        loss = (w * torch.arange(9.0).view(3, 3)).sum()
+        loss.backward()
+        return loss
+
+    assert one.step(closure).item() == 12.0
+    v.grad = torch.arange(9.0).view(3, 3)
+    assert other.step(None) is None and torch.equal(w, v) and not torch.equal(w, torch.eye(3))
+
+
 def test_latent_weights_stay_where_the_straight_through_gradient_is_alive():
     model = empf.resnet18(width=0.0625, image_size=8, num_classes=3, T=1)
     optimizer = make_optimizer(model, TrainConfig(width=0.0625, optimizer="muon", lr=10.0))
