@@ -193,11 +193,11 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate(
             args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers
         )  # fmt: skip
-        print(table(result))
-        if args.json is not None:
+        if args.json is not None:  # first: it is kept where nobody reads what is printed
             command = shlex.join(without_places(["python", "eval.py", *arguments]))
-            result = {"command": command, **without_places(result)}
-            runs.write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
+            written = {"command": command, **without_places(result)}
+            runs.write_atomic(args.json, (json.dumps(written, indent=1) + "\n").encode())
+        print(table(result))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -56,8 +56,8 @@ def plot_health(left, right, watched: list[dict], shades) -> None:
         from matplotlib.ticker import LogFormatter  # an optional package
 
         right.set_yscale("log")
-        for which in ("major", "minor"):  # 40, not 4 x 10^1; none between powers of ten where there are many
-            getattr(right.yaxis, f"set_{which}_formatter")(LogFormatter(minor_thresholds=(2, 1)))
+        right.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
+        right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))  # none where there are many powers
     warned = [r for r in watched if r["health"]["warnings"]]
     for record in warned:
         for ax in (left, right):
