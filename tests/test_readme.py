@@ -42,7 +42,7 @@ def test_online_backward_is_the_example_in_one_call():
 def test_flags_exist():
     flags = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume", "no-crop"}
     other = {"help", "json", "pack", "image", "stream"}  # of eval.py
-    other |= {"equality", "memory", "untrained", "report", "check", "seeds", "only", "repeats"}  # of bench/ and empf.diagnose
+    other |= {"equality", "report", "check", "seeds", "only", "repeats", "memory", "untrained"}  # of bench/, diagnose
     other |= {"cpu", "num-processes", "config-file", "machine-rank", "main-process-ip"}  # of accelerate launch
     named = {name.replace("_", "-") for name in re.findall(r"--([a-zA-Z][\w-]*)", README)}
     assert named <= flags | other
