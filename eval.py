@@ -26,14 +26,13 @@ import torch
 
 import empf
 from empf import runs
-from empf.batches import batches as make_batches
-from empf.config import Parser, TrainConfig, check_device
-from empf.cpu import use_cpu
-from empf.data import load
-from empf.deploy import follow, load_packed, pack_to_file, top_classes, unpack
+from empf.data.load import load_data, make_batches
+from empf.deploy.pack import follow, load_packed, pack_to_file, top_classes, unpack
 from empf.evaluate import correct_per_step
+from empf.files import write_atomic
 from empf.kernels import backend
-from empf.machine import machine
+from empf.machine import installed, machine, use_cpu
+from empf.training.config import Parser, TrainConfig, check_device
 
 
 def evaluate(
@@ -53,7 +52,7 @@ def evaluate(
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
         streaming, frames = train.streaming, train.frames()
-    _, test = load(dataset, data, limit=limit, device=device, streaming=streaming, **frames)
+    _, test = load_data(dataset, data, limit=limit, device=device, streaming=streaming, **frames)
     check_classes(model.origin.classes if run.is_file() else runs.read_config(run).get("classes", ()), test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
@@ -77,7 +76,7 @@ def evaluate(
         "images_per_s": len(test) / seconds,
         "device": device,
         "backend": backend(device),
-        "machine": machine(device) | {"empf": runs.installed("empf")},
+        "machine": machine(device) | {"empf": installed("empf")},
         "training": training,
     }
 
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json is not None:  # first: it is kept where nobody reads what is printed
             command = shlex.join(without_places(["python", "eval.py", *arguments]))
             written = {"command": command, **without_places(result)}
-            runs.write_atomic(args.json, (json.dumps(written, indent=1) + "\n").encode())
+            write_atomic(args.json, (json.dumps(written, indent=1) + "\n").encode())
         print(table(result))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,7 @@
     accelerate launch train.py --dataset cifar100                 the authors' recipe: ResNet-18, 300 epochs
     accelerate launch train.py --resume runs/cifar100-resnet18    continue where the run stopped
 
-Every field of `empf.config.TrainConfig` is a flag. The run folder is described in `empf/runs.py`.
+Every field of `empf.training.config.TrainConfig` is a flag. The run folder is described in `empf/runs.py`.
 """
 
 import math
@@ -27,19 +27,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import empf
-from empf import config as settings
-from empf import loop, runs
-from empf.batches import batches as make_batches
-from empf.capture import CapturedBackward, check_capture
-from empf.config import TrainConfig
-from empf.cpu import use_cpu
-from empf.data import load
+from empf import runs
+from empf.data.load import load_data, make_batches
 from empf.evaluate import correct_per_step
-from empf.health import Health
 from empf.kernels import backend
-from empf.launch import process_died, start_processes
-from empf.loop import learning_rate, make_optimizer
-from empf.sync_norm import sync_norms
+from empf.machine import use_cpu
+from empf.training import config as settings
+from empf.training import session as loop
+from empf.training.capture import CapturedBackward, check_capture
+from empf.training.config import TrainConfig
+from empf.training.health import Health
+from empf.training.processes import process_died, start_processes
+from empf.training.session import learning_rate, make_optimizer
+from empf.training.sync_norm import sync_norms
 
 CALIBRATION = 20  # batches of training images as they are, from which Mem-BN takes its statistics before a test
 DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
@@ -90,7 +90,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     state = None if run is None else runs.load_state(run)
     started_with = processes if state is None else state["processes"]
     batch_size = settings.batch_per_process(config.batch_size * started_with, processes)
-    train_set, test_set = load(
+    train_set, test_set = load_data(
         config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming, **config.frames()
     )
     spec, share = train_set.spec, dict(rank=accelerator.process_index, world=processes, workers=config.workers)

@@ -35,10 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 
 import empf
 from bench.machine import machine
-from empf.data import Augment, Batches, ImageSet, load
+from empf.data.batches import Augment, Batches
+from empf.data.load import load_data
+from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
 from empf.figures import pyplot, save_figure
-from empf.runs import has_matplotlib, write_atomic
+from empf.files import write_atomic
+from empf.runs import has_matplotlib
 
 OUT = Path(__file__).parent / "results" / "ablation"
 
@@ -210,7 +213,7 @@ def run(study: Study, out: Path, data: str | None, seeds: int, part: tuple[int, 
         raise ValueError(f"{out} holds a study with other settings: give another folder with --out")
     write_atomic(out / "study.json", common.encode())
     jobs = [(changes, seed) for seed in range(seeds) for changes in variants()][part[0] - 1 :: part[1]]
-    sets = load("cifar100", data)
+    sets = load_data("cifar100", data)
     sets = tuple(shrink(s, n, study.image_size) for s, n in zip(sets, (study.images, study.test_images), strict=True))
     stop = time.monotonic() + 60 * minutes
     for changes, seed in jobs:

@@ -34,10 +34,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
 from bench.machine import machine
-from empf import runs
-from empf.batches import Augment, Batches
-from empf.data import DATASETS, ImageSet, load
-from empf.streaming import StreamBatches
+from empf.data.batches import Augment, Batches
+from empf.data.load import load_data
+from empf.data.sets import DATASETS, ImageSet
+from empf.data.streaming import StreamBatches
+from empf.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 AUGMENT = Augment(crop=True, flip=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
@@ -135,7 +136,7 @@ def epoch(made: Batches | StreamBatches, every: float = 0.2) -> dict:
 def resident(folder: str | None, batch_size: int, images: int = 50_000) -> dict:
     """CIFAR-100, or random images of its shape."""
     if folder is not None:
-        data, _ = load("cifar100", folder)
+        data, _ = load_data("cifar100", folder)
     else:
         spec = DATASETS["cifar100"]
         pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
@@ -147,7 +148,7 @@ def streamed(images: int, batch_size: int, workers: list[int], buffer: int) -> d
     """An epoch of a synthetic set for each number of workers; checks that the broken images are named, once each."""
     with tempfile.TemporaryDirectory() as folder:
         broken = synthetic_imagenet(Path(folder), images)
-        data, test = load("imagenet1k", folder)
+        data, test = load_data("imagenet1k", folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         result = {"images": len(data), "kb_per_image": round(size / (len(data) + len(test)) / 1e3), "buffer": buffer}
         for count in workers:
@@ -177,7 +178,7 @@ def main() -> None:
     result["streamed"] = streamed(args.images, args.batch_size, sorted({0, args.workers}), args.buffer)
     result["resident"] = resident(args.data, args.batch_size)
     print(f"resident: {json.dumps(result['resident'])}", flush=True)
-    runs.write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
     print(f"written to {args.json}")
 
 

@@ -29,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 
 import empf
 from bench.machine import machine, spread
-from empf import data, runs
-from empf.deploy import PackedModel, load_packed, pack
+from empf import runs
+from empf.data import load as data
+from empf.deploy.layers import PackedNeuron
+from empf.deploy.pack import PackedModel, load_packed, pack
+from empf.files import write_atomic
 from empf.models import ModelConfig, build
 from empf.neuron import StatefulNeuron
-from empf.packed_layers import PackedNeuron
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 64)
@@ -263,7 +265,7 @@ def equality(folder: str, width: float, threads: int, limit: int | None, path: P
 
 
 def write(path: Path, result: dict) -> None:
-    runs.write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def report(result: dict) -> str:

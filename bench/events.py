@@ -25,11 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
 from bench.machine import machine, spread
-from empf.aedat import read_events
-from empf.event_cache import SHARD
-from empf.event_frames import FrameSettings, read_frames
-from empf.events import load_events
-from empf.runs import write_atomic
+from empf.data.aedat import read_events
+from empf.data.event_cache import SHARD
+from empf.data.event_frames import FrameSettings, read_frames
+from empf.data.events import load_events
+from empf.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10

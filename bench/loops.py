@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import empf
 from empf import recompute
-from empf.capture import CapturedBackward
-from empf.config import TrainConfig
-from empf.data import DATASETS, Augment, Batches, ImageSet
-from empf.loop import make_optimizer
+from empf.data.batches import Augment, Batches
+from empf.data.sets import DATASETS, ImageSet
 from empf.neuron import StatefulNeuron, neuron_step
 from empf.synapse import QuantizedWeight
+from empf.training.capture import CapturedBackward
+from empf.training.config import TrainConfig
+from empf.training.session import make_optimizer
 
 AUTHORS = ("authors-order", "authors-loop")
 ONE_STEP = ("random", "kept", *AUTHORS)  # those that draw a step

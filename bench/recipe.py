@@ -31,13 +31,15 @@ import empf
 from bench.ablation import shrink
 from bench.machine import machine
 from bench.record import epochs, train
-from empf.config import Parser, TrainConfig
-from empf.data import Batches, ImageSet, load
+from empf.data.batches import Batches
+from empf.data.load import load_data
+from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
-from empf.loop import learning_rate, make_optimizer
+from empf.files import write_atomic
 from empf.neuron import EMPFNeuron, logit
-from empf.runs import write_atomic
 from empf.synapse import QuantizedWeight
+from empf.training.config import Parser, TrainConfig
+from empf.training.session import learning_rate, make_optimizer
 
 OUT = Path(__file__).parent / "results" / "recipe"
 IMAGE_SIZE, IMAGES = 16, 20_000
@@ -217,7 +219,7 @@ def add(file: Path, result: dict) -> None:
 
 def screen_all(out: Path, data: str | None, names: list[str], number: int, seeds: list[int], until: float) -> None:
     """The runs of a `number` of epochs that are missing, seed by seed."""
-    sets = load("cifar100", data)
+    sets = load_data("cifar100", data)
     sets = tuple(shrink(s, n, IMAGE_SIZE) for s, n in zip(sets, (IMAGES, len(sets[1])), strict=True))
     for seed in seeds:
         for name in names:

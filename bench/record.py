@@ -28,9 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench.machine import machine
-from empf.config import RESUME_MAY_CHANGE, Parser, from_flags
-from empf.data import DATASETS
-from empf.runs import read_config, write_atomic
+from empf.data.sets import DATASETS
+from empf.files import write_atomic
+from empf.runs import read_config
+from empf.training.config import RESUME_MAY_CHANGE, Parser, from_flags
 from eval import main as eval_main
 
 ROOT = Path(__file__).parents[1]

@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 import empf
 from bench.cluster import READ_EVERY, SCALARS, Links, buckets, count, predict, slowest_network
 from bench.machine import machine, spread
-from empf.config import Parser
+from empf.files import write_atomic
 from empf.models import ModelConfig, build
-from empf.runs import write_atomic
+from empf.training.config import Parser
 
 NETWORKS = {  # name -> configuration, images per GPU
     "resnet18": (ModelConfig(arch="resnet18", num_classes=100, image_size=32), 64),

@@ -43,11 +43,11 @@ import empf
 from bench.loops import ONE_STEP, PLAIN, Loop, Setting, Stopwatch, Watch
 from bench.machine import machine, spread
 from empf import recompute
-from empf.config import Parser
-from empf.cpu import cpu_threads, keep_freed_memory
-from empf.memory import saved_for_backward
+from empf.diagnose.memory import saved_for_backward
+from empf.files import write_atomic
+from empf.machine import cpu_threads, keep_freed_memory
 from empf.model_config import ARCHS, WEIGHTS
-from empf.runs import write_atomic
+from empf.training.config import Parser
 
 VARIANTS = ("random", "kept", "authors-order", "authors-loop", "every", "stbp")
 

@@ -1,14 +1,19 @@
 """Online-trained spiking neural networks with floating-point spikes and 1-bit synapses (arXiv 2410.07547)."""
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where `kernels/` lies beside this folder
+    __path__.append(str(Path(__file__).parents[1]))  # an installed package holds it itself
+
 from empf.accounting import account, spike_account
 from empf.attention import SECA
-from empf.calibration import calibrate
-from empf.deploy import PackedModel, load_packed, pack, unpack
+from empf.deploy.pack import PackedModel, load_packed, pack, unpack
+from empf.diagnose.separability import measure_separability
+from empf.evaluate import calibrate
 from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.online import draw_steps, freeze_norm, online_backward, reset, set_online
 from empf.runs import load
-from empf.separability import measure_separability
 from empf.synapse import BinaryConv2d, BinaryLinear
 
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 from io import BytesIO
 from pathlib import Path
 
-from empf.runs import write_atomic
+from empf.files import write_atomic
 
 
 def pyplot():

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from empf import recompute
 from empf.attention import SECA
+from empf.deploy.hub import HubModel
 from empf.fire import check_count, stacked
-from empf.hub import HubModel
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d

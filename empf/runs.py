@@ -11,12 +11,9 @@ decides where a resumed run continues; the other files follow from it.
 """
 
 import json
-import os
 import pickle
 import platform
-import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -27,38 +24,15 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from empf.files import write_atomic
+from empf.machine import git_commit, installed
 from empf.models import ModelConfig, SpikingNetwork, build
 
 if TYPE_CHECKING:
-    from empf.config import TrainConfig
+    from empf.training.config import TrainConfig
 
 FORMAT = 1
 Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file by `data`, or leave it as it was. Raises OSError with one sentence where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(
-            f"could not write {path} ({error.strerror}): make room or choose another folder; what was saved before is "
-            "intact"
-        ) from error
 
 
 def remove_leftovers(run: Path) -> None:
@@ -82,25 +56,6 @@ def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], 
         | {name: installed(name) for name in ("empf", "torch", "triton", "accelerate", "datasets", "numpy")},
     }
     write_atomic(run / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Commit of the code that runs, with "-dirty" behind it where files were changed; None outside a checkout."""
-    checkout = Path(__file__).parents[1]
-    if not (checkout / ".git").exists():  # git would look further up, and find the repository of someone else
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def read_config(run: str | Path) -> dict:
@@ -138,7 +93,7 @@ def training_of(config: dict, run: str | Path) -> "TrainConfig":
     Raises ValueError with one sentence for a setting that is not known, and where there are none: in a model's folder
     of the Hub, if no run was known.
     """
-    from empf.config import TrainConfig  # it imports the data sets, which are cached by means of this module
+    from empf.training.config import TrainConfig  # it imports the data sets, which are cached by means of this module
 
     if not {"dataset", "seed"} <= config["train"].keys():
         raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
@@ -176,7 +131,7 @@ def save_results(run: Path, model: SpikingNetwork, history: list[dict], title: s
     write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
     if draw and has_matplotlib():
-        from empf.curves import plot_curves  # it needs this module
+        from empf.training.curves import plot_curves  # it needs this module
 
         plot_curves(run, history, title)
 

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 
 import empf
 from empf import models
-from empf.data import Batches, load
+from empf.data.batches import Batches
+from empf.data.load import load_data
 
 
 @cache
 def digits() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Six training batches of 32 digits and one test batch of 64."""
-    train, test = load("digits", limit=200)
+    train, test = load_data("digits", limit=200)
     batches = Batches(train, 32, train=True)
     return [*batches, next(iter(Batches(test, 64, train=False)))]
 

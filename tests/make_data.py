@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from empf.data import DATASETS, ImageSet
+from empf.data.sets import DATASETS, ImageSet
 
 
 def pictures(count: int, name: str, *, seed: int = 0) -> tuple[list[Image.Image], list[int]]:

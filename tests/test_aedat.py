@@ -11,8 +11,8 @@ import pytest
 import torch
 from make_events import HEADER, aedat2, random_rows
 
-from empf.aedat import read_events
-from empf.event_frames import FrameSettings, count_events, event_frames_of_file, resize_8bit, resize_area
+from empf.data.aedat import read_events
+from empf.data.event_frames import FrameSettings, count_events, event_frames_of_file, resize_8bit, resize_area
 
 PLACE = {  # column, row
     "transposed": lambda x, y: (127 - y, 127 - x),

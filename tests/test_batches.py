@@ -7,9 +7,10 @@ import pytest
 import torch
 from make_data import assert_same, normalised, random_set, stored
 
-from empf.batches import Augment, Batches, batches
-from empf.data import DATASETS, ImageSet
-from empf.events import EventAugment, EventBatches, EventSet
+from empf.data.batches import Augment, Batches
+from empf.data.events import EventAugment, EventBatches, EventSet
+from empf.data.load import make_batches
+from empf.data.sets import DATASETS, ImageSet
 
 # ---- order and sharing
 
@@ -37,16 +38,16 @@ def test_an_epoch_takes_every_image_once_in_a_new_order():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_an_epoch_resumed_at_any_batch_is_the_same(train):
-    def batches() -> Batches:
+    def make_batches() -> Batches:
         made = Batches(random_set(45), 8, train=train, seed=5, augment=EVERYTHING)
         made.set_epoch(2)
         return made
 
-    whole = list(batches())
+    whole = list(make_batches())
     assert len(whole) == (5 if train else 6)
-    assert_same(list(batches()), whole)
+    assert_same(list(make_batches()), whole)
     for start in (1, 5, len(whole)):
-        assert_same(list(batches().iterate(start=start)), whole[start:])
+        assert_same(list(make_batches().iterate(start=start)), whole[start:])
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -293,7 +294,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu():
 def test_batches_of_images_are_made_by_the_factory():
     whole = random_set(20)
     options = dict(train=True, seed=2, rank=1, world=2, augment=EVERYTHING)
-    made = batches(whole, 4, workers=3, **options)
+    made = make_batches(whole, 4, workers=3, **options)
     assert type(made) is Batches
     assert_same(list(made), list(Batches(whole, 4, **options)))
 
@@ -302,12 +303,14 @@ def test_batches_of_events_are_made_by_the_factory():
     frames = torch.rand(6, 3, 2, 8, 8).half()
     spec = replace(DATASETS["dvs-cifar10"], image_size=8)
     events = EventSet(frames, torch.arange(6), [str(i) for i in range(6)], spec, "folders")
-    made = batches(events, 4, train=True, seed=2, augment=Augment(crop=True, flip=True, roll=3, label_smoothing=0.1))
+    made = make_batches(
+        events, 4, train=True, seed=2, augment=Augment(crop=True, flip=True, roll=3, label_smoothing=0.1)
+    )
     assert type(made) is EventBatches
     augment = EventAugment(flip=True, roll=3, crop=spec.crop_padding, label_smoothing=0.1)
     expected = EventBatches(events, 4, train=True, seed=2, augment=augment)
     assert_same(list(made), list(expected))
-    ((plain, _),) = batches(events, 6, train=False)
+    ((plain, _),) = make_batches(events, 6, train=False)
     assert torch.equal(plain, frames.transpose(0, 1).float())
     with pytest.raises(ValueError, match="cutout and mixup are for images, not for events: set them to 0"):
-        batches(events, 4, train=True, augment=Augment(cutout=3, mixup=0.1))
+        make_batches(events, 4, train=True, augment=Augment(cutout=3, mixup=0.1))

@@ -9,8 +9,8 @@ import torch
 from deploy_tools import trained
 
 from bench import deploy as bench
-from empf.data import load
-from empf.deploy import pack
+from empf.data.load import load_data
+from empf.deploy.pack import pack
 from empf.models import ModelConfig
 
 
@@ -73,7 +73,7 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "compare", lambda model, packed, images, exact: made.append(model) or {"images": 4})
     monkeypatch.setattr(bench, "train", lambda config, batches: config)
     monkeypatch.setattr(bench, "pack", lambda config: config)
-    digits = load("digits", limit=64)
+    digits = load_data("digits", limit=64)
     monkeypatch.setattr(bench.data, "load", lambda name, folder: digits)
     file = tmp_path / "equality.json"
     arguments = ("unused", 0.0625, torch.get_num_threads(), 4, file)

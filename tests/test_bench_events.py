@@ -3,8 +3,8 @@
 import pytest
 
 from bench import events as bench
-from empf.event_cache import SHARD
-from empf.events import load_events
+from empf.data.event_cache import SHARD
+from empf.data.events import load_events
 
 
 def test_measurement_of_a_few_recordings(tmp_path, monkeypatch):

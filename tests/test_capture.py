@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from train_tools import run_train
 
 import empf
-from empf import capture
-from empf.capture import CapturedBackward, check_capture
 from empf.synapse import QuantizedWeight
+from empf.training import capture
+from empf.training.capture import CapturedBackward, check_capture
 
 # ---- a graph on the CPU
 

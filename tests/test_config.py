@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from train_tools import run_train
 
-from empf.config import TrainConfig, batch_per_process, for_resume, from_flags, parser
 from empf.models import ModelConfig
+from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser
 
 
 def parse(*flags: str) -> TrainConfig:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from empf.cpu import cpu_threads
+from empf.machine import cpu_threads
 
 
 def test_threads_are_the_cores_shared_by_the_processes(monkeypatch):
@@ -24,7 +24,7 @@ def test_freed_memory_is_used_again():
     """In a fresh process, as the setting stays: faults of pages while the same block is made again and again."""
     script = """
 import resource, sys, torch
-from empf.cpu import keep_freed_memory
+from empf.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 faults = []

@@ -12,8 +12,10 @@ import torch
 from make_data import disk_folder, image_folder, parquet_folder, pictures, to_dataset
 from PIL import Image
 
-from empf import data, events
-from empf.data import DATASETS, load
+from empf.data import events
+from empf.data import load as data
+from empf.data.load import load_data
+from empf.data.sets import DATASETS
 
 datasets.disable_progress_bars()
 
@@ -29,7 +31,7 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
 def test_every_layout_gives_the_stored_pixels(tmp_path, write, name):
     folder = write(tmp_path / "set", name, train=23, test=11)
     before = sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*"))
-    for seed, split in enumerate(load(name, folder)):
+    for seed, split in enumerate(load_data(name, folder)):
         images, labels = pictures((23, 11)[seed], name, seed=seed)
         assert split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64
         assert torch.equal(split.images, pixels(images))
@@ -52,7 +54,7 @@ def test_column_and_split_aliases(tmp_path, columns, train, test):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         rows = to_dataset(*pictures(12, "cifar10", seed=seed), "cifar10", columns=columns, class_label=False)
         rows.to_parquet(tmp_path / file)
-    splits = load("cifar10", tmp_path)
+    splits = load_data("cifar10", tmp_path)
     for seed, split in enumerate(splits):
         assert torch.equal(split.images, pixels(pictures(12, "cifar10", seed=seed)[0]))
         assert split.class_names == [str(i) for i in range(10)]
@@ -63,7 +65,7 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     grey = np.random.default_rng(3).integers(0, 256, (32, 32), dtype=np.uint8)
     Image.fromarray(grey).save(folder / "train/class000/00000.png")
     Image.new("RGB", (32, 32), (10, 20, 30)).quantize().save(folder / "train/class001/00001.png")
-    train, _ = load("cifar10", folder)
+    train, _ = load_data("cifar10", folder)
     assert torch.equal(train.images[0], torch.from_numpy(grey).expand(3, 32, 32))
     assert train.images[1].unique(dim=1).squeeze().unique(dim=1).flatten().tolist() == [10, 20, 30]
 
@@ -72,7 +74,7 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
 def test_limit_takes_the_first_images_of_each_split(tmp_path, write):
     folder = write(tmp_path / "set", "cifar10", train=23, test=11)
     for limit in (5, 15, 100):  # 15 reaches into the second file of the parquet folder
-        for got, whole in zip(load("cifar10", folder, limit=limit), load("cifar10", folder), strict=True):
+        for got, whole in zip(load_data("cifar10", folder, limit=limit), load_data("cifar10", folder), strict=True):
             assert torch.equal(got.images, whole.images[:limit])
             assert torch.equal(got.labels, whole.labels[:limit])
 
@@ -91,7 +93,7 @@ def test_limit_takes_all_classes_where_they_follow_one_another(tmp_path, write):
             part.to_parquet(tmp_path / f"test-{shard:05}-of-00002.parquet")
     for limit, expected in ((4, [0, 3, 6, 9]), (14, [*range(0, 30, 3), 1, 4, 7, 10]), (99, None)):
         order = expected or [*range(0, 30, 3), *range(1, 30, 3), *range(2, 30, 3)]
-        for part in load("cifar10", tmp_path, limit=limit):
+        for part in load_data("cifar10", tmp_path, limit=limit):
             assert part.labels.tolist() == [labels[i] for i in order]
             assert torch.equal(part.images, pixels([images[i] for i in order]))
 
@@ -99,15 +101,15 @@ def test_limit_takes_all_classes_where_they_follow_one_another(tmp_path, write):
 def test_limit_decodes_no_more_than_it_takes(tmp_path):
     folder = image_folder(tmp_path, "cifar10", train=12, test=10)
     (folder / "train/class005/00005.png").write_bytes(b"not an image")
-    assert len(load("cifar10", folder, limit=5)[0]) == 5
+    assert len(load_data("cifar10", folder, limit=5)[0]) == 5
     with pytest.raises(ValueError, match="image 5 of train"):
-        load("cifar10", folder, limit=6)
+        load_data("cifar10", folder, limit=6)
 
 
 def test_digits_are_split_evenly_and_always_alike():
     from sklearn.datasets import load_digits
 
-    train, test = load("digits")
+    train, test = load_data("digits")
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.shape[1:] == (1, 8, 8)
     for split, share in ((train, 0.8), (test, 0.2)):
@@ -120,14 +122,14 @@ def test_digits_are_split_evenly_and_always_alike():
     assert got == sorted(zip(source.data.astype(int).tolist(), source.target.tolist(), strict=True))
     assert train.images.max() == 255 and 16 in train.images.unique()  # 1 -> 15.94 -> 16: rounded, not cut off
 
-    again, _ = load("digits", limit=100)
+    again, _ = load_data("digits", limit=100)
     assert torch.equal(again.images, train.images[:100])
-    other, _ = load("digits", seed=1)
+    other, _ = load_data("digits", seed=1)
     assert not torch.equal(other.images, train.images)
 
 
 def test_digits_mean_and_std_are_those_of_the_training_images():
-    train, _ = load("digits")
+    train, _ = load_data("digits")
     scaled = train.images.double() / 255
     assert train.spec.mean == pytest.approx((scaled.mean().item(),), abs=5e-5)
     assert train.spec.std == pytest.approx((scaled.std().item(),), abs=5e-5)
@@ -145,7 +147,7 @@ def test_the_hub_is_asked_for_the_right_dataset(monkeypatch):
         return datasets.DatasetDict(train=rows[0], valid=rows[1])
 
     monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
-    train, test = load("cifar100", limit=7)
+    train, test = load_data("cifar100", limit=7)
     assert asked == ["uoft-cs/cifar100"]
     assert torch.equal(train.images, pixels(pictures(7, "cifar100")[0]))
     assert len(test) == 7 and len(test.class_names) == 100
@@ -158,14 +160,14 @@ def test_hub_out_of_reach(monkeypatch, error):
 
     monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match=r"uoft-cs/cifar10 .*(no route|gone).* --data FOLDER") as caught:
-        load("cifar10")
+        load_data("cifar10")
     assert "\n" not in str(caught.value)
 
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'empf\[demo\]'"):
-        load("digits")
+        load_data("digits")
 
 
 @pytest.mark.parametrize(
@@ -188,31 +190,31 @@ def test_digits_without_scikit_learn(monkeypatch):
 )
 def test_wrong_arguments(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        load(name, **arguments)
+        load_data(name, **arguments)
 
 
 def test_missing_folder_and_missing_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*--data"):
-        load("cifar10", tmp_path / "nowhere")
+        load_data("cifar10", tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(FileNotFoundError, match=r"no train split in .*: expected train-\*\.parquet"):
-        load("cifar10", tmp_path)
+        load_data("cifar10", tmp_path)
     image_folder(tmp_path, "cifar10", train=10, test=0)
     with pytest.raises(FileNotFoundError, match="no test split in"):
-        load("cifar10", tmp_path)
+        load_data("cifar10", tmp_path)
     datasets.DatasetDict(train=to_dataset(*pictures(10, "cifar10"), "cifar10")).save_to_disk(tmp_path / "disk")
     with pytest.raises(ValueError, match="no test split in .*disk: it has train"):
-        load("cifar10", tmp_path / "disk")
+        load_data("cifar10", tmp_path / "disk")
     (tmp_path / "empty/train/class000").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images in train of .*empty"):
-        load("cifar10", tmp_path / "empty")
+        load_data("cifar10", tmp_path / "empty")
 
 
 def test_missing_shard(tmp_path):
     folder = parquet_folder(tmp_path, "cifar10")
     (folder / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match=r"found 1 of the 2 files of .*train-\*\.parquet: copy the missing ones"):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
 
 def faulty(folder: Path, images: list, labels: list, name: str = "cifar10", **options) -> Path:
@@ -227,13 +229,13 @@ def faulty(folder: Path, images: list, labels: list, name: str = "cifar10", **op
 def test_missing_columns_are_named(tmp_path):
     folder = faulty(tmp_path, *pictures(10, "cifar10"), columns=("picture", "label"))
     with pytest.raises(ValueError, match="train.parquet has the columns picture, label: it needs one of img | image "):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
 
 def test_column_that_holds_no_images(tmp_path):
     pq.write_table(pa.table({"img": [1, 2], "label": [0, 1]}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="column img holds int64: store the images as datasets.Image"):
-        load("cifar10", tmp_path)
+        load_data("cifar10", tmp_path)
 
 
 def test_image_of_the_wrong_size(tmp_path):
@@ -241,7 +243,7 @@ def test_image_of_the_wrong_size(tmp_path):
     images[7] = images[7].resize((28, 30))
     message = "image 7 of train of .* is 28x30 pixels, but cifar10 has 32x32"
     with pytest.raises(ValueError, match=message):
-        load("cifar10", faulty(tmp_path, images, labels))
+        load_data("cifar10", faulty(tmp_path, images, labels))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16"])
@@ -250,7 +252,7 @@ def test_wrong_pixel_format(tmp_path, mode):
     Image.new(mode, (8, 8)).save(folder / "train/class003/00003.png")
     message = rf"image 3 of train of .*class003.00003\.png\) has the pixel format {mode}, but digits needs 8-bit grey"
     with pytest.raises(ValueError, match=message):
-        load("digits", folder)
+        load_data("digits", folder)
 
 
 @pytest.mark.parametrize("label", [-1, 10, None])
@@ -258,7 +260,7 @@ def test_label_out_of_range(tmp_path, label):
     images, labels = pictures(10, "cifar10")
     labels[4] = label
     with pytest.raises(ValueError, match=rf"image 4 of train of .* has the label {label}, .* labels 0\.\.9"):
-        load("cifar10", faulty(tmp_path, images, labels, class_label=False))
+        load_data("cifar10", faulty(tmp_path, images, labels, class_label=False))
 
 
 def test_another_number_of_classes(tmp_path):
@@ -266,13 +268,13 @@ def test_another_number_of_classes(tmp_path):
     (tmp_path / "train/class009/00019.png").unlink()
     (tmp_path / "train/class009").rmdir()
     with pytest.raises(ValueError, match="train of .* has 9 classes, but cifar10 has 10: check --dataset"):
-        load("cifar10", tmp_path)
+        load_data("cifar10", tmp_path)
 
 
 def test_classes_named_differently_in_train_and_test(tmp_path):
     (image_folder(tmp_path, "cifar10", train=20, test=10) / "test/class009").rename(tmp_path / "test/classical")
     with pytest.raises(ValueError, match="train and test of .* name their classes differently"):
-        load("cifar10", tmp_path)
+        load_data("cifar10", tmp_path)
 
 
 def test_corrupt_image_is_named(tmp_path):
@@ -280,21 +282,21 @@ def test_corrupt_image_is_named(tmp_path):
     file = folder / "test/class002/00002.png"
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"cannot decode image 2 of test of .*class002.00002\.png\) \(.*replace"):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
     images, labels = pictures(10, "cifar10")
     images[8] = {"bytes": b"\x89PNG\r\n\x1a\n and no more", "path": "cat.png"}
     with pytest.raises(ValueError, match=r"cannot decode image 8 of train of .* \(cat\.png\)"):
-        load("cifar10", faulty(tmp_path / "rows", images, labels))
+        load_data("cifar10", faulty(tmp_path / "rows", images, labels))
     Image.new("RGB", (32, 32)).save(tmp_path / "bomb.bmp")
     header = bytearray((tmp_path / "bomb.bmp").read_bytes())
     header[18:26] = (20000).to_bytes(4, "little") * 2  # announces 20000 x 20000 pixels
     images[8] = {"bytes": bytes(header), "path": None}
     with pytest.raises(ValueError, match=r"cannot decode image 8 of train of .* \("):
-        load("cifar10", faulty(tmp_path / "rows", images, labels))
+        load_data("cifar10", faulty(tmp_path / "rows", images, labels))
     images[8] = None
     with pytest.raises(ValueError, match=r"cannot decode image 8 of .* \(the image is empty\): replace or remove it"):
-        load("cifar10", faulty(tmp_path / "rows", images, labels))
+        load_data("cifar10", faulty(tmp_path / "rows", images, labels))
 
 
 def test_corrupt_file_is_named(tmp_path):
@@ -302,25 +304,25 @@ def test_corrupt_file_is_named(tmp_path):
     shard = folder / "train-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
     not_text = pa.array([b"\xff"]).view(pa.string())
     image = pa.StructArray.from_arrays([pa.array([b"pixels"]), not_text], ["bytes", "path"])
     pq.write_table(pa.table({"img": image, "label": [0]}), shard)
     with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
     folder = disk_folder(tmp_path / "disk", "cifar10")
     (file,) = (folder / "test").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cannot read .*disk \(.*write it again with save_to_disk"):
-        load("cifar10", folder)
+        load_data("cifar10", folder)
 
 
 def test_events_are_loaded_with_their_settings(monkeypatch):
     asked = []
     monkeypatch.setattr(events, "load_events", lambda *path, **settings: asked.append((path, settings)))
     settings = dict(T=5, split="random", by="time", orientation="mirrored", resize="8bit", limit=3, seed=2)
-    load("dvs-cifar10", "folder", **settings)
+    load_data("dvs-cifar10", "folder", **settings)
     assert asked == [(("folder",), settings | {"device": "cpu"})]
     assert DATASETS["dvs-cifar10"] == events.DVS_CIFAR10

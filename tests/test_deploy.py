@@ -11,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 import empf
-from empf import cpu_conv, deploy
-from empf.deploy import PackedModel, load_packed, pack, read_picture, top_classes, unpack, verify
-from empf.hub import Origin
-from empf.images import centre_crop
+from empf.data.images import centre_crop
+from empf.deploy import cpu_conv
+from empf.deploy import pack as deploy
+from empf.deploy.hub import Origin
+from empf.deploy.layers import PackedNeuron, PackedSynapse
+from empf.deploy.pack import PackedModel, load_packed, pack, read_picture, top_classes, unpack, verify
 from empf.kernels import set_backend
 from empf.neuron import StatefulNeuron
-from empf.packed_layers import PackedNeuron, PackedSynapse
 
 NEURONS = {"vanilla": {}, "mem_bn": {"neuron": "mem_bn"}, "half parallel": {"parallel": 0.5}}
 EVERY = [NEURONS[n] | {"weights": w, "seca": s} for n, w, s in product(NEURONS, ("binary", "ternary"), (0, 1, 2))]

@@ -7,12 +7,13 @@ import torch
 from make_events import recordings
 
 import empf
-from empf import diagnose, recompute, runs
-from empf.config import TrainConfig
-from empf.events import load_events
-from empf.gradients import compare, estimator
+from empf import recompute, runs
+from empf.data.events import load_events
+from empf.diagnose import __main__ as diagnose
+from empf.diagnose.gradients import compare, estimator
+from empf.diagnose.separability import factors, follow, measure_neuron, measure_separability
 from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, neuron_step
-from empf.separability import factors, follow, measure_neuron, measure_separability
+from empf.training.config import TrainConfig
 
 SUMMARY = {
     "cosine", "norm_ratio", "sign_agreement", "temporal_share", "random_bias", "random_variance", "ds_dm_values",

@@ -18,9 +18,11 @@ from two_processes import CASES, SYNC
 
 import empf
 import train
-from empf import launch, runs
-from empf.data import Batches, load
+from empf import runs
+from empf.data.batches import Batches
+from empf.data.load import load_data
 from empf.evaluate import correct_per_step
+from empf.training import processes as launch
 
 ROOT = Path(train.__file__).parent
 
@@ -60,7 +62,7 @@ def test_accuracy_is_counted_over_every_test_image_once(command_line):
     """One process that loads the saved network finds the same number of correct predictions."""
     run, _ = command_line
     accuracy = metrics(run)[0]["accuracy"]
-    correct = correct_per_step(empf.load(run), Batches(load("digits", limit=101)[1], 101, train=False)).tolist()
+    correct = correct_per_step(empf.load(run), Batches(load_data("digits", limit=101)[1], 101, train=False)).tolist()
     assert accuracy == [100 * c / 101 for c in correct]
     assert correct[0] > 0
 

@@ -10,7 +10,8 @@ from make_data import image_folder
 from train_tools import metrics, run_train
 
 import empf
-from empf.data import Batches, load
+from empf.data.batches import Batches
+from empf.data.load import load_data
 from empf.evaluate import correct_per_step
 from eval import main, table
 
@@ -58,7 +59,7 @@ def test_sizes_and_operations(run, result):
     account = empf.account(model)
     assert {name: result[name] for name in account} == account
     assert result["file_mb"] == (run / "model.safetensors").stat().st_size / 1e6
-    images, labels = next(iter(Batches(load("digits", limit=96)[1], 96, train=False)))
+    images, labels = next(iter(Batches(load_data("digits", limit=96)[1], 96, train=False)))
     counted = empf.spike_account(model, [(images, labels)])
     assert result["sops"] == counted["sops"] > 0
     assert result["energy_mj"] == pytest.approx(result["sops"] * 0.9e-9 * 4 / 32)  # 4-bit spikes

@@ -11,8 +11,8 @@ from deploy_tools import logits, trained
 from PIL import Image
 
 import empf
-from empf.deploy import load_packed, pack, pack_to_file
-from empf.hub import Origin
+from empf.deploy.hub import Origin
+from empf.deploy.pack import load_packed, pack, pack_to_file
 from empf.runs import save_config, save_results
 from eval import main, printable
 

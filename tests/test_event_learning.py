@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from make_events import moving_bars
 
 import empf
+from empf.data.events import EventBatches, load_events
 from empf.evaluate import correct_per_step
-from empf.events import EventBatches, load_events
 
 T, EPOCHS = 6, 6
 

@@ -15,9 +15,9 @@ from make_events import aedat2, moving_bars, random_rows, recordings
 from train_tools import metrics, run_train
 
 import eval
-from empf import event_cache
-from empf.event_frames import FrameSettings
-from empf.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, event_frames_of_file, load_events
+from empf.data import event_cache
+from empf.data.event_frames import FrameSettings
+from empf.data.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, event_frames_of_file, load_events
 
 SMALL = dict(T=3, size=8, workers=1)
 

@@ -25,8 +25,8 @@ from make_data import image_folder, parquet_folder
 from train_tools import leftovers, metrics, resume, run_train, trace
 
 import train
-from empf import batches, runs
-from empf.data import Batches
+from empf import runs
+from empf.data.batches import Batches
 
 SAVE_ALWAYS = ("--save-minutes", "0")
 TESTS = Path(__file__).parent
@@ -189,7 +189,7 @@ def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
                 yield images, target
 
     run = tmp_path / "run"
-    monkeypatch.setattr(batches, "Batches", Poisoned)
+    monkeypatch.setattr(data_load, "Batches", Poisoned)
     with pytest.raises(SystemExit, match="error: the data of epoch 2, batch 2 hold numbers that are not finite"):
         run_train("--output-dir", run, *SAVE_ALWAYS)
     at = runs.load_state(run)["at"]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from train_tools import metrics, resume, run_train
 
 import empf
-from empf.health import Health, main
-from empf.loop import make_optimizer
+from empf.training.health import Health, main
+from empf.training.session import make_optimizer
 
 BATCHES = 12
 
@@ -226,8 +226,8 @@ def test_leaves_the_training_alone(tmp_path):
 
 
 def test_a_warning_is_printed_once_per_epoch_and_survives_a_resume(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("empf.health.SPARSE", 0.999)
-    monkeypatch.setattr("empf.health.DENSE", 2.0)
+    monkeypatch.setattr("empf.training.health.SPARSE", 0.999)
+    monkeypatch.setattr("empf.training.health.DENSE", 2.0)
     run_train("--output-dir", tmp_path / "whole")
     run_train("--output-dir", tmp_path / "parts", "--max-steps", "4")
     printed = capsys.readouterr().out

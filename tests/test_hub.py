@@ -12,8 +12,8 @@ from deploy_tools import logits, trained
 from huggingface_hub import ModelCard
 
 import empf
-from empf.deploy import PackedModel, load_packed, pack
-from empf.hub import Origin
+from empf.deploy.hub import Origin
+from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.models import SpikingNetwork
 from empf.runs import load, save_config, save_results
 

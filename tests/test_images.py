@@ -7,8 +7,8 @@ import pytest
 from make_data import encoded
 from PIL import Image
 
-from empf.images import BROKEN, centre_crop, converted, open_image, random_crop
-from empf.images import _random_box as random_box
+from empf.data.images import BROKEN, centre_crop, converted, open_image, random_crop
+from empf.data.images import _random_box as random_box
 
 
 def ramp(width: int, height: int) -> Image.Image:

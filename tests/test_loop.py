@@ -6,8 +6,8 @@ import signal
 import pytest
 from train_tools import undisturbed
 
-from empf.config import TrainConfig
-from empf.loop import Stop, without_effect
+from empf.training.config import TrainConfig
+from empf.training.session import Stop, without_effect
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

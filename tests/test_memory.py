@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import empf
-from empf import diagnose, recompute
-from empf.training_memory import example, saved, theory, training_memory
+from empf import recompute
+from empf.diagnose import __main__ as diagnose
+from empf.diagnose.training_memory import example, saved, theory, training_memory
 
 
 @pytest.fixture

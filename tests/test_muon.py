@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import empf
-from empf.config import TrainConfig
-from empf.loop import make_optimizer
-from empf.muon import Muon, orthogonal
+from empf.training.config import TrainConfig
+from empf.training.optimizers import Muon, orthogonal
+from empf.training.session import make_optimizer
 
 SHAPES = [(16, 8, 3, 3), (32, 16, 1, 1), (24, 24), (5, 64), (1, 7)]
 

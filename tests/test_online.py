@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import empf
-from empf.memory import Storages, saved_for_backward
+from empf.diagnose.memory import Storages, saved_for_backward
 from empf.online import draw_steps, online_backward
 
 

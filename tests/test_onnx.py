@@ -7,10 +7,10 @@ import pytest
 import torch
 from deploy_tools import logits, shallow, trained
 
-from empf import onnx as empf_onnx
-from empf.deploy import pack
-from empf.hub import Origin
-from empf.onnx import export_onnx
+from empf.deploy import onnx as empf_onnx
+from empf.deploy.hub import Origin
+from empf.deploy.onnx import export_onnx
+from empf.deploy.pack import pack
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about its own packages

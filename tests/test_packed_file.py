@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import empf
-from empf import packed_file
-from empf.deploy import load_packed, pack
-from empf.hub import Origin
+from empf.deploy import file as packed_file
+from empf.deploy.hub import Origin
+from empf.deploy.pack import load_packed, pack
 from empf.kernels.pack import PackedWeight, signs
 from empf.kernels.pack import pack as pack_weight
 

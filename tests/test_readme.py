@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import empf
-from empf.config import TrainConfig
+from empf.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,8 @@ import torch
 
 import empf
 from bench import recipe
-from empf.config import TrainConfig
-from empf.data import DATASETS, ImageSet
+from empf.data.sets import DATASETS, ImageSet
+from empf.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

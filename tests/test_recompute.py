@@ -7,8 +7,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import empf
 from empf import recompute
+from empf.diagnose.memory import Storages, saved_for_backward
 from empf.kernels import dispatch
-from empf.memory import Storages, saved_for_backward
 from empf.models import Block, Builder, ModelConfig
 from empf.neuron import EMPFNeuron
 

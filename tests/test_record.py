@@ -15,8 +15,8 @@ from train_tools import undisturbed
 import eval as eval_script
 import train
 from bench import record
-from empf import config as settings
 from empf import runs
+from empf.training import config as settings
 
 SLEEP = """
 import pathlib, signal, sys, time

@@ -15,7 +15,9 @@ from train_tools import leftovers, run_train
 
 import empf
 from empf import runs
-from empf.curves import plot_curves
+from empf.files import write_atomic
+from empf.machine import git_commit
+from empf.training.curves import plot_curves
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def run(finished, tmp_path) -> Path:
 def test_write_atomic_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b" / "file"
     for data in (b"long content", b"short"):
-        runs.write_atomic(path, data)
+        write_atomic(path, data)
         assert path.read_bytes() == data
     assert os.listdir(path.parent) == ["file"]
 
@@ -45,26 +47,26 @@ def test_write_atomic_makes_folders_and_replaces(tmp_path):
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
     path = tmp_path / "file"
-    runs.write_atomic(path, b"old")
+    write_atomic(path, b"old")
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, function, full)
     with pytest.raises(OSError, match=r"could not write .*file \(No space left on device\): make room .* is intact"):
-        runs.write_atomic(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_size_limit_leaves_the_old_file(tmp_path):
     """The real thing: the kernel refuses in the middle of the write."""
     path = tmp_path / "file"
-    runs.write_atomic(path, b"old")
+    write_atomic(path, b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            runs.write_atomic(path, bytes(200_000))
+            write_atomic(path, bytes(200_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
@@ -73,7 +75,7 @@ def test_a_file_size_limit_leaves_the_old_file(tmp_path):
 def test_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"could not write .*file/run/config.json \(Not a directory\)"):
-        runs.write_atomic(tmp_path / "file" / "run" / "config.json", b"")
+        write_atomic(tmp_path / "file" / "run" / "config.json", b"")
 
 
 def test_new_folder_takes_the_next_free_name(tmp_path):
@@ -124,13 +126,13 @@ def test_git_commit_is_that_of_the_code(tmp_path, monkeypatch):
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    assert runs.git_commit() == head
+    assert git_commit() == head
     code.write_text("changed")
-    assert runs.git_commit() == f"{head}-dirty"
+    assert git_commit() == f"{head}-dirty"
     installed = tmp_path / "venv" / "site-packages" / "empf"
     installed.mkdir(parents=True)
     monkeypatch.setattr(runs, "__file__", str(installed / "runs.py"))
-    assert runs.git_commit() is None
+    assert git_commit() is None
 
 
 def edit_config(run: Path, change) -> None:

@@ -11,9 +11,9 @@ import empf
 import train
 from bench import cluster, scaling
 from bench.cluster import Links, Work, all_reduce, buckets, count, powersgd_bytes, predict
-from empf import sync_norm
 from empf.accounting import macs
 from empf.models import ModelConfig, build
+from empf.training import sync_norm
 
 TINY = ModelConfig(width=0.0625, T=3, image_size=8)
 

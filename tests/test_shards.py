@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from make_data import STREAMED, image_folder, stream_folder
 
-from empf import data, shards
-from empf.data import DATASETS, load
+from empf.data import load as data
+from empf.data import shards
+from empf.data.load import load_data
+from empf.data.sets import DATASETS
 
 datasets.disable_progress_bars()
 
@@ -26,13 +28,13 @@ def test_imagenet_is_tested_on_its_validation_images(tmp_path, streamed):
     assert DATASETS["imagenet1k"].hub_id == "ILSVRC/imagenet-1k"
     assert (DATASETS["imagenet1k"].image_size, DATASETS["imagenet1k"].num_classes) == (224, 1000)
     folder = stream_folder(tmp_path, {"train": [20, 13], "validation": [9], "test": [30]})
-    train, test = load("streamed", folder)
+    train, test = load_data("streamed", folder)
     assert (len(train), len(test)) == (33, 9)
     assert train.spec is STREAMED and train.class_names == [str(i) for i in range(400)]
     for file in folder.glob("validation-*"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no validation split in .*: expected validation-\*\.parquet"):
-        load("streamed", folder)
+        load_data("streamed", folder)
 
 
 def test_streamed_image_folder(tmp_path, streamed, monkeypatch):
@@ -42,12 +44,12 @@ def test_streamed_image_folder(tmp_path, streamed, monkeypatch):
     (folder / "train/class003/more").mkdir()
     (folder / "train/class003/00003.png").rename(folder / "train/class003/more/ünï.JPEG")
     (folder / "train/class003/notes.txt").touch()
-    train, _ = load("streamed", folder)
+    train, _ = load_data("streamed", folder)
     assert len(train) == 23 and train.class_names == [f"class{i:03}" for i in range(10)]
     rows = [next(train.source.read(*block[:3], 0, 1)) for block in train.blocks]
     assert [row.label for row in rows] == [i % 10 for i in range(23)]  # one of each class in turn
     assert {row.where for row in rows} == {str(f) for f in (folder / "train").rglob("*.[pJ]*")}
-    assert [row.where for row in rows][:12] == [r.where for r in read_all(load("streamed", folder, limit=12)[0])]
+    assert [row.where for row in rows][:12] == [r.where for r in read_all(load_data("streamed", folder, limit=12)[0])]
 
 
 def read_all(data) -> list:
@@ -57,7 +59,7 @@ def read_all(data) -> list:
 @pytest.mark.parametrize("limit", [1, 40, 150, 250, 1000])
 def test_limit_of_a_streamed_set_is_spread_over_it(tmp_path, streamed, limit):
     folder = stream_folder(tmp_path, {"train": [130, 120, 51], "validation": [5]}, row_group=2)  # 151 row groups
-    train, test = load("streamed", folder, limit=limit)
+    train, test = load_data("streamed", folder, limit=limit)
     labels = [row.label for row in read_all(train)]
     assert len(train) == len(labels) == min(limit, 301) and len(test) == min(limit, 5)
     assert labels == sorted(set(labels))
@@ -85,7 +87,7 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
     monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(data, "hf_hub_download", fetch)
     monkeypatch.setattr(data, "HfFileSystem", lambda: SimpleNamespace(resolve_path=resolve))
-    train, test = load("streamed")
+    train, test = load_data("streamed")
     assert asked == ["ILSVRC/imagenet-1k"]
     names = [file.name for file in sorted(folder.glob("*")) if not file.name.startswith("test")]
     assert sorted(fetched) == [("r", name, "dataset", "main") for name in names]  # the test images stay where they are
@@ -98,7 +100,7 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
         return open(folder / address[7:], mode)
 
     monkeypatch.setattr(shards, "xopen", xopen)
-    train, test = load("streamed", streaming=True)
+    train, test = load_data("streamed", streaming=True)
     assert len(fetched) == 3 and set(opened) == {f"hf://x/{name}" for name in names}
     assert [row.label for row in read_all(train)] == list(range(33))
     assert [row.label for row in read_all(test)] == list(range(9))
@@ -117,7 +119,7 @@ def test_imagenet_needs_a_token_and_a_network(monkeypatch, error, message):
 
     monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
     with pytest.raises(FileNotFoundError, match=rf"cannot get ILSVRC/imagenet-1k .*{message}"):
-        load("imagenet1k", streaming=True)
+        load_data("imagenet1k", streaming=True)
 
 
 def test_damaged_shard_is_named_before_training(tmp_path, streamed):
@@ -126,7 +128,7 @@ def test_damaged_shard_is_named_before_training(tmp_path, streamed):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-50])
     with pytest.raises(ValueError, match=r"cannot read .*train-00001-of-00002\.parquet \(.*copy the file again"):
-        load("streamed", folder)
+        load_data("streamed", folder)
     pq.write_table(pa.table({"picture": [1], "label": [1]}), shard)
     with pytest.raises(ValueError, match="train-00001-of-00002.parquet has no column image, which other files have"):
-        load("streamed", folder)
+        load_data("streamed", folder)

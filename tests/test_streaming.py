@@ -22,11 +22,12 @@ from train_tools import metrics, run_train
 
 import empf
 from bench.data import memory_mb, synthetic_imagenet
-from empf.batches import Augment, batches
-from empf.data import DATASETS, load
-from empf.images import centre_crop
-from empf.shards import ParquetFiles
-from empf.streaming import LANES, StreamBatches, _shuffled
+from empf.data.batches import Augment
+from empf.data.images import centre_crop
+from empf.data.load import load_data, make_batches
+from empf.data.sets import DATASETS
+from empf.data.shards import ParquetFiles
+from empf.data.streaming import LANES, StreamBatches, _shuffled
 
 TRAIN, TEST = 103, 53  # spread over uneven shards and row groups of 7
 CROPS = Augment(crop=True, flip=True)
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def sets(folder):
-    return load("streamed", folder)
+    return load_data("streamed", folder)
 
 
 def labels_of(made) -> list[int]:
@@ -61,7 +62,7 @@ def test_every_image_once(sets, world, workers):
     train, test = sets
     seen = []
     for rank in range(world):
-        made = batches(test, 8, train=False, rank=rank, world=world, workers=workers)
+        made = make_batches(test, 8, train=False, rank=rank, world=world, workers=workers)
         got = list(made)
         assert len(got) == len(made) and all(0 < len(labels) <= 8 for _, labels in got)
         seen += labels_of(got)
@@ -71,7 +72,7 @@ def test_every_image_once(sets, world, workers):
     for epoch in range(2):
         seen = []
         for rank in range(world):
-            made = batches(train, 8, train=True, seed=3, rank=rank, world=world, workers=workers, augment=CROPS)
+            made = make_batches(train, 8, train=True, seed=3, rank=rank, world=world, workers=workers, augment=CROPS)
             made.set_epoch(epoch)
             got = list(made)
             assert len(got) == len(made) == TRAIN // (8 * world)  # the same on every rank
@@ -85,10 +86,10 @@ def test_every_image_once(sets, world, workers):
 @pytest.mark.parametrize("count, world, size", [(1, 1, 4), (2, 3, 4), (17, 2, 1), (16, 1, 1), (40, 3, 2)])
 def test_every_image_once_in_odd_cases(tmp_path, count, world, size):
     folder = stream_folder(tmp_path, {"train": [count], "validation": [count]}, row_group=100)
-    for part, train in zip(load("streamed", folder), (True, False), strict=True):
+    for part, train in zip(load_data("streamed", folder), (True, False), strict=True):
         if train and count < world * size:
             continue
-        ranks = [batches(part, size, train=train, rank=rank, world=world) for rank in range(world)]
+        ranks = [make_batches(part, size, train=train, rank=rank, world=world) for rank in range(world)]
         seen = [label for made in ranks for label in labels_of(made)]
         assert len(seen) == len(set(seen)) == (count // (size * world) * size * world if train else count)
 
@@ -96,9 +97,9 @@ def test_every_image_once_in_odd_cases(tmp_path, count, world, size):
 def test_image_folder_every_image_once(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "streamed", replace(STREAMED, num_classes=10))
     image_folder(tmp_path, "cifar10", train=30, test=21).joinpath("test").rename(tmp_path / "val")
-    train, test = load("streamed", tmp_path)
-    assert sorted(labels_of(batches(test, 8, train=False))) == sorted(i % 10 for i in range(21))
-    got = list(batches(train, 10, train=True, augment=CROPS))
+    train, test = load_data("streamed", tmp_path)
+    assert sorted(labels_of(make_batches(test, 8, train=False))) == sorted(i % 10 for i in range(21))
+    got = list(make_batches(train, 10, train=True, augment=CROPS))
     assert sorted(labels_of(got)) == sorted(list(range(10)) * 3)
     # single files are drawn from the whole set, not from a buffer: the first batch is not one of each class in turn
     assert len(set(labels_of(got[:1]))) < 10
@@ -108,7 +109,7 @@ def test_the_order_is_drawn_anew_and_mixes_all_shards(sets):
     train, _ = sets
 
     def order(seed: int, epoch: int) -> list[int]:
-        made = batches(train, 8, train=True, seed=seed, augment=CROPS)
+        made = make_batches(train, 8, train=True, seed=seed, augment=CROPS)
         made.set_epoch(epoch)
         return labels_of(made)
 
@@ -123,9 +124,9 @@ def test_the_order_is_drawn_anew_and_mixes_all_shards(sets):
 def test_the_number_of_workers_changes_nothing(sets):
     train, test = sets
     for part, options in ((train, dict(train=True, seed=5, augment=EVERYTHING)), (test, dict(train=False))):
-        whole = list(batches(part, 4, **options))
+        whole = list(make_batches(part, 4, **options))
         for workers in (1, 2, 3):
-            assert_same(list(batches(part, 4, workers=workers, **options)), whole)
+            assert_same(list(make_batches(part, 4, workers=workers, **options)), whole)
     assert [StreamBatches(train, 4, train=True, workers=n).workers for n in (0, 1, 3, 7, 8, 15, 99)] == [
         0, 1, 2, 4, 8, 8, 16,
     ]  # fmt: skip
@@ -136,7 +137,7 @@ def test_an_epoch_resumed_at_any_batch_is_the_same(sets, train):
     part = sets[0] if train else sets[1]
 
     def made(workers: int = 0) -> StreamBatches:
-        made = batches(part, 3, train=train, seed=5, workers=workers, augment=EVERYTHING)
+        made = make_batches(part, 3, train=train, seed=5, workers=workers, augment=EVERYTHING)
         made.set_epoch(2)
         return made
 
@@ -154,7 +155,7 @@ def test_an_epoch_is_resumed_by_another_number_of_processes(sets, before, after,
     def made(world: int, batch_size: int, start: int, **options) -> list[tuple[torch.Tensor, ...]]:
         ranks = []
         for rank in range(world):
-            part = batches(sets[0], batch_size, train=True, seed=5, rank=rank, world=world, augment=EVERYTHING)
+            part = make_batches(sets[0], batch_size, train=True, seed=5, rank=rank, world=world, augment=EVERYTHING)
             part.set_epoch(2)
             ranks.append(list(part.iterate(start, **options)))
         return [tuple(map(torch.cat, zip(*joined, strict=True))) for joined in zip(*ranks, strict=True)]
@@ -172,7 +173,7 @@ def test_a_resumed_epoch_reads_little_of_what_is_done(tmp_path, monkeypatch):
     (file,) = folder.glob("train*")
     table = pq.read_table(file)
     pq.write_table(table, file, row_group_size=2)
-    train, _ = load("streamed", folder)
+    train, _ = load_data("streamed", folder)
     read, blocks = ParquetFiles.read, []
 
     def counted(self, *arguments):
@@ -206,7 +207,7 @@ def test_the_buffer_holds_no_more_than_it_may(count, most):
 def test_the_random_numbers_of_the_caller_are_left_alone(sets):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    list(batches(sets[0], 8, train=True, augment=EVERYTHING))
+    list(make_batches(sets[0], 8, train=True, augment=EVERYTHING))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -219,7 +220,7 @@ def test_test_images_are_the_normalised_centre_crops(tmp_path):
     folder = stream_files(tmp_path, [encoded(image) for image in stored])
     spec = STREAMED
     got = {}
-    for images, labels in batches(load("streamed", folder)[1], 2, train=False):
+    for images, labels in make_batches(load_data("streamed", folder)[1], 2, train=False):
         got.update(zip(labels.tolist(), images, strict=True))
     assert sorted(got) == list(range(5))
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (spec.mean, spec.std))
@@ -232,10 +233,10 @@ def test_training_images_are_cropped_the_same_in_every_batch(tmp_path):
     """An image looks the same whichever rank and batch it is in, and another way in another epoch."""
     rng = np.random.default_rng(0)
     items = [encoded(Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))) for _ in range(24)]
-    train, _ = load("streamed", stream_files(tmp_path, items))
+    train, _ = load_data("streamed", stream_files(tmp_path, items))
 
     def seen(augment: Augment, epoch: int = 0, **options) -> dict[int, torch.Tensor]:
-        made = batches(train, train=True, seed=1, augment=augment, **options)
+        made = make_batches(train, train=True, seed=1, augment=augment, **options)
         made.set_epoch(epoch)
         return {y: x for images, labels in made for x, y in zip(images, labels.tolist(), strict=True)}
 
@@ -253,7 +254,7 @@ def test_training_images_are_cropped_the_same_in_every_batch(tmp_path):
 
 def test_batches_are_cut_out_and_mixed(sets):
     def made(augment: Augment) -> list:
-        return list(batches(sets[0], 8, train=True, seed=1, augment=augment))
+        return list(make_batches(sets[0], 8, train=True, seed=1, augment=augment))
 
     whole, holes = made(CROPS), []
     for (plain, _), (images, _) in zip(whole, made(replace(CROPS, cutout=6)), strict=True):
@@ -291,8 +292,8 @@ def damaged_set(folder, count: int = 400, broken: tuple[int, ...] = (5, 17, 300)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_named_once_and_replaced(tmp_path, workers):
-    train, test = load("streamed", damaged_set(tmp_path))
-    made = batches(train, 50, train=True, workers=workers, augment=CROPS)
+    train, test = load_data("streamed", damaged_set(tmp_path))
+    made = make_batches(train, 50, train=True, workers=workers, augment=CROPS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         epochs = []
@@ -307,7 +308,7 @@ def test_broken_images_are_named_once_and_replaced(tmp_path, workers):
     for got in epochs:
         assert [len(labels) for _, labels in got] == [50] * 8
         assert set(labels_of(got)) == set(range(400)) - {5, 17, 300}  # the other images of the batch fill in
-    tests = batches(test, 64, train=False, workers=workers)
+    tests = make_batches(test, 64, train=False, workers=workers)
     with pytest.warns(UserWarning, match="skipped row (5|17|300) of .*validation.parquet"):
         seen = labels_of(tests)
     assert sorted(seen) == sorted(set(range(400)) - {5, 17, 300})
@@ -316,21 +317,21 @@ def test_broken_images_are_named_once_and_replaced(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_broken_images_are_one_error(tmp_path, workers):
-    train, _ = load("streamed", damaged_set(tmp_path, broken=tuple(range(0, 400, 20))))
+    train, _ = load_data("streamed", damaged_set(tmp_path, broken=tuple(range(0, 400, 20))))
     with (
         pytest.warns(UserWarning),
         pytest.raises(ValueError, match=r"\d of the 400 images .* cannot be used, .*copy it"),
     ):
-        list(batches(train, 20, train=True, workers=workers))
+        list(make_batches(train, 20, train=True, workers=workers))
 
 
 def test_labels_out_of_range_are_one_error(tmp_path):
     items = [encoded(plain_picture(i)) for i in range(8)]
-    train, test = load("streamed", stream_files(tmp_path, items, [-1] * 8))
+    train, test = load_data("streamed", stream_files(tmp_path, items, [-1] * 8))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"the label is -1, but streamed has .* 0\.\.399"):
-        list(batches(train, 8, train=True))
+        list(make_batches(train, 8, train=True))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="cannot be used"):
-        list(batches(test, 8, train=False))
+        list(make_batches(test, 8, train=False))
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path):
@@ -341,8 +342,8 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
     content = bytearray(file.read_bytes())
     content[begin : begin + 30] = os.urandom(30)
     file.write_bytes(content)
-    _, test = load("streamed", folder)
-    made = batches(test, 1000, train=False)
+    _, test = load_data("streamed", folder)
+    made = make_batches(test, 1000, train=False)
     with (
         pytest.warns(UserWarning, match=r"skipped rows 14\d to 146 of .*validation.parquet") as caught,
         pytest.raises(ValueError, match="7 of the 400 images"),  # more than 1 %
@@ -353,11 +354,11 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
 
 def test_a_file_that_vanishes_is_one_error(tmp_path):
     folder = stream_folder(tmp_path, {"train": [40], "validation": [8]})
-    train, _ = load("streamed", folder)
+    train, _ = load_data("streamed", folder)
     (folder / "train-00000-of-00001.parquet").unlink()
     for workers in (0, 1):
         with pytest.raises(ValueError, match="train-00000-of-00001.parquet") as caught:
-            list(batches(train, 8, train=True, workers=workers))
+            list(make_batches(train, 8, train=True, workers=workers))
         assert "\n" not in str(caught.value)
 
 
@@ -381,7 +382,7 @@ def test_workers_start_from_a_process_full_of_threads_and_go(sets):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # a forked child would wait for these threads for ever
     torch.rand(600, 600) @ torch.rand(600, 600)
-    running, workers = data_workers(batches(sets[0], 2, train=True, workers=2))
+    running, workers = data_workers(make_batches(sets[0], 2, train=True, workers=2))
     assert len(workers) == 2
     running.close()  # left early
     psutil.wait_procs(workers, timeout=20)
@@ -391,7 +392,7 @@ def test_workers_start_from_a_process_full_of_threads_and_go(sets):
 
 def test_signals_to_the_group_leave_the_workers_alone(sets):
     """Training catches Ctrl-C and SIGTERM, and finishes its batch: that needs data."""
-    made = batches(sets[0], 2, train=True, workers=2)
+    made = make_batches(sets[0], 2, train=True, workers=2)
     expected = labels_of(made)
     running, workers = data_workers(made)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -402,7 +403,7 @@ def test_signals_to_the_group_leave_the_workers_alone(sets):
 
 
 def test_a_killed_worker_is_one_error(sets):
-    running, workers = data_workers(batches(sets[0], 2, train=True, workers=2))
+    running, workers = data_workers(make_batches(sets[0], 2, train=True, workers=2))
     workers[0].kill()
     with pytest.raises(OSError, match="a process that reads data was killed .*use less --workers"):
         list(running)
@@ -410,9 +411,9 @@ def test_a_killed_worker_is_one_error(sets):
 
 UNTIL_KILLED = """
 import sys, psutil
-from empf.batches import batches
-from empf.data import load
-made = iter(batches(load("imagenet1k", sys.argv[1])[0], 2, train=True, workers=2))
+from empf.data.load import make_batches
+from empf.data.load import load_data
+made = iter(make_batches(load_data("imagenet1k", sys.argv[1])[0], 2, train=True, workers=2))
 next(made)
 print(*(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
 sys.stdin.read()
@@ -471,8 +472,8 @@ def test_an_epoch_of_5000_images_needs_no_more_memory_at_its_end(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_on_the_gpu_equal_those_on_the_cpu(folder, workers):
     options = dict(train=True, seed=5, augment=EVERYTHING)
-    expected = batches(load("streamed", folder)[0], 8, **options)
-    got = batches(load("streamed", folder, device="cuda")[0], 8, workers=workers, **options)
+    expected = make_batches(load_data("streamed", folder)[0], 8, **options)
+    got = make_batches(load_data("streamed", folder, device="cuda")[0], 8, workers=workers, **options)
     for (images, targets), (expected_images, expected_targets) in zip(got, expected, strict=True):
         assert images.is_cuda and targets.is_cuda
         torch.testing.assert_close(images.cpu(), expected_images, rtol=0, atol=1e-5)

@@ -19,12 +19,13 @@ from train_tools import in_double, leftovers, metrics, resume, run_train, trace
 
 import empf
 import train
-from empf import config as settings
-from empf import loop, runs
-from empf.config import TrainConfig
-from empf.cpu import cpu_threads
-from empf.data import Batches
-from empf.health import Health
+from empf import runs
+from empf.data.batches import Batches
+from empf.machine import cpu_threads
+from empf.training import config as settings
+from empf.training import session as loop
+from empf.training.config import TrainConfig
+from empf.training.health import Health
 
 ROOT = Path(train.__file__).parent
 

@@ -14,10 +14,11 @@ from train_tools import TINY, in_double
 
 import empf
 import train
-from empf import config as settings
 from empf import runs
-from empf.data import Augment, Batches, load
-from empf.sync_norm import sync_norms
+from empf.data.batches import Augment, Batches
+from empf.data.load import load_data
+from empf.training import config as settings
+from empf.training.sync_norm import sync_norms
 
 # 2 epochs of 10 joined batches of 32 images, the same for any number of processes
 SYNC = ["--epochs", "2", "--limit", "320", "--sync-bn", "--no-crop"]
@@ -52,7 +53,7 @@ def compare_gradients(
     Norms are frozen, or have the statistics of the joined batch. Two batches: DDP complains about a parameter without
     a gradient when the second one comes.
     """
-    data, _ = load("digits", limit=48)
+    data, _ = load_data("digits", limit=48)
     augment = Augment(crop=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     part = Batches(data, 12, train=True, augment=augment, rank=accelerator.process_index, world=2)
     joined = Batches(data, 24, train=True, augment=augment)

@@ -16,15 +16,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from empf import packed_file
-from empf.hub import HubPacked, Origin, fingerprint
-from empf.images import BROKEN, centre_crop, converted, one_line
+from empf.data.images import BROKEN, centre_crop, converted, one_line
+from empf.data.sets import DATASETS
+from empf.deploy import file as packed_file
+from empf.deploy.hub import HubPacked, Origin, fingerprint
+from empf.deploy.layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
+from empf.files import write_atomic
 from empf.kernels.pack import signs
 from empf.models import ModelConfig, ResNet, SpikingConv, SpikingNetwork, StepBatchNorm, build
 from empf.online import reset
-from empf.packed_layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
-from empf.runs import write_atomic
-from empf.sets import DATASETS
 
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
 
@@ -118,7 +118,7 @@ class PackedModel(nn.Module, HubPacked):
         return self.origin if same else self.origin.without_results()
 
     def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes; see empf/packed_file.py."""
+        """The content of the file that `save` writes; see empf/deploy/file.py."""
         about = {"model": self.config.to_dict(), "origin": asdict(self.stated_origin())}
         return packed_file.to_bytes(packed_file.encode(self.state_dict(), self.packed_weights()), about)
 
@@ -269,7 +269,7 @@ def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator
     share is that of the softmax of their mean. Raises FileNotFoundError or ValueError with one sentence where the file
     cannot be read, or the network takes no events.
     """
-    from empf.events import event_frames_of_file
+    from empf.data.events import event_frames_of_file
 
     c = net.config
     if c.in_channels != 2:

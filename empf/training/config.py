@@ -6,10 +6,11 @@ from typing import NoReturn
 
 import torch
 
-from empf.aedat import ORIENTATIONS
-from empf.data import DATASETS, Augment, DataSpec
-from empf.event_frames import BINS, RESIZES
-from empf.events import SPLITS
+from empf.data.aedat import ORIENTATIONS
+from empf.data.batches import Augment
+from empf.data.event_frames import BINS, RESIZES
+from empf.data.events import SPLITS
+from empf.data.sets import DATASETS, DataSpec
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING

@@ -1,7 +1,7 @@
 """Reading image datasets from the Hub or a local folder.
 
 Sets that fit in memory become one uint8 tensor, decoded once (`ImageSet`); of the others (`StreamSet`) only the place
-of each image is read, see `empf/shards.py`. Events are read by `empf/events.py`.
+of each image is read, see `empf/data/shards.py`. Events are read by `empf/data/events.py`.
 """
 
 import re
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,22 +20,19 @@ from huggingface_hub import HfFileSystem, hf_hub_download
 from PIL import Image
 from torch import Tensor
 
-from empf.batches import Augment, Batches
-from empf.images import BROKEN, converted, is_grey, one_line, open_image
-from empf.sets import DATASETS, DataSpec, ImageSet
-from empf.shards import ImageFolder, ParquetFiles, StreamSet, read_schema
-
-if TYPE_CHECKING:
-    from empf.events import EventSet
-
-__all__ = ["DATASETS", "Augment", "Batches", "DataSpec", "ImageSet", "StreamSet", "load"]
+from empf.data.batches import Augment, Batches
+from empf.data.events import EventAugment, EventBatches, EventSet, load_events
+from empf.data.images import BROKEN, converted, is_grey, one_line, open_image
+from empf.data.sets import DATASETS, DataSpec, ImageSet
+from empf.data.shards import ImageFolder, ParquetFiles, StreamSet, read_schema
+from empf.data.streaming import StreamBatches
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("fine_label", "label")
 _SPLITS = ("train", "test")
 
 
-def load(
+def load_data(
     name: str,
     path: str | Path | None = None,
     *,
@@ -48,8 +45,8 @@ def load(
     by: str = "count",
     orientation: str = "transposed",
     resize: str = "area",
-) -> "tuple[ImageSet, ImageSet] | tuple[StreamSet, StreamSet] | tuple[EventSet, EventSet]":
-    """The training and the test set of a dataset of `DATASETS`, for `empf.batches.batches` on `device`.
+) -> tuple[ImageSet, ImageSet] | tuple[StreamSet, StreamSet] | tuple[EventSet, EventSet]:
+    """The training and the test set of a dataset of `DATASETS`, for `make_batches` on `device`.
 
     Without `path` the dataset comes from the Hugging Face Hub (the digits from scikit-learn). `path` is a local folder
     with the same columns: parquet files (`train-*.parquet`, `train/*.parquet`), an image folder (`train/<class>/*.png`)
@@ -79,8 +76,6 @@ def load(
     if streaming and not spec.streamed:
         raise ValueError(f"{name} fits in memory and is not streamed: leave --streaming out")
     if name == "dvs-cifar10":
-        from empf.events import load_events
-
         if path is None:
             raise ValueError(
                 "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data"
@@ -99,6 +94,39 @@ def load(
     if train.class_names != test.class_names:
         raise ValueError(f"train and test of {origin} name their classes differently: use the same classes in both")
     return train.to(device), test.to(device)
+
+
+def make_batches(
+    data: ImageSet | StreamSet | EventSet,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augment: Augment | None = None,
+    workers: int = 0,
+) -> Batches | StreamBatches | EventBatches:
+    """Batches of what `load_data` returns, of the kind that fits it; all kinds are used alike.
+
+    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take `crop`,
+    `flip`, `roll` and `label_smoothing`, images all but `roll`; ValueError where it asks for the others.
+    """
+    options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
+    if isinstance(data, ImageSet | StreamSet) and augment is not None and augment.roll:
+        raise ValueError("roll is for events, not for images: set it to 0")
+    if isinstance(data, ImageSet):
+        return Batches(data, batch_size, **options)
+    if isinstance(data, StreamSet):
+        return StreamBatches(data, batch_size, workers=workers, **options)
+    if augment is not None:
+        wrong = [name for name in ("cutout", "mixup", "cutmix") if getattr(augment, name)]
+        if wrong:
+            raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
+        crop = data.spec.crop_padding if augment.crop else 0
+        kept = dict(flip=augment.flip, roll=augment.roll, label_smoothing=augment.label_smoothing)
+        options["augment"] = EventAugment(crop=crop, **kept)
+    return EventBatches(data, batch_size, **options)
 
 
 def _digits(spec: DataSpec, limit: int | None, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf import cpu_conv
-from empf.cpu_conv import CodeConv, FloatConv
+from empf.deploy import cpu_conv
+from empf.deploy.cpu_conv import CodeConv, FloatConv
 from empf.kernels import backend
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from empf.deploy import PackedModel
-from empf.packed_layers import PackedSynapse, Span
-from empf.runs import installed, write_atomic
+from empf.deploy.layers import PackedSynapse, Span
+from empf.deploy.pack import PackedModel
+from empf.files import write_atomic
+from empf.machine import installed
 
 
 class WholeSequence(nn.Module):

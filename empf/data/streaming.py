@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from empf.batches import Augment, ImageBatches
-from empf.images import BROKEN, centre_crop, one_line, open_image, random_crop
-from empf.shards import Row, StreamSet
+from empf.data.batches import Augment, ImageBatches
+from empf.data.images import BROKEN, centre_crop, one_line, open_image, random_crop
+from empf.data.shards import Row, StreamSet
 
 LANES = 16
 BUFFER = 8192  # about 1 GB of ImageNet

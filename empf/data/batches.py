@@ -11,19 +11,14 @@ Mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; Cutout: arXiv 1708.04552.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from empf.sets import ImageSet
-
-if TYPE_CHECKING:
-    from empf.events import EventBatches, EventSet
-    from empf.shards import StreamSet
-    from empf.streaming import StreamBatches
+from empf.data.sets import ImageSet
+from empf.data.shards import StreamSet
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class ImageBatches(ABC):
 
     def __init__(
         self,
-        data: "ImageSet | StreamSet",
+        data: ImageSet | StreamSet,
         batch_size: int,
         *,
         train: bool,
@@ -212,42 +207,3 @@ class Batches(ImageBatches):
         if augment.cutout:
             self._cut_out(images, *hole)
         return images, self.data.labels[rows]
-
-
-def batches(
-    data: "ImageSet | StreamSet | EventSet",
-    batch_size: int,
-    *,
-    train: bool,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    augment: Augment | None = None,
-    workers: int = 0,
-) -> "Batches | StreamBatches | EventBatches":
-    """Batches of what `empf.data.load` returns, of the kind that fits it; all kinds are used alike.
-
-    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take `crop`,
-    `flip`, `roll` and `label_smoothing`, images all but `roll`; ValueError where it asks for the others.
-    """
-    options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
-    from empf.shards import StreamSet
-
-    if isinstance(data, ImageSet | StreamSet) and augment is not None and augment.roll:
-        raise ValueError("roll is for events, not for images: set it to 0")
-    if isinstance(data, ImageSet):
-        return Batches(data, batch_size, **options)
-    if isinstance(data, StreamSet):
-        from empf.streaming import StreamBatches
-
-        return StreamBatches(data, batch_size, workers=workers, **options)
-    from empf.events import EventAugment, EventBatches
-
-    if augment is not None:
-        wrong = [name for name in ("cutout", "mixup", "cutmix") if getattr(augment, name)]
-        if wrong:
-            raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
-        crop = data.spec.crop_padding if augment.crop else 0
-        kept = dict(flip=augment.flip, roll=augment.roll, label_smoothing=augment.label_smoothing)
-        options["augment"] = EventAugment(crop=crop, **kept)
-    return EventBatches(data, batch_size, **options)

@@ -1,7 +1,7 @@
 """Splits that do not fit in memory: what is in which file, and reading a block of encoded images at a time.
 
 A block is what is read at once: a row group of a parquet file, or one file of an image folder. The blocks in their
-stored order make up the split; `empf/streaming.py` shuffles and shares them.
+stored order make up the split; `empf/data/streaming.py` shuffles and shares them.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets.utils.file_utils import xopen
 
-from empf.images import IMAGE_SUFFIXES, one_line
-from empf.sets import DataSpec
+from empf.data.images import IMAGE_SUFFIXES, one_line
+from empf.data.sets import DataSpec
 
 _READ_BYTES = 1 << 20  # of a column at once, so that a row group of a gigabyte does not have to fit in memory
 _READ_BYTES_REMOTE = 8 << 20

@@ -10,7 +10,7 @@ neurons     each spiking neuron is given the currents that it sees in the networ
             Mem-BN: the statistics are those of the batch, taken as constants; then mh = g m + h, and a neuron is a
             function of its own current alone. ds/dm is given in units of g, to a multiple of 2^-20: the neuron and
             this file may form g in different orders of the same operations. Without Mem-BN nothing is rounded.
-gradients   of all weights, online against through time: see `empf.gradients`.
+gradients   of all weights, online against through time: see `empf.diagnose.gradients`.
 
 arXiv 2410.07547, sec. 4
 """
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from empf.gradients import compare_gradients
+from empf.diagnose.gradients import compare_gradients
+from empf.evaluate import restored
 from empf.neuron import StatefulNeuron, per_channel
 from empf.online import reset
-from empf.restore import restored
 
 FACTOR_TOLERANCE = 1e-5  # of a measured against a predicted factor, relative to max(1, predicted)
 GAIN_ROUNDING = 2.0**-20  # of ds/dm in units of the gain of Mem-BN
@@ -249,7 +249,7 @@ def measure_separability(model: nn.Module, x: Tensor, target: Tensor) -> tuple[d
 
     Returns (result, samples); the result holds plain values: "T", "mem_bn", "summary", "verdict", "neurons" (by layer,
     a list over steps), "gradients" (by layer). `empf.diagnose.separability_table(result)` is the table for people,
-    `empf.diagnose_figures.draw_separability(result, samples, path)` the figure.
+    `empf.diagnose.figures.draw_separability(result, samples, path)` the figure.
 
     The summary: cosine, norm_ratio, sign_agreement, temporal_share (|through time - online| / |through time|),
     random_bias and random_variance take all weights as one vector; the loss is the mean over the steps of the

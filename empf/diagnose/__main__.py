@@ -5,7 +5,7 @@ python -m empf.diagnose RUN --untrained       the same configuration, freshly in
 python -m empf.diagnose --memory              bytes for T = 1..32 and each learning mode; no run needed
     --json FILE --figure FILE.png|.pdf|.svg   for both
 
-What is measured and what the theory says is described in `empf/separability.py` and `empf/training_memory.py`. For a
+What is measured and what the theory says is described in `empf/diagnose/separability.py` and `empf/diagnose/training_memory.py`. For a
 network of your own call `empf.measure_separability`, and give its result to `separability_table`.
 """
 
@@ -16,17 +16,17 @@ from textwrap import wrap
 
 import torch
 
-from empf import diagnose_figures, runs
-from empf.batches import batches
-from empf.config import Parser, check_device
-from empf.cpu import cpu_threads
-from empf.data import load
-from empf.diagnose_figures import number
-from empf.machine import machine
+from empf import runs
+from empf.data.load import load_data, make_batches
+from empf.diagnose import figures as diagnose_figures
+from empf.diagnose.figures import number
+from empf.diagnose.separability import measure_separability
+from empf.diagnose.training_memory import STEPS, training_memory
+from empf.files import write_atomic
+from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
-from empf.separability import measure_separability
-from empf.training_memory import STEPS, training_memory
+from empf.training.config import Parser, check_device
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
 FIGURES = (".png", ".pdf", ".svg")
@@ -62,11 +62,11 @@ def separability(
     train = runs.training_of(runs.read_config(run), run)
     model = load_model(run, untrained, device)
     pool = min(train.limit or POOL, POOL)
-    sets = load(
+    sets = load_data(
         train.dataset, data or train.data, limit=pool, device=device, streaming=train.streaming, **train.frames()
     )
     images = sets[split == "test"]
-    x, target = next(iter(batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
+    x, target = next(iter(make_batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
     result, samples = measure_separability(model, x, target)
     training = trained_by(run) | ({"epochs_done": 0} if untrained else {})
     about = {
@@ -288,7 +288,7 @@ def diagnose(args) -> None:
         draw = lambda: diagnose_figures.draw_separability(result, samples, figure)  # noqa: E731
     print(text)
     if args.json is not None:
-        runs.write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if figure is not None and runs.has_matplotlib():
         draw()
         print(f"\nfigure: {figure}")

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from empf.batches import Batches
-from empf.event_cache import FrameCache, default_folder
-from empf.event_frames import ARRAYS, RECORDINGS, FrameSettings, event_frames_of_file
-from empf.sets import DATASETS, DataSpec
+from empf.data.batches import Batches
+from empf.data.event_cache import FrameCache, default_folder
+from empf.data.event_frames import ARRAYS, RECORDINGS, FrameSettings, event_frames_of_file
+from empf.data.sets import DATASETS, DataSpec
 
 __all__ = ["DVS_CIFAR10", "SPLITS", "EventAugment", "EventBatches", "EventSet", "event_frames_of_file", "load_events"]
 
@@ -96,11 +96,11 @@ def load_events(
     split by the rule `split` (see `SPLITS`; `seed` draws the random one). Where `path` has the folders train and test
     (or validation, valid, val) with the classes inside, these are the split.
 
-    `T, size, by, orientation, resize`: see `empf.event_frames.FrameSettings`. `limit` keeps the first recordings of
+    `T, size, by, orientation, resize`: see `empf.data.event_frames.FrameSettings`. `limit` keeps the first recordings of
     each split, one of each class in turn. `workers`: processes that decode, by default one per core.
 
     The frames are kept in the folder `cache` (default: events in $EMPF_CACHE or ~/.cache/empf), see
-    `empf/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode once,
+    `empf/data/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode once,
     other settings or changed files are decoded anew. The cache can be deleted at any time.
 
     Raises ValueError or FileNotFoundError with one sentence; damaged files are all named after the rest is decoded.
@@ -191,7 +191,7 @@ class EventAugment:
 class EventBatches(Batches):
     """Batches of an `EventSet`, as (events float32 [T, B, 2, H, W], targets), on the device of the set.
 
-    Order, shares of the processes and restarts are those of `empf.batches.Batches`. Targets are int64 [B], or float32
+    Order, shares of the processes and restarts are those of `empf.data.batches.Batches`. Targets are int64 [B], or float32
     [B, classes] where training smooths the labels.
     """
 

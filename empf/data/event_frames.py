@@ -1,6 +1,6 @@
 """Event frames: the events of a recording counted per time bin, polarity and pixel.
 
-    events   E                   see `empf.aedat.Events`
+    events   E                   see `empf.data.aedat.Events`
     counts   [T, 2, H, W]        channel 0: darker, channel 1: brighter
     frames   [T, 2, size, size]  float32, mean count per pixel of the area that a pixel of the frame covers
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from empf.aedat import ORIENTATIONS, Events, read_events
+from empf.data.aedat import ORIENTATIONS, Events, read_events
 
 BINS = ("count", "time")
 RESIZES = ("area", "8bit")
@@ -31,7 +31,7 @@ class FrameSettings:
 
     by: `count`: bin i has the events i*d..(i+1)*d - 1 with d = E // T, the last one also the rest;
         `time`: T bins of equal length from the first to the last event.
-    orientation: how AEDAT 2.0 is read, see `empf.aedat.read_events`.
+    orientation: how AEDAT 2.0 is read, see `empf.data.aedat.read_events`.
     resize: `area`: exact area averaging. `8bit`: what many published results were obtained with, for comparison only:
         the two polarities as grey and alpha of an 8-bit picture. It stores -count modulo 256, divided by 255, and
         weights the first polarity by the second, so that what has one polarity only is lost.

@@ -5,9 +5,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from empf.evaluate import restored
 from empf.neuron import StatefulNeuron
 from empf.online import reset
-from empf.restore import restored
 
 
 class Storages(TorchDispatchMode):

@@ -136,7 +136,8 @@ class HubModel(
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from empf.runs import FORMAT, write_atomic
+        from empf.files import write_atomic
+        from empf.runs import FORMAT
 
         config = {"format": FORMAT, "model": self.config.to_dict(), "train": {}}
         files = {"config.json": (json.dumps(config, indent=1) + "\n").encode(), "metrics.jsonl": b""}
@@ -165,7 +166,7 @@ class HubPacked(HubModel):
     """Hub methods of a packed network: the one file."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from empf.runs import write_atomic
+        from empf.files import write_atomic
 
         self.save(save_directory / PACKED_FILE)
         about = {"packed": self.config.to_dict(), "origin": asdict(self.stated_origin())}
@@ -173,7 +174,7 @@ class HubPacked(HubModel):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **options) -> "HubPacked":
-        from empf.deploy import load_packed
+        from empf.deploy.pack import load_packed
 
         return load_packed(download(model_id, [PACKED_FILE], [], options) / PACKED_FILE, device)
 
@@ -197,7 +198,7 @@ def download(model_id: str, needed: list[str], optional: list[str], options: dic
 def model_card(model, origin: Origin, load: str) -> ModelCard:
     """README.md of a network: what it is, what its run measured, how to load it."""
     from empf.accounting import account
-    from empf.data import DATASETS
+    from empf.data.sets import DATASETS
     from empf.models import build
 
     c = model.config

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from empf.accounting import account
-from empf.config import TrainConfig
-from empf.data import Batches
+from empf.data.batches import Batches
 from empf.models import SpikingNetwork
-from empf.muon import Muon
 from empf.synapse import FullConv2d, QuantizedWeight
+from empf.training.config import TrainConfig
+from empf.training.optimizers import Muon
 
 SHOWN = 5  # warnings per epoch
 

@@ -12,7 +12,7 @@ class DataSpec:
 
     `mean` and `std` per channel are for pixels scaled to 0..1. `flip`: a mirrored image keeps its class.
     `crop_padding`: pixels a random crop may shift the image by. `streamed`: the images have any size, are cropped to
-    `image_size` (see `empf/images.py`) and do not fit in memory. `test_splits`: names of the split to test on, the
+    `image_size` (see `empf/data/images.py`) and do not fit in memory. `test_splits`: names of the split to test on, the
     first that exists.
     """
 

@@ -1,6 +1,6 @@
 """What a training step keeps in memory, in bytes, by learning mode and number of time steps.
 
-saved              for the backward pass, counted (see `empf.memory`). `random` and `every` hold that of one step, here
+saved              for the backward pass, counted (see `empf.diagnose.memory`). `random` and `every` hold that of one step, here
                    of the last one, after T - 1 steps that carry the potential: one count, so their rows are the same
 saved_plain        the same where nothing is made again in the backward pass (`empf.recompute` switched off)
 theory             of `saved`, from the shapes of the configuration alone, see `theory`
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from empf import recompute
-from empf.memory import saved_for_backward
+from empf.diagnose.memory import saved_for_backward
 from empf.models import Block, ModelConfig, SpikingNetwork, build
 from empf.neuron import EMPFNeuron, StatefulNeuron
 from empf.online import LEARNING, online_backward, reset, set_online

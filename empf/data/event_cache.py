@@ -24,8 +24,8 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from empf.event_frames import FrameSettings, read_frames
-from empf.runs import write_atomic
+from empf.data.event_frames import FrameSettings, read_frames
+from empf.files import write_atomic
 
 SHARD = 16
 FORMAT = 1  # part of the hash: another number forgets all caches

@@ -1,0 +1,1 @@
+"""Images and event recordings: `load.py` is the door."""
