@@ -27,7 +27,8 @@ import torch
 import empf
 from empf import runs
 from empf.data.load import load_data, make_batches
-from empf.deploy.pack import follow, load_packed, pack_to_file, top_classes, unpack
+from empf.deploy.pack import load_packed, pack_to_file, unpack
+from empf.deploy.predict import follow_recording, top_classes
 from empf.evaluate import correct_per_step
 from empf.files import write_atomic
 from empf.kernels import backend
@@ -217,7 +218,7 @@ def printable(name: str) -> str:
 def stream(run: Path, recording: Path, device: str) -> None:
     """Print the prediction after each frame: the class with the largest sum of logits so far."""
     net = load_packed(run, device) if run.is_file() else empf.load(run, device)
-    for t, (name, share, seconds) in enumerate(follow(net, recording), 1):
+    for t, (name, share, seconds) in enumerate(follow_recording(net, recording), 1):
         print(f"frame {t:3d}  {100 * share:6.2f} %  {printable(name)}  ({1e3 * seconds:.1f} ms)", flush=True)
 
 

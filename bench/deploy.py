@@ -72,7 +72,7 @@ def prepare(folder: Path, config: ModelConfig) -> dict[str, Path]:
     return paths
 
 
-def load(name: str, path: Path, device: str) -> nn.Module:
+def load_contender(name: str, path: Path, device: str) -> nn.Module:
     if name == "packed":
         return load_packed(path, device)
     model = runs.load(path, device)
@@ -91,7 +91,7 @@ def measure_alone(name: str, path: Path, device: str, threads: int) -> dict:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: what importing took for a while does not count as a peak
     before = peak()
     start = time.perf_counter()
-    net = load(name, path, device)
+    net = load_contender(name, path, device)
     result = {"load_ms": 1e3 * (time.perf_counter() - start), "memory_mb": {"loaded": peak() - before}}
     c = net.config
     for n in BATCHES:
@@ -151,7 +151,7 @@ def measure(config: ModelConfig, device: str, threads: int, rounds: int) -> dict
         alone = {name: in_fresh_process(name, str(paths[name]), device, str(threads)) for name in CONTENDERS}
         result["load_ms"] = {name: round(alone[name]["load_ms"], 1) for name in CONTENDERS}
         result["memory_mb"] = {name: alone[name]["memory_mb"] for name in CONTENDERS}
-        nets = {name: load(name, paths[name], device) for name in CONTENDERS}
+        nets = {name: load_contender(name, paths[name], device) for name in CONTENDERS}
     x = torch.randn(4, config.in_channels, config.image_size, config.image_size, device=device)
     wanted, found = run(nets["model"], x), run(nets["packed"], x)
     result["relative_difference"] = difference(found, wanted)

@@ -7,6 +7,8 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where `kerne
 
 from empf.accounting import account, spike_account
 from empf.attention import SECA
+from empf.deploy.hub import from_pretrained
+from empf.deploy.onnx import export_onnx
 from empf.deploy.pack import PackedModel, load_packed, pack, unpack
 from empf.diagnose.separability import measure_separability
 from empf.evaluate import calibrate
@@ -19,7 +21,7 @@ from empf.synapse import BinaryConv2d, BinaryLinear
 __version__ = "0.1.0"
 __all__ = [
     "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
-    "account", "build", "calibrate", "draw_steps", "freeze_norm", "load", "load_packed",
-    "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online",
+    "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",
+    "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online",
     "spike_account", "unpack", "vgg_snn",
 ]  # fmt: skip

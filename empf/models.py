@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from empf import recompute
 from empf.attention import SECA
-from empf.deploy.hub import HubModel
 from empf.fire import check_count, stacked
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron
@@ -196,7 +195,7 @@ class Stem(nn.Module):
         return self.bn(y, repeat, again=again)
 
 
-class SpikingNetwork(nn.Module, HubModel, ABC):
+class SpikingNetwork(nn.Module, ABC):
     """Base of the networks: time, input checks and the two orders of computation.
 
     `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state; `model(x, steps=k, past=p)`: p

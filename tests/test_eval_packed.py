@@ -11,7 +11,7 @@ from deploy_tools import logits, trained
 from PIL import Image
 
 import empf
-from empf.deploy.hub import Origin
+from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack, pack_to_file
 from empf.runs import save_config, save_results
 from eval import main, printable

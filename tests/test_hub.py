@@ -5,14 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
-import huggingface_hub.hub_mixin
 import pytest
 import torch
 from deploy_tools import logits, trained
 from huggingface_hub import ModelCard
 
 import empf
-from empf.deploy.hub import Origin
+from empf.deploy import hub
+from empf.deploy.hub import from_pretrained, model_card
+from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.models import SpikingNetwork
 from empf.runs import load, save_config, save_results
@@ -98,22 +99,20 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path, kind):
         assert f"| test accuracy after step {step} | {accuracy:.2f} % |" in card.text
     assert f"{empf.account(model)['params_mb']:.2f} MB" in card.text
     assert "Trained for 2 epochs on digits." in card.text and "[0.25]" in card.text
-    assert (
-        "empf.SpikingNetwork.from_pretrained" if kind == "model" else "empf.PackedModel.from_pretrained"
-    ) in card.text
+    assert "model = empf.from_pretrained(NAME)" in card.text
 
 
 def test_the_card_names_the_data_set_as_the_hub_does():
     packed = pack(trained()[0])
     packed.origin = Origin("cifar100", accuracy=(50.0,))
-    card = packed.generate_model_card()
+    card = model_card(packed)
     assert card.data.datasets == ["uoft-cs/cifar100"] and card.data.model_name == "resnet18 on cifar100"
 
 
 def test_the_card_of_a_network_for_events():
     packed = pack(trained("vgg_snn")[0])
     packed.origin = Origin("dvs-cifar10", mean=(0.0, 0.0), std=(1.0, 1.0), split="random")
-    text = packed.generate_model_card().text
+    text = model_card(packed).text
     assert "logits = model(events)  # [T,N,2,H,W] -> [T,N,classes]" in text
     assert "| split of the recordings | random |" in text and "mean counts" in text and "scaled to 0..1" not in text
 
@@ -158,7 +157,7 @@ def test_push_to_hub_uploads_the_folder(run, monkeypatch, kind):
             sent[repo_id] = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
             return "https://huggingface.co/commit"
 
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     model = load(run) if kind == "model" else pack(load(run))
     assert model.push_to_hub("someone/net") == "https://huggingface.co/commit"
     files = {"model": {"model.safetensors", "metrics.jsonl"}, "packed": {"packed.safetensors"}}[kind]
@@ -166,7 +165,7 @@ def test_push_to_hub_uploads_the_folder(run, monkeypatch, kind):
 
 
 def test_a_repository_is_downloaded_file_by_file(run, tmp_path, monkeypatch):
-    """From the Hub the mixin hands on the options of the user; metrics may be missing."""
+    """The options of the user are handed on; metrics may be missing."""
     from huggingface_hub.errors import EntryNotFoundError
 
     load(run).save_pretrained(tmp_path / "snapshot")
@@ -179,11 +178,10 @@ def test_a_repository_is_downloaded_file_by_file(run, tmp_path, monkeypatch):
             raise EntryNotFoundError("404")
         return str(tmp_path / "snapshot" / filename)
 
-    monkeypatch.setattr(empf.hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     model = SpikingNetwork.from_pretrained("someone/net", revision="v1")
     assert model.config.neuron == "mem_bn"
-    names = {"config.json", "model.safetensors", "metrics.jsonl"}
+    names = {"packed.safetensors", "config.json", "model.safetensors", "metrics.jsonl"}
     assert {(repository, revision) for repository, _, revision in asked} == {("someone/net", "v1")}
     assert {name for _, name, _ in asked} == names
 
@@ -192,3 +190,28 @@ def test_a_repository_is_downloaded_file_by_file(run, tmp_path, monkeypatch):
 def test_a_folder_without_a_network(cls, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("load", [from_pretrained, SpikingNetwork.from_pretrained, PackedModel.from_pretrained])
+def test_a_keyword_that_is_not_known_is_an_error(run, tmp_path, load):
+    """A network has the settings it was saved with: others would be silently ignored."""
+    with pytest.raises(TypeError, match="'T'|'num_classes'|'foo'"):
+        load(run, T=8, num_classes=5, foo=1)
+
+
+def test_one_function_reads_both_kinds_and_a_class_only_its_own(run, tmp_path):
+    model = load(run)
+    packed = pack(model)
+    packed.save_pretrained(tmp_path / "packed")
+    assert empf.from_pretrained(tmp_path / "packed").to_bytes() == packed.to_bytes()
+    assert type(empf.from_pretrained(run)) is type(model)
+    with pytest.raises(ValueError, match="packed holds a PackedModel, .* call empf.from_pretrained"):
+        SpikingNetwork.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="holds a ResNet, which is not packed"):
+        PackedModel.from_pretrained(run)
+
+
+def test_an_own_model_card_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    trained()[0].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"

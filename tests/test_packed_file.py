@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import empf
 from empf.deploy import file as packed_file
-from empf.deploy.hub import Origin
+from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack
 from empf.kernels.pack import PackedWeight, signs
 from empf.kernels.pack import pack as pack_weight

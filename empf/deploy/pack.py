@@ -5,22 +5,17 @@
 """
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from empf.data.images import BROKEN, centre_crop, converted, one_line
-from empf.data.sets import DATASETS
 from empf.deploy import file as packed_file
-from empf.deploy.hub import HubPacked, Origin, fingerprint
 from empf.deploy.layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
+from empf.deploy.origin import Origin, fingerprint
 from empf.files import write_atomic
 from empf.kernels.pack import signs
 from empf.models import ModelConfig, ResNet, SpikingConv, SpikingNetwork, StepBatchNorm, build
@@ -29,7 +24,7 @@ from empf.online import reset
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
 
 
-class PackedModel(nn.Module, HubPacked):
+class PackedModel(nn.Module):
     """A network for inference: called like the model, same logits (T, N, classes), same errors.
 
     `packed(x)`: images (N, C, H, W) or events (T, N, C, H, W), all T steps; `packed(x, steps=k)`: the next k steps;
@@ -235,73 +230,6 @@ def pack_to_file(model: SpikingNetwork, path: str | Path, batches: Iterable[tupl
     finally:
         unchecked.unlink(missing_ok=True)
     return {"file": str(path), "file_mb": path.stat().st_size / 1e6, **checked}
-
-
-def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tuple[str, float]]:
-    """The k most probable (class name, probability) of an image file: softmax of the mean logits, highest first.
-
-    The picture is cut to its central square and resized to the input of the network; of ImageNet, as the test images
-    were. Raises FileNotFoundError or ValueError with one sentence where it cannot be read, or where the network was not
-    trained on images.
-    """
-    c, origin = packed.config, packed.origin
-    if c.in_channels == 2:
-        raise ValueError("the network was trained on events and takes no pictures: give it a recording with --stream")
-    if c.in_channels not in (1, 3) or len(origin.mean) != c.in_channels or len(origin.classes) != c.num_classes:
-        raise ValueError(
-            "the network does not say how images are normalised and what its classes are called: pack it from a run "
-            "folder that was trained on images"
-        )
-    cropped = origin.dataset in DATASETS and DATASETS[origin.dataset].streamed
-    pixels = read_picture(picture, c.in_channels, c.image_size, cropped)  # C H W
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (origin.mean, origin.std))
-    image = ((pixels / 255 - mean) / std).unsqueeze(0).to(packed.stem.weight.device)
-    packed.reset()
-    found = packed(image).mean(0).softmax(-1)[0].topk(min(k, c.num_classes))  # classes
-    packed.reset()
-    return [(origin.classes[i], p) for i, p in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
-
-
-def follow(net: PackedModel | SpikingNetwork, recording: str | Path) -> Iterator[tuple[str, float, float]]:
-    """After each frame of an event recording (or frames [T, 2, H, W] as .npy, .npz): (class, its share, seconds).
-
-    Frames are made as they were for training, where that is known. The class has the largest sum of logits so far, its
-    share is that of the softmax of their mean. Raises FileNotFoundError or ValueError with one sentence where the file
-    cannot be read, or the network takes no events.
-    """
-    from empf.data.events import event_frames_of_file
-
-    c = net.config
-    if c.in_channels != 2:
-        raise ValueError(f"a stream needs a network for events of 2 polarities, this one has {c.in_channels} channels")
-    origin = net.origin if isinstance(net, PackedModel) else Origin.of(net)
-    names = origin.classes if len(origin.classes) == c.num_classes else [f"class {i}" for i in range(c.num_classes)]
-    frames = event_frames_of_file(recording, c.T, c.image_size, **origin.frames()).to(next(net.buffers()).device)
-    reset(net)
-    total = torch.zeros((), device=frames.device)
-    for t, frame in enumerate(frames, 1):
-        start = time.perf_counter()
-        with torch.no_grad():
-            total = total + net(frame.unsqueeze(0), steps=1)[0, 0]  # classes
-        share, best = (total / t).softmax(-1).max(-1)
-        yield names[int(best)], share.item(), time.perf_counter() - start
-    reset(net)
-
-
-def read_picture(path: str | Path, channels: int, size: int, cropped: bool = False) -> Tensor:
-    """The central square of an image file, `cropped` as in testing on ImageNet, as uint8 (channels, size, size)."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image {path}: check the path")
-    try:
-        with Image.open(path) as image:
-            image = converted(ImageOps.exif_transpose(image), channels)
-            if cropped:
-                return torch.from_numpy(centre_crop(image, size).copy())
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except BROKEN as error:
-        raise ValueError(f"cannot read {path} as an image ({one_line(error)}): convert it to PNG") from error
-    return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
 
 
 @torch.no_grad()

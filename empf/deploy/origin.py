@@ -1,0 +1,102 @@
+"""Where the weights of a network come from: what its run recorded, and whether they are still those of the run."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from empf.runs import read_config
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a network come from; empty where it is not known.
+
+    `dataset`: its name; `classes`: class names by label; `mean`, `std`: normalisation per channel of pixels in 0..1;
+    `accuracy`: % of the test set after each time step, last epoch; `epochs`: how many were trained; `split`: which
+    recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became frames.
+    """
+
+    dataset: str | None = None
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    accuracy: tuple[float, ...] = ()
+    epochs: int | None = None
+    split: str | None = None
+    frames_by: str | None = None
+    orientation: str | None = None
+    resize: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Origin":
+        """Build from JSON. Raises TypeError or ValueError where a field is unknown or not of its kind."""
+        lists = {"classes": str, "mean": float, "std": float, "accuracy": float}
+        made = {k: tuple(kind(v) for v in values[k]) for k, kind in lists.items() if k in values}
+        for name, value in values.items():
+            kind = int if name == "epochs" else str
+            if name not in lists and not isinstance(value, kind | None):
+                raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+        return cls(**{**values, **made})
+
+    def frames(self) -> dict[str, str]:
+        """How recordings became frames, where it is known; keywords of `empf.data.events.event_frames_of_file`."""
+        known = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
+        return {name: value for name, value in known.items() if value is not None}
+
+    def without_results(self) -> "Origin":
+        """For weights that are not those that the run measured."""
+        return replace(self, accuracy=(), epochs=None)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Origin":
+        """Of a model that `empf.load` read from a run folder, which it names as `model.run`.
+
+        A model that was changed since has no results. Raises ValueError with one sentence if the folder is damaged.
+        """
+        run = getattr(model, "run", None)
+        if run is None:
+            return cls()
+        config, metrics = read_config(run), Path(run) / "metrics.jsonl"
+        norm = config.get("normalisation", {})
+        try:
+            lines = metrics.read_text().splitlines() if metrics.is_file() else []
+            last = json.loads(lines[-1]) if lines else {}
+            train = config["train"]
+            recordings = ("split", "frames_by", "orientation", "resize")
+            events = {name: train.get(name) for name in recordings if train.get("dataset") == "dvs-cifar10"}
+            origin = cls.from_dict(
+                {
+                    **events,
+                    "dataset": train.get("dataset"),
+                    "classes": config.get("classes", []),
+                    "mean": norm.get("mean", []),
+                    "std": norm.get("std", []),
+                    "accuracy": last.get("accuracy", []),
+                    "epochs": last.get("epoch"),
+                }
+            )
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{run} is damaged ({error}): restore it from a copy of the run") from error
+        return origin if unchanged(model) else origin.without_results()
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A checksum of names, types and numbers."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def unchanged(model: nn.Module) -> bool:
+    """Whether the weights of a model are still those of its run folder."""
+    weights = Path(model.run) / "model.safetensors"
+    return weights.is_file() and fingerprint(safetensors.torch.load_file(weights)) == fingerprint(model.state_dict())
