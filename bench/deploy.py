@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 import empf
 from bench.machine import machine, spread
 from empf import runs
-from empf.data import load as data
+from empf.data.batches import Batches
+from empf.data.load import load_data
+from empf.data.sets import ImageSet
 from empf.deploy.layers import PackedNeuron
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.files import write_atomic
@@ -166,7 +168,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max().item()
 
 
-def train(config: ModelConfig, batches: data.Batches) -> nn.Module:
+def train(config: ModelConfig, batches: Batches) -> nn.Module:
     """One pass: enough to move every parameter and statistic from where it starts."""
     torch.manual_seed(0)
     model = build(config)
@@ -240,10 +242,10 @@ def equality(folder: str, width: float, threads: int, limit: int | None, path: P
     not measured again.
     """
     torch.set_num_threads(threads)
-    train_set, test_set = data.load("cifar100", folder)
-    short = data.ImageSet(train_set.images[:640], train_set.labels[:640], train_set.class_names, train_set.spec)
-    batches = data.Batches(short, 64, train=True)
-    images = torch.cat([x for x, _ in data.Batches(test_set, 1000, train=False)])[:limit]
+    train_set, test_set = load_data("cifar100", folder)
+    short = ImageSet(train_set.images[:640], train_set.labels[:640], train_set.class_names, train_set.spec)
+    batches = Batches(short, 64, train=True)
+    images = torch.cat([x for x, _ in Batches(test_set, 1000, train=False)])[:limit]
     settings = {"width": width, "trained_images": len(short), "test_images": len(images)}
     result = {"machine": machine(), "settings": settings, "networks": []}
     if path.is_file():

@@ -22,6 +22,6 @@ __version__ = "0.1.0"
 __all__ = [
     "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
     "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",
-    "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online",
-    "spike_account", "unpack", "vgg_snn",
+    "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34",
+    "set_online", "spike_account", "unpack", "vgg_snn",
 ]  # fmt: skip

@@ -74,7 +74,7 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "train", lambda config, batches: config)
     monkeypatch.setattr(bench, "pack", lambda config: config)
     digits = load_data("digits", limit=64)
-    monkeypatch.setattr(bench.data, "load", lambda name, folder: digits)
+    monkeypatch.setattr(bench, "load_data", lambda name, folder: digits)
     file = tmp_path / "equality.json"
     arguments = ("unused", 0.0625, torch.get_num_threads(), 4, file)
     rows = bench.equality(*arguments)["networks"]

@@ -8,8 +8,8 @@ import torch
 from deploy_tools import logits, shallow, trained
 
 from empf.deploy import onnx as empf_onnx
-from empf.deploy.origin import Origin
 from empf.deploy.onnx import export_onnx
+from empf.deploy.origin import Origin
 from empf.deploy.pack import pack
 
 

@@ -82,9 +82,7 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with TemporaryDirectory() as folder:
         save_pretrained(net, folder)
-        return str(
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=branch)
-        )  # fmt: skip
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=branch))
 
 
 def from_pretrained(
@@ -116,7 +114,9 @@ def download(repo_id: str, options: dict) -> Path:
     """The folder with the files of a repository: those of a packed network, where it has them."""
     with suppress(EntryNotFoundError):
         return Path(hf_hub_download(repo_id, PACKED_FILE, **options)).parent
-    folder = [Path(hf_hub_download(repo_id, name, **options)).parent for name in ("config.json", "model.safetensors")][0]
+    folder = [Path(hf_hub_download(repo_id, name, **options)).parent for name in ("config.json", "model.safetensors")][
+        0
+    ]
     with suppress(EntryNotFoundError):
         hf_hub_download(repo_id, "metrics.jsonl", **options)
     return folder
@@ -163,7 +163,8 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
         f"# {title}",
         f"A spiking neural network with low-bit synapses ([arXiv 2410.07547]({PAPER})).{trained}",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
-        f"```python\nimport empf\n\nmodel = empf.from_pretrained(NAME)\nlogits = model({x})  # {shape} -> [T,N,classes]\n```",
+        "```python\nimport empf\n\nmodel = empf.from_pretrained(NAME)\n"
+        f"logits = model({x})  # {shape} -> [T,N,classes]\n```",
     ]
     if events:
         lines.append("A frame holds the mean counts of darker and brighter events per pixel, float32, not normalised.")
