@@ -32,7 +32,7 @@ from empf.deploy.predict import follow_recording, top_classes
 from empf.evaluate import correct_per_step
 from empf.files import write_atomic
 from empf.kernels import backend
-from empf.machine import installed, machine, use_cpu
+from empf.machine import VERSION, machine, use_cpu
 from empf.training.config import Parser, TrainConfig, check_device
 
 
@@ -77,7 +77,7 @@ def evaluate(
         "images_per_s": len(test) / seconds,
         "device": device,
         "backend": backend(device),
-        "machine": machine(device) | {"empf": installed("empf")},
+        "machine": machine(device) | {"empf": VERSION},
         "training": training,
     }
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from empf.files import write_atomic
-from empf.machine import git_commit, installed
+from empf.machine import VERSION, git_commit, installed
 from empf.models import ModelConfig, SpikingNetwork, build
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], 
         "classes": classes,
         "normalisation": {"mean": list(mean), "std": list(std)},
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: installed(name) for name in ("empf", "torch", "triton", "accelerate", "datasets", "numpy")},
+        "versions": {"python": platform.python_version(), "empf": VERSION}
+        | {name: installed(name) for name in ("torch", "triton", "accelerate", "datasets", "numpy")},
     }
     write_atomic(run / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 

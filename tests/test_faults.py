@@ -27,6 +27,7 @@ from train_tools import leftovers, metrics, resume, run_train, trace
 import train
 from empf import runs
 from empf.data.batches import Batches
+from empf.data.load import load_data
 
 SAVE_ALWAYS = ("--save-minutes", "0")
 TESTS = Path(__file__).parent
@@ -63,7 +64,7 @@ def storm(run: str) -> None:
 
     The processes are forked from this one, which has never trained: it imports everything once for all of them.
     """
-    train.load("digits")
+    load_data("digits")
     train.make_optimizer(torch.nn.Linear(1, 1), train.TrainConfig())
     statuses, places, rng = [], [], random.Random(0)
     config, state = Path(run, "config.json"), Path(run, "state", "state.pt")
@@ -189,7 +190,7 @@ def test_nan_in_a_batch(whole, tmp_path, monkeypatch):
                 yield images, target
 
     run = tmp_path / "run"
-    monkeypatch.setattr(data_load, "Batches", Poisoned)
+    monkeypatch.setattr("empf.data.load.Batches", Poisoned)
     with pytest.raises(SystemExit, match="error: the data of epoch 2, batch 2 hold numbers that are not finite"):
         run_train("--output-dir", run, *SAVE_ALWAYS)
     at = runs.load_state(run)["at"]

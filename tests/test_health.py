@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from train_tools import metrics, resume, run_train
 
 import empf
+from empf.training.config import TrainConfig
 from empf.training.health import Health, main
 from empf.training.session import make_optimizer
 
@@ -24,7 +25,7 @@ def learner():
         model = empf.resnet18(**{**config, **network}).train()
         x, y = torch.randn(BATCHES, 16, 1, 8, 8), torch.randint(0, 5, (BATCHES, 16))
         plant(model)
-        optimizer = make_optimizer(model, empf.config.TrainConfig(lr=lr))
+        optimizer = make_optimizer(model, TrainConfig(lr=lr))
         health = Health(model, BATCHES)
         for number in range(1, BATCHES + 1):
             with health.watch(number):
@@ -85,7 +86,7 @@ FAULTS = {
         exploding_threshold, {}, "blocks.1.conv2.neuron: its threshold has run away to 0.9997 (of 0.01 to 0.99)",
     ),
     "exploding alpha": (
-        exploding_alpha, {"neuron": "mem_bn"}, "blocks.1.conv2.neuron: its alpha has run away to -25",
+        exploding_alpha, {"neuron": "mem_bn", "lr": 0.005}, "blocks.1.conv2.neuron: its alpha has run away to -25",
     ),
     "frozen weights": (frozen, {}, "blocks.4.conv2.conv: none of its 2304 weights has flipped in this epoch"),
     "not binary": (not_binary, {}, "blocks.3.conv1.conv: it is not binary, channel 0 has 72 different weights"),

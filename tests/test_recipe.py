@@ -74,7 +74,7 @@ def test_steps_are_drawn_later_or_earlier():
 
 
 def test_what_is_there_is_not_run_again(small, sets, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "load", lambda *a: sets)
+    monkeypatch.setattr(recipe, "load_data", lambda *a: sets)
     monkeypatch.setattr(recipe, "shrink", lambda images, count, size: images)
     for _ in range(2):
         recipe.main(["screen", "--only", "old", "lr 0.3", "--epochs", "1", "--out", str(tmp_path)])

@@ -110,6 +110,7 @@ def test_config_says_what_ran(run):
     assert config["classes"] == [str(digit) for digit in range(10)]
     assert config["normalisation"] == {"mean": [0.3054], "std": [0.3760]}
     assert config["versions"]["torch"] == torch.__version__ and config["versions"]["empf"] == empf.__version__
+    assert f'\nversion = "{empf.__version__}"\n' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert {"triton", "accelerate", "datasets", "numpy", "python"} < set(config["versions"])
 
 
@@ -119,7 +120,7 @@ def test_git_commit_is_that_of_the_code(tmp_path, monkeypatch):
     if shutil.which("git") is None:
         pytest.skip("needs git")
     code = tmp_path / "empf" / "runs.py"
-    monkeypatch.setattr(runs, "__file__", str(code))
+    monkeypatch.setattr("empf.machine.__file__", str(code))
     code.parent.mkdir()
     code.write_text("first")
     subprocess.run([*git, "init", "-q"], check=True)
@@ -131,7 +132,7 @@ def test_git_commit_is_that_of_the_code(tmp_path, monkeypatch):
     assert git_commit() == f"{head}-dirty"
     installed = tmp_path / "venv" / "site-packages" / "empf"
     installed.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(installed / "runs.py"))
+    monkeypatch.setattr("empf.machine.__file__", str(installed / "runs.py"))
     assert git_commit() is None
 
 

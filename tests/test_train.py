@@ -21,6 +21,7 @@ import empf
 import train
 from empf import runs
 from empf.data.batches import Batches
+from empf.data.load import load_data
 from empf.machine import cpu_threads
 from empf.training import config as settings
 from empf.training import session as loop
@@ -228,7 +229,7 @@ def test_ctrl_c_before_the_first_batch(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load", interrupted)
+    monkeypatch.setattr(train, "load_data", interrupted)
     with pytest.raises(SystemExit, match="stopped before the first batch"):
         run_train("--output-dir", tmp_path / "run")
 
@@ -331,7 +332,7 @@ def test_activations_keep_the_layout_of_the_weights(monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_found_in_the_batch_it_came_from(tmp_path):
     """Losses are read some batches later: then the batch is drawn once more, to see whether its data are the cause."""
-    batches = Batches(train.load("digits", limit=64)[0], 16, train=True)
+    batches = Batches(load_data("digits", limit=64)[0], 16, train=True)
     nan = float("nan")
     error = loop.divergence(batches, 4, [1.0, nan, nan], tmp_path)
     assert re.match("training diverged, the loss is not finite in epoch 1, batch 3: lower --lr", str(error))
@@ -383,7 +384,7 @@ def test_mem_bn_is_tested_with_calibrated_statistics(tmp_path, monkeypatch):
 
     def calibrate(model, images):
         before = [b.clone() for n, b in model.named_buffers() if "neuron.running" in n]
-        empf.calibration.calibrate(model, images)
+        empf.evaluate.calibrate(model, images)
         after = [b for n, b in model.named_buffers() if "neuron.running" in n]
         seen.append(not any(torch.equal(a, b) for a, b in zip(after, before, strict=True)))
 
@@ -398,7 +399,7 @@ def test_mem_bn_is_calibrated_on_images_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(empf, "calibrate", lambda model, images: seen.extend(images))
     flags = ["--mixup", "0.8", "--cutmix", "1", "--cutout", "3", "--label-smoothing", "0.1"]
     run_train("--neuron", "mem_bn", "--epochs", "1", *flags, "--output-dir", tmp_path / "run")
-    plain = next(iter(Batches(train.load("digits", limit=96)[0], 96, train=False)))[0]
+    plain = next(iter(Batches(load_data("digits", limit=96)[0], 96, train=False)))[0]
     found = torch.cat(seen)
     same = (found[:, None] == plain[None]).flatten(2).all(2)  # 96 96
     assert same.any(0).all() and same.any(1).all() and not same.diagonal().all()
