@@ -26,6 +26,7 @@ import torch
 
 import empf
 from empf import runs
+from empf.data.event_frames import EventSettings
 from empf.data.load import load_data, make_batches
 from empf.deploy.pack import load_packed, pack_to_file, unpack
 from empf.deploy.predict import follow_recording, top_classes
@@ -44,7 +45,7 @@ def evaluate(
     if run.is_file():
         model, precision, streaming = load_packed(run, device), "no", False
         whole, dataset = unpack(model).to(device), model.origin.dataset
-        frames = {"T": model.config.T, "split": model.origin.split or TrainConfig.split, **model.origin.frames()}
+        events = EventSettings(model.config.T, split=model.origin.split or TrainConfig.split, **model.origin.frames())
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
@@ -52,8 +53,8 @@ def evaluate(
         train, training = runs.training_of(runs.read_config(run), run), record_of(run)
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
-        streaming, frames = train.streaming, train.frames()
-    _, test = load_data(dataset, data, limit=limit, device=device, streaming=streaming, **frames)
+        streaming, events = train.streaming, train.events()
+    _, test = load_data(dataset, data, limit=limit, device=device, streaming=streaming, events=events)
     check_classes(model.origin.classes if run.is_file() else runs.read_config(run).get("classes", ()), test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once

@@ -91,7 +91,12 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None) -> No
     started_with = processes if state is None else state["processes"]
     batch_size = settings.batch_per_process(config.batch_size * started_with, processes)
     train_set, test_set = load_data(
-        config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming, **config.frames()
+        config.dataset,
+        config.data,
+        limit=config.limit,
+        device=device,
+        streaming=config.streaming,
+        events=config.events(),
     )
     spec, share = train_set.spec, dict(rank=accelerator.process_index, world=processes, workers=config.workers)
     batches = make_batches(train_set, batch_size, train=True, seed=config.seed, augment=config.augment(), **share)

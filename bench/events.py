@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 from bench.machine import machine, spread
 from empf.data.aedat import read_events
 from empf.data.event_cache import SHARD
-from empf.data.event_frames import FrameSettings, read_frames
+from empf.data.event_frames import EventSettings, FrameSettings, read_frames
 from empf.data.events import load_events
 from empf.files import write_atomic
 
@@ -138,7 +138,7 @@ def main() -> None:
     args = p.parse_args()
     if args.load:
         folder, cache, workers = args.load
-        print(timed(lambda: load_events(folder, T=T, size=SIZE, cache=cache, workers=int(workers))))
+        print(timed(lambda: load_events(folder, EventSettings(T, SIZE), cache=cache, workers=int(workers))))
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as root:

@@ -5,7 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
+from empf.data.event_frames import EventSettings
+from empf.data.events import load_events
+
+PLACE = {  # column, row
+    "transposed": lambda x, y: (127 - y, 127 - x),
+    "mirrored": lambda x, y: (127 - x, y),
+}
+
 HEADER = b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n#End Of ASCII Header\r\n"
+
+
+def load_small(folder, cache=None, *, workers=1, limit=None, seed=0, **settings):
+    """`load_events` into three frames of 8x8 pixels, unless `settings` say otherwise."""
+    settings = EventSettings(**{"T": 3, "size": 8, **settings})
+    return load_events(folder, settings, cache=cache, workers=workers, limit=limit, seed=seed)
 
 
 def aedat2(rows, header: bytes = HEADER) -> bytes:

@@ -4,15 +4,18 @@ import pytest
 
 from bench import events as bench
 from empf.data.event_cache import SHARD
+from empf.data.event_frames import EventSettings
 from empf.data.events import load_events
+
+SETTINGS = EventSettings(bench.T, bench.SIZE)
 
 
 def test_measurement_of_a_few_recordings(tmp_path, monkeypatch):
     def load(folder, cache, workers):
-        return bench.timed(lambda: load_events(folder, T=bench.T, size=bench.SIZE, cache=cache, workers=1))
+        return bench.timed(lambda: load_events(folder, SETTINGS, cache=cache, workers=1))
 
     def kill_half_way(folder, cache, shards, workers):
-        load_events(folder, T=bench.T, size=bench.SIZE, cache=cache, workers=1, limit=1)
+        load_events(folder, SETTINGS, cache=cache, workers=1, limit=1)
         return len(list(cache.glob("*.npy")))
 
     monkeypatch.setattr(bench, "load_seconds", load)

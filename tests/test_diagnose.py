@@ -8,6 +8,7 @@ from make_events import recordings
 
 import empf
 from empf import recompute, runs
+from empf.data.event_frames import EventSettings
 from empf.data.events import load_events
 from empf.diagnose import __main__ as diagnose
 from empf.diagnose.gradients import compare, estimator
@@ -431,7 +432,7 @@ def test_command_on_a_run_of_events(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
     for split in ("train", "test"):
         diagnose.main([str(folder), "--batch-size", "2", "--split", split, "--json", str(tmp_path / "result.json")])
-    sets = load_events(data, T=2, split="test100", by="time", orientation="mirrored")
+    sets = load_events(data, EventSettings(2, split="test100", by="time", orientation="mirrored"))
     for (x, target), known in zip(seen, sets, strict=True):
         for frames, label in zip(x.transpose(0, 1), target, strict=True):
             same = (known.frames.float() == frames).flatten(1).all(1)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from make_events import moving_bars
 
 import empf
+from empf.data.event_frames import EventSettings
 from empf.data.events import EventBatches, load_events
 from empf.evaluate import correct_per_step
 
@@ -17,7 +18,7 @@ def bars(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bars")
     moving_bars(folder / "data" / "train", 256, T=T, seed=0)
     moving_bars(folder / "data" / "test", 128, T=T, seed=1)
-    return load_events(folder / "data", T=T, size=16, cache=folder / "cache", workers=1)
+    return load_events(folder / "data", EventSettings(T, 16), cache=folder / "cache", workers=1)
 
 
 def test_one_class_is_the_other_played_backwards(bars):

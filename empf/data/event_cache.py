@@ -14,7 +14,7 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 
@@ -46,7 +46,8 @@ class FrameCache:
 
     def _key(self, root: Path, shard: list[Path]) -> str:
         stats = [(str(file.relative_to(root)), (s := file.stat()).st_size, s.st_mtime_ns) for file in shard]
-        return hashlib.sha256(json.dumps([FORMAT, asdict(self.settings), stats]).encode()).hexdigest()[:24]
+        frames = {f.name: getattr(self.settings, f.name) for f in fields(FrameSettings)}
+        return hashlib.sha256(json.dumps([FORMAT, frames, stats]).encode()).hexdigest()[:24]
 
     def fill(self, rows: np.ndarray, workers: int | None = None) -> None:
         """Decode what is missing of the files `rows`, by `workers` processes (None: one per core).

@@ -24,6 +24,13 @@ RESIZES = ("area", "8bit")
 RECORDINGS = (".aedat", ".aedat4")
 ARRAYS = (".npy", ".npz")
 
+# "9:1" has three meanings. Of the recordings of a class, in the order of their numbers:
+SPLITS = {
+    "first900": "the first 9/10 for training (files 0-899 of 1000)",
+    "test100": "the first 1/10 for testing (files 0-99 of 1000)",
+    "random": "1/10 for testing, drawn with the seed of the split",
+}
+
 
 @dataclass(frozen=True)
 class FrameSettings:
@@ -50,6 +57,19 @@ class FrameSettings:
         for name, allowed in (("by", BINS), ("orientation", tuple(ORIENTATIONS)), ("resize", RESIZES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class EventSettings(FrameSettings):
+    """How recordings become frames, and which of them are for testing: `split`, a name of `SPLITS`."""
+
+    T: int = 10
+    split: str = "first900"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
 
 def count_events(events: Events, T: int, by: str = "count") -> np.ndarray:

@@ -4,7 +4,7 @@
     labels   [N]               int64
     batch    [T, B, 2, H, W]   float32   time first
 
-    FOLDER/<class>/*.aedat                                      DVS-CIFAR10: split by name, see `SPLITS`
+    FOLDER/<class>/*.aedat                                      DVS-CIFAR10: split by name, see `EventSettings`
     FOLDER/train/<class>/*.npy, FOLDER/test/<class>/*.npy       any recordings or frames [T, 2, H, W]
 
 float16 has 11 significant bits: at 48x48 pixels the mean of up to 32 events per pixel is exact (it is a multiple of
@@ -21,19 +21,11 @@ from torch import Tensor
 
 from empf.data.batches import Batches
 from empf.data.event_cache import FrameCache, default_folder
-from empf.data.event_frames import ARRAYS, RECORDINGS, FrameSettings, event_frames_of_file
+from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
 from empf.data.sets import DATASETS, DataSpec
-
-__all__ = ["DVS_CIFAR10", "SPLITS", "EventAugment", "EventBatches", "EventSet", "event_frames_of_file", "load_events"]
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
 
-# "9:1" has three meanings. Of the recordings of a class, in the order of their numbers:
-SPLITS = {
-    "first900": "the first 9/10 for training (files 0-899 of 1000)",
-    "test100": "the first 1/10 for testing (files 0-99 of 1000)",
-    "random": "1/10 for testing, drawn with the seed of the split",
-}
 _FOLDERS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 
 
@@ -77,13 +69,8 @@ class _Files:
 
 def load_events(
     path: str | Path,
+    settings: EventSettings | None = None,
     *,
-    T: int = 10,
-    size: int = 48,
-    split: str = "first900",
-    by: str = "count",
-    orientation: str = "transposed",
-    resize: str = "area",
     limit: int | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -93,21 +80,20 @@ def load_events(
     """The training and the test recordings in the folder `path` as frames; decoded by all cores the first time.
 
     `path` has a folder for each class, with recordings (.aedat, .aedat4) or frames [T, 2, H, W] (.npy, .npz); they are
-    split by the rule `split` (see `SPLITS`; `seed` draws the random one). Where `path` has the folders train and test
-    (or validation, valid, val) with the classes inside, these are the split.
+    split by the rule `settings.split` (`seed` draws the random one). Where `path` has the folders train and test (or
+    validation, valid, val) with the classes inside, these are the split.
 
-    `T, size, by, orientation, resize`: see `empf.data.event_frames.FrameSettings`. `limit` keeps the first recordings of
-    each split, one of each class in turn. `workers`: processes that decode, by default one per core.
+    `limit` keeps the first recordings of each split, one of each class in turn. `workers`: processes that decode, by
+    default one per core.
 
     The frames are kept in the folder `cache` (default: events in $EMPF_CACHE or ~/.cache/empf), see
-    `empf/data/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode once,
-    other settings or changed files are decoded anew. The cache can be deleted at any time.
+    `empf/data/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode
+    once, other settings or changed files are decoded anew. The cache can be deleted at any time.
 
     Raises ValueError or FileNotFoundError with one sentence; damaged files are all named after the rest is decoded.
     """
-    settings = FrameSettings(T, size, by, orientation, resize)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    settings = settings or EventSettings()
+    split, size = settings.split, settings.size
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 recording, got {limit}: leave it out to use all")
     path, folder = Path(path), default_folder() if cache is None else Path(cache)
@@ -132,7 +118,7 @@ def load_events(
     frames.fill(np.concatenate(rows), workers)
     padding = round(DVS_CIFAR10.crop_padding * size / DVS_CIFAR10.image_size)
     spec = replace(DVS_CIFAR10, image_size=size, num_classes=len(files.class_names), crop_padding=padding)
-    flip_dim = -2 if orientation == "mirrored" and kinds == [".aedat"] else -1
+    flip_dim = -2 if settings.orientation == "mirrored" and kinds == [".aedat"] else -1
     train, test = (
         EventSet(frames.read(r), torch.from_numpy(files.labels[r]), files.class_names, spec, rule, flip_dim)
         for r in rows
@@ -191,8 +177,8 @@ class EventAugment:
 class EventBatches(Batches):
     """Batches of an `EventSet`, as (events float32 [T, B, 2, H, W], targets), on the device of the set.
 
-    Order, shares of the processes and restarts are those of `empf.data.batches.Batches`. Targets are int64 [B], or float32
-    [B, classes] where training smooths the labels.
+    Order, shares of the processes and restarts are those of `empf.data.batches.Batches`. Targets are int64 [B], or
+    float32 [B, classes] where training smooths the labels.
     """
 
     def __init__(

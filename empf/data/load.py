@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from empf.data.batches import Augment, Batches
+from empf.data.event_frames import EventSettings
 from empf.data.events import EventAugment, EventBatches, EventSet, load_events
 from empf.data.images import BROKEN, converted, is_grey, one_line, open_image
 from empf.data.sets import DATASETS, DataSpec, ImageSet
@@ -40,11 +41,7 @@ def load_data(
     device: str | torch.device = "cpu",
     seed: int = 0,
     streaming: bool = False,
-    T: int = 10,
-    split: str = "first900",
-    by: str = "count",
-    orientation: str = "transposed",
-    resize: str = "area",
+    events: EventSettings | None = None,
 ) -> tuple[ImageSet, ImageSet] | tuple[StreamSet, StreamSet] | tuple[EventSet, EventSet]:
     """The training and the test set of a dataset of `DATASETS`, for `make_batches` on `device`.
 
@@ -63,8 +60,7 @@ def load_data(
     `seed` draws the stratified 80/20 split of the digits. It is not the seed of a training run: results on the digits
     compare only at the same split, so leave it alone.
 
-    dvs-cifar10 needs a `path` with recordings; `T`, `split`, `by`, `orientation`, `resize`, `limit` and `seed`
-    are those of `empf.events.load_events`.
+    dvs-cifar10 needs a `path` with recordings; `events` says how they become frames, see `load_events`.
 
     Raises ValueError or FileNotFoundError with one sentence that says what is wrong and what to do.
     """
@@ -80,8 +76,7 @@ def load_data(
             raise ValueError(
                 "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data"
             )
-        frames = dict(T=T, split=split, by=by, orientation=orientation, resize=resize)
-        return load_events(path, **frames, limit=limit, device=device, seed=seed)
+        return load_events(path, events, limit=limit, device=device, seed=seed)
     if path is None and spec.hub_id is None:
         return tuple(part.to(device) for part in _digits(spec, limit, seed))
     origin = str(path or spec.hub_id)

@@ -45,7 +45,7 @@ class Origin:
         return cls(**{**values, **made})
 
     def frames(self) -> dict[str, str]:
-        """How recordings became frames, where it is known; keywords of `empf.data.events.event_frames_of_file`."""
+        """How recordings became frames, where it is known; keywords of `event_frames_of_file`."""
         known = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
         return {name: value for name, value in known.items() if value is not None}
 

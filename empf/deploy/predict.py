@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from empf.data.events import event_frames_of_file
+from empf.data.event_frames import event_frames_of_file
 from empf.data.images import BROKEN, centre_crop, converted, one_line
 from empf.data.sets import DATASETS
 from empf.deploy.origin import Origin

@@ -63,7 +63,7 @@ def separability(
     model = load_model(run, untrained, device)
     pool = min(train.limit or POOL, POOL)
     sets = load_data(
-        train.dataset, data or train.data, limit=pool, device=device, streaming=train.streaming, **train.frames()
+        train.dataset, data or train.data, limit=pool, device=device, streaming=train.streaming, events=train.events()
     )
     images = sets[split == "test"]
     x, target = next(iter(make_batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented

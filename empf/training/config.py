@@ -8,8 +8,7 @@ import torch
 
 from empf.data.aedat import ORIENTATIONS
 from empf.data.batches import Augment
-from empf.data.event_frames import BINS, RESIZES
-from empf.data.events import SPLITS
+from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
 from empf.data.sets import DATASETS, DataSpec
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types
 from empf.neuron import ACTIVATIONS
@@ -138,11 +137,10 @@ class TrainConfig:
         shared = {f.name for f in fields(self)} & {f.name for f in fields(Augment)}
         return Augment(**{name: getattr(self, name) for name in shared})
 
-    def frames(self) -> dict[str, int | str]:
-        """How recordings of events become frames, and which are for testing; keywords of `empf.data.load`."""
-        return dict(
-            T=self.T, split=self.split, by=self.frames_by, orientation=self.orientation, resize=self.resize
-        )  # fmt: skip
+    def events(self) -> EventSettings:
+        """How recordings of events become frames, and which are for testing."""
+        frames = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
+        return EventSettings(self.T, split=self.split, **frames)
 
     def model(self, spec: DataSpec | None = None) -> ModelConfig:
         """The configuration of the network that fits the data set; `spec`: as it was found, if not as it is known."""

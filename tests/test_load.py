@@ -12,8 +12,8 @@ import torch
 from make_data import disk_folder, image_folder, parquet_folder, pictures, to_dataset
 from PIL import Image
 
-from empf.data import events
 from empf.data import load as data
+from empf.data.event_frames import EventSettings
 from empf.data.load import load_data
 from empf.data.sets import DATASETS
 
@@ -126,13 +126,6 @@ def test_digits_are_split_evenly_and_always_alike():
     assert torch.equal(again.images, train.images[:100])
     other, _ = load_data("digits", seed=1)
     assert not torch.equal(other.images, train.images)
-
-
-def test_digits_mean_and_std_are_those_of_the_training_images():
-    train, _ = load_data("digits")
-    scaled = train.images.double() / 255
-    assert train.spec.mean == pytest.approx((scaled.mean().item(),), abs=5e-5)
-    assert train.spec.std == pytest.approx((scaled.std().item(),), abs=5e-5)
 
 
 def test_the_hub_is_asked_for_the_right_dataset(monkeypatch):
@@ -321,8 +314,7 @@ def test_corrupt_file_is_named(tmp_path):
 
 def test_events_are_loaded_with_their_settings(monkeypatch):
     asked = []
-    monkeypatch.setattr(events, "load_events", lambda *path, **settings: asked.append((path, settings)))
-    settings = dict(T=5, split="random", by="time", orientation="mirrored", resize="8bit", limit=3, seed=2)
-    load_data("dvs-cifar10", "folder", **settings)
-    assert asked == [(("folder",), settings | {"device": "cpu"})]
-    assert DATASETS["dvs-cifar10"] == events.DVS_CIFAR10
+    monkeypatch.setattr(data, "load_events", lambda *given, **options: asked.append((given, options)))
+    settings = EventSettings(5, split="random", by="time", orientation="mirrored", resize="8bit")
+    load_data("dvs-cifar10", "folder", events=settings, limit=3, seed=2)
+    assert asked == [(("folder", settings), dict(device="cpu", limit=3, seed=2))]
