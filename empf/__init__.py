@@ -12,13 +12,14 @@ from empf.deploy.onnx import export_onnx
 from empf.deploy.pack import PackedModel, load_packed, pack, unpack
 from empf.diagnose.separability import measure_separability
 from empf.evaluate import calibrate
-from empf.machine import VERSION as __version__
+from empf.machine import VERSION
 from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron
 from empf.online import draw_steps, freeze_norm, online_backward, reset, set_online
 from empf.runs import load
 from empf.synapse import BinaryConv2d, BinaryLinear
 
+__version__ = VERSION
 __all__ = [
     "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
     "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",

@@ -70,8 +70,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 30)  # larger blocks are still handed back
-        mallopt(VERSION = "0.1.0"  # of this code, whether it was installed or not; pyproject.toml says the same
-M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_cpu(threads: int, processes: int = 1) -> None:
