@@ -86,6 +86,9 @@ def test_the_table_has_every_part(run, result, capsys):
     assert rows["accuracy after step 2"] == f"{result['accuracy'][1]:.2f} %"
     assert rows["parameters, full precision"] == f"{result['params_full_mb']:.3f} MB"
     assert rows["parameters, stored"] == f"{result['params_mb']:.3f} MB"
+    assert rows["parameters, as the authors count"].startswith(
+        f"{result['params_authors_mb']:.3f} MB (2 bits if binary"
+    )
     assert rows["model.safetensors on disk"].startswith(f"{result['file_mb']:.3f} MB")
     assert rows["NOPs per image"] == f"{result['nops'] / 1e6:.3f} M"
     assert rows["SOPs per image"] == f"{result['sops'] / 1e6:.3f} M (first 96 images)"

@@ -16,7 +16,18 @@ from empf.deploy.pack import load_packed, pack, pack_to_file
 from empf.runs import save_config, save_results
 from eval import main, printable
 
-NUMBERS = ("accuracy", "neurons", "nops", "params_full_mb", "params_mb", "sops", "energy_mj", "macs", "energy_full_mj")
+NUMBERS = (
+    "accuracy",
+    "neurons",
+    "nops",
+    "params_full_mb",
+    "params_mb",
+    "params_authors_mb",
+    "sops",
+    "energy_mj",
+    "macs",
+    "energy_full_mj",
+)
 
 
 def run_eval(*flags: str | Path) -> None:

@@ -90,7 +90,9 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path, kind):
     assert result.metric_value == pytest.approx(HISTORY[-1]["accuracy"][-1], abs=1e-3)
     for step, accuracy in enumerate(HISTORY[-1]["accuracy"], 1):
         assert f"| test accuracy after step {step} | {accuracy:.2f} % |" in card.text
-    assert f"{empf.account(model)['params_mb']:.2f} MB" in card.text
+    size = empf.account(model)
+    assert f"| parameters | {size['params_mb']:.2f} MB (" in card.text
+    assert f"| parameters as the authors count | {size['params_authors_mb']:.2f} MB (" in card.text
     assert "Trained for 2 epochs on digits." in card.text and "[0.25]" in card.text
     assert "model = empf.from_pretrained(NAME)" in card.text
 

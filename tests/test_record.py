@@ -117,6 +117,8 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
     assert result["file_mb"] < (packed.parent / "model.safetensors").stat().st_size / 4e6
     assert result["recipe"]["weights"] == "ternary" and {"cpu", "date"} <= set(result["machine"])
     row = f"| ternary | 2 | {result['accuracy'][-1]:.2f} % | {result['file_mb']:.2f} MB |"
+    row += f" {result['params_authors_mb']:.2f} MB |"
+    assert 1.2 * result["params_mb"] < result["params_authors_mb"] <= 1.5 * result["params_mb"]
     assert row in capsys.readouterr().out
     record.main(command)  # all is done: nothing runs again
     assert len(called) == 4 and row in capsys.readouterr().out

@@ -136,6 +136,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
         ("neurons", f"{c.neuron}, {c.parallel:.0%} parallel, {spikes}, T = {c.T}"),
         ("channel attention", "none" if c.seca == 0 else f"SECA-{'I' * c.seca}"),
         ("parameters", f"{size['params_mb']:.2f} MB ({size['params_full_mb']:.2f} MB in full precision)"),
+        ("parameters as the authors count", f"{size['params_authors_mb']:.2f} MB (2 bits if binary, 3 if ternary)"),
         ("neuron operations per image", f"{size['nops'] / 1e6:.2f} M"),
         *((f"test accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(origin.accuracy, 1)),
         *([("split of the recordings", origin.split)] if origin.split else []),
