@@ -84,7 +84,16 @@ def evaluate(
 
 
 def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
-    """Raise ValueError where a class has another label than in training: the accuracy would mean nothing."""
+    """Raise ValueError where a class has another label than in training, or none: the accuracy would mean nothing.
+
+    Names that are the labels themselves stand for classes that nobody has named.
+    """
+    named = [names for names in (trained, found) if list(names) != [str(label) for label in range(len(names))]]
+    if len(named) == 2 and not set(trained) & set(found):
+        raise ValueError(
+            f"none of the classes of the data ({', '.join(found[:3])}, ...) is one that the network was trained on "
+            f"({', '.join(trained[:3])}, ...): use the classes it was trained on"
+        )
     for label, name in enumerate(found):
         if name in trained and name not in trained[label : label + 1]:  # a name may stand for two classes
             raise ValueError(

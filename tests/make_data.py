@@ -91,9 +91,9 @@ def assert_same(got: list, expected: list) -> None:
 STREAMED = replace(DATASETS["imagenet1k"], name="streamed", image_size=24, num_classes=400)
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> dict:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> dict:
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 

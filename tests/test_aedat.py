@@ -10,7 +10,7 @@ import pytest
 import torch
 from make_events import HEADER, aedat2, random_rows
 
-from empf.data.aedat import read_events
+from empf.data.aedat import read_events, unwrapped
 from empf.data.event_frames import FrameSettings, count_events, event_frames_of_file
 
 
@@ -22,6 +22,27 @@ def test_events_of_a_file(tmp_path):
     assert events.t.tolist() == [10, 2**32 - 1]
     mirrored = read_events(file, "mirrored")
     assert (mirrored.x.tolist(), mirrored.y.tolist()) == ([122] * 2, [7] * 2)
+
+
+TURN = 2**32
+
+
+@pytest.mark.parametrize(
+    ("stored", "goes_on"),
+    [
+        ([TURN - 2, TURN - 1, 0, 3], [TURN - 2, TURN - 1, TURN, TURN + 3]),
+        ([TURN - 2, 1, TURN - 1, 4, TURN - 1, 5], [TURN - 2, TURN + 1, TURN - 1, TURN + 4, TURN - 1, TURN + 5]),
+        ([5, TURN - 1, 5], [5, TURN - 1, TURN + 5]),  # a pause of more than half a turn, then the end of the turn
+        ([10, 900_000, 20, 30], [10, 900_000, 900_000, 900_010]),  # reset by the camera
+        ([10, 900_000, 20, 500_000, 0], [10, 900_000, 900_000, 1_399_980, 1_399_980]),
+        ([100, 5_000, 90, 5_100], [100, 5_000, 90, 5_100]),  # out of order
+        ([], []),
+        ([7], [7]),
+    ],
+)
+def test_the_clock_goes_on_where_it_begins_again(stored, goes_on):
+    assert unwrapped(np.array(stored, np.uint32)).tolist() == goes_on
+    assert unwrapped(np.array(stored, np.int64) % 2**23, 23).tolist()[:1] == [t % 2**23 for t in goes_on[:1]]
 
 
 def test_a_mark_of_the_camera_is_not_a_pixel(tmp_path):

@@ -185,3 +185,16 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sen
     message = code if isinstance(code, str) else capsys.readouterr().err  # a string: printed at exit, code 1
     assert code not in (0, None)
     assert message.startswith("error: ") and sentence in message and message.strip().count("\n") == 0
+
+
+def test_wholly_other_classes_are_refused():
+    letters = ("a", "b", "c")
+    with pytest.raises(
+        ValueError, match=r"none of the classes of the data \(x, y, z, ...\) .* trained on \(a, b, c, ..."
+    ):
+        eval.check_classes(letters, ["x", "y", "z"])
+    with pytest.raises(ValueError, match="the data give the label 0 to 'b', the network was trained with 1"):
+        eval.check_classes(letters, ["b", "a", "c"])
+    for found in (letters, ["a", "b"], ["0", "1", "2"], ()):
+        eval.check_classes(letters, found)
+        eval.check_classes(["0", "1", "2"], found)

@@ -90,3 +90,18 @@ def test_a_killed_decoding_is_continued(tmp_path, monkeypatch):
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     whole = load_small(folder, **{**options, "cache": tmp_path / "other"})
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(continued, whole, strict=True))
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, file, monkeypatch):
+    folder, cache = recordings(tmp_path / "dvs", classes=2, each=2), tmp_path / "cache"
+    if file:
+        cache.touch()
+    else:
+
+        def denied(path, *arguments, **options):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(type(cache), "mkdir", denied)
+    with pytest.raises(OSError, match=r"cannot keep frames in .*cache \(.*\): set EMPF_CACHE to a folder"):
+        load_small(folder, cache=cache)

@@ -47,6 +47,13 @@ def test_bins_of_equal_time_divide_the_whole_time(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("begin", [0, 2**32 - 4_321])
+def test_bins_of_equal_time_where_the_clock_wraps(tmp_path, begin):
+    file = tmp_path / "a.aedat"
+    file.write_bytes(aedat2([(3, 4, 0, (begin + 10 * i) % 2**32) for i in range(1000)]))
+    assert event_frames_of_file(file, 10, 128, by="time").sum((1, 2, 3)).tolist() == [100] * 10
+
+
 def test_fewer_events_than_bins_come_last(tmp_path):
     file = tmp_path / "a.aedat"
     file.write_bytes(aedat2(random_rows(3)))

@@ -75,6 +75,20 @@ def test_folders_of_frames_are_their_own_split(tmp_path):
             assert torch.equal(events.frames[events.labels == label], expected[part, name])
 
 
+def test_recordings_below_a_class_are_read_and_what_is_hidden_is_not(tmp_path):
+    folder = recordings(tmp_path / "dvs", classes=2, each=20)
+    (folder / "class0" / "monday" / "noon").mkdir(parents=True)
+    for name in ("cifar10_class0_3.aedat", "cifar10_class0_19.aedat"):
+        (folder / "class0" / name).rename(folder / "class0" / "monday" / "noon" / name)
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "class1/.old"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "1.aedat").write_bytes(b"damaged")
+    (folder / "class1" / "._cifar10_class1_0.aedat").write_bytes(b"damaged")
+    train, test = load_small(folder, cache=tmp_path / "cache")
+    assert train.class_names == ["class0", "class1"] and (len(train), len(test)) == (36, 4)
+    assert train.labels.bincount().tolist() == [18, 18] and test.labels.tolist() == [0, 1, 0, 1]
+
+
 def test_errors_of_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*none: check the path given with --data"):
         load_small(tmp_path / "none")

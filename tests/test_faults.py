@@ -26,7 +26,6 @@ from train_tools import leftovers, metrics, resume, run_train, trace
 
 import train
 from empf import runs
-from empf.data import load as data_load
 from empf.data.batches import Batches
 from empf.data.load import load_data
 

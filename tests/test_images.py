@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from make_data import encoded
-from PIL import Image
+from PIL import ExifTags, Image
 
 from empf.data.images import BROKEN, centre_crop, converted, open_image, random_crop
 from empf.data.images import _random_box as random_box
@@ -108,11 +108,39 @@ def test_large_jpegs_are_decoded_smaller():
         assert np.abs(got.astype(int) - expected).max() <= 6
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(kind, orientation):
+    """Red is the column and green the row of the picture as it is to be seen."""
+    seen = ramp(48, 32)
+    back = {  # as the camera stored it
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = seen.transpose(back[orientation]) if orientation > 1 else seen
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with open_image(encoded(stored, kind, exif=exif, lossless=True, quality=100, subsampling=0)) as image:
+        assert image.size == (48, 32)
+        assert np.abs(np.asarray(converted(image, 3)).astype(int) - np.asarray(seen)).max() <= 6
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_the_first_picture_of_several(kind):
+    first, second = (Image.new("RGB", (9, 7), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    with open_image(encoded(first, kind, save_all=True, append_images=[second])) as image:
+        assert np.asarray(converted(image, 3)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 63
+
+
 def test_damaged_files_raise_what_is_caught():
     rng, seen = np.random.default_rng(0), set()
     picture = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8))
     files = [encoded(picture, kind)["bytes"] for kind in ("JPEG", "PNG", "WEBP", "BMP")]
     files += [encoded(picture.convert("CMYK"), "JPEG")["bytes"], encoded(picture.quantize())["bytes"]]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    files += [encoded(picture, kind, exif=exif)["bytes"] for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF")]
     for file in files * 50:
         damaged = bytearray(file)
         for _ in range(rng.integers(1, 12)):

@@ -40,6 +40,31 @@ class Events:
         return len(self.t)
 
 
+RESET = 10_000  # us; a camera whose time falls by more was reset, one whose time falls by less wrote out of order
+
+
+def unwrapped(t: np.ndarray, bits: int = 32) -> np.ndarray:
+    """Times in the order of the recording from a clock of so many bits, which begins again when it is full: int64.
+
+    Where the clock was reset, time goes on from the event before.
+    """
+    t, period = t.astype(np.int64), 1 << bits
+    steps = np.diff(t)
+    jumps = np.flatnonzero((steps < -RESET) | (steps > period // 2))
+    shift = np.zeros(len(t), np.int64)
+    turns = 0
+    for at in jumps.tolist():
+        step = int(steps[at])
+        if step < -period // 2:
+            turns, by = turns + 1, period
+        elif step > 0:  # back over the end of a turn, where events are out of order; else a long pause
+            turns, by = (turns - 1, -period) if turns else (0, 0)
+        else:
+            by = -step
+        shift[at + 1 :] += by
+    return t + shift
+
+
 def read_events(path: str | Path, orientation: str = "transposed") -> Events:
     """The events of a recording, AEDAT 2.0 of a DVS128 (.aedat) or AEDAT 4 (.aedat4).
 
@@ -77,7 +102,7 @@ def _read_aedat2(data: bytes, path: str | Path, orientation: str) -> Events:
     if (len(data) - start) % 8:
         raise ValueError(f"{path} ends in the middle of an event: copy the recording again")
     pairs = np.frombuffer(data, ">u4", offset=start).reshape(-1, 2)  # E 2
-    address, t = pairs[:, 0].astype(np.uint32), pairs[:, 1].astype(np.int64)
+    address, t = pairs[:, 0].astype(np.uint32), unwrapped(pairs[:, 1])
     used = np.bitwise_or.reduce(address) if len(address) else np.uint32(0)
     if used >> 16:
         raise ValueError(f"{path} has addresses beyond 16 bits: it is damaged, or not a recording of a DVS128")

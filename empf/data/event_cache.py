@@ -57,7 +57,14 @@ class FrameCache:
         numbers = np.unique(rows // SHARD).tolist()
         if all(self._shard(n) is not None for n in numbers):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".lock").touch()
+        except OSError as error:
+            raise OSError(
+                f"cannot keep frames in {self.folder} ({error.strerror or error}): set EMPF_CACHE to a folder that can "
+                "be written"
+            ) from error
         with FileLock(self.folder / ".lock"):  # the system frees the lock of a process that dies
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()

@@ -22,11 +22,10 @@ from torch import Tensor
 from empf.data.batches import Batches
 from empf.data.event_cache import FrameCache, default_folder
 from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
+from empf.data.folders import TEST_SPLITS, TRAIN_SPLITS, files_below, subfolder, subfolders
 from empf.data.sets import DATASETS, DataSpec
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
-
-_FOLDERS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,9 @@ def load_events(
 ) -> tuple[EventSet, EventSet]:
     """The training and the test recordings in the folder `path` as frames; decoded by all cores the first time.
 
-    `path` has a folder for each class, with recordings (.aedat, .aedat4) or frames [T, 2, H, W] (.npy, .npz); they are
-    split by the rule `settings.split` (`seed` draws the random one). Where `path` has the folders train and test (or
-    validation, valid, val) with the classes inside, these are the split.
+    `path` has a folder for each class, with recordings (.aedat, .aedat4) or frames [T, 2, H, W] (.npy, .npz) in it or
+    in folders below; they are split by the rule `settings.split` (`seed` draws the random one). Where `path` has the
+    folders train and test (or validation, valid, val) with the classes inside, these are the split.
 
     `limit` keeps the first recordings of each split, one of each class in turn. `workers`: processes that decode, by
     default one per core.
@@ -99,7 +98,7 @@ def load_events(
     path, folder = Path(path), default_folder() if cache is None else Path(cache)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: check the path given with --data")
-    parts = [next((path / a for a in aliases if (path / a).is_dir()), None) for aliases in _FOLDERS.values()]
+    parts = [subfolder(path, names) for names in (TRAIN_SPLITS, TEST_SPLITS)]
     if None not in parts:
         train, test = (_list(part) for part in parts)
         if train.class_names != test.class_names:
@@ -129,11 +128,11 @@ def load_events(
 def _list(folder: Path) -> _Files:
     """The files of each class in the order of their numbers; all classes in turn, so that the first are of each."""
     found = []
-    classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    classes = [child.name for child in subfolders(folder)]
     for label, name in enumerate(classes):
-        files = [f for f in (folder / name).iterdir() if f.suffix.lower() in RECORDINGS + ARRAYS]
-        numbers = [(int(n[0]) if (n := re.search(r"\d+$", f.stem)) else -1, f.name, f) for f in files]
-        found += [(turn, label, file) for turn, (_, _, file) in enumerate(sorted(numbers))]
+        files = files_below(folder / name, RECORDINGS + ARRAYS)
+        numbers = [(int(n[0]) if (n := re.search(r"\d+$", Path(f).stem)) else -1, f) for f in files]
+        found += [(turn, label, folder / name / file) for turn, (_, file) in enumerate(sorted(numbers))]
     if not found:
         raise FileNotFoundError(f"no recordings in {folder}: expected <class>/*.aedat (or .aedat4, .npy, .npz)")
     _, labels, paths = zip(*sorted(found), strict=True)

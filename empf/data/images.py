@@ -7,13 +7,13 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # What Pillow raises for damaged files, depending on where the damage lies.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # naming them halves the time to decode a small image
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # naming them halves the time to decode a small image
 _GREY = {"1", "L", "LA"}
 
 
@@ -22,11 +22,17 @@ def one_line(error: BaseException) -> str:
 
 
 def open_image(item: dict[str, Any] | None) -> Image.Image:
-    """`{"bytes": ..., "path": ...}` with either of them set, opened but not yet decoded; raises one of `BROKEN`."""
+    """`{"bytes": ..., "path": ...}` with either of them set, turned as its EXIF says; raises one of `BROKEN`.
+
+    Not yet decoded, unless it is turned. Of several pictures, as in a GIF, it is the first.
+    """
     encoded, path = (item["bytes"], item["path"]) if item else (None, None)
     if encoded is None and path is None:
         raise ValueError("the image is empty")
-    return Image.open(path if encoded is None else io.BytesIO(encoded), formats=_FORMATS)
+    image = Image.open(path if encoded is None else io.BytesIO(encoded), formats=_FORMATS)
+    if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Pillow turns TIFF itself
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def is_grey(image: Image.Image) -> bool:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets.utils.file_utils import xopen
 
+from empf.data.folders import files_below, subfolders
 from empf.data.images import IMAGE_SUFFIXES, one_line
 from empf.data.sets import DataSpec
 
@@ -146,17 +147,9 @@ class ImageFolder:
 
     @classmethod
     def of(cls, folder: Path) -> "ImageFolder":
-        classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
-        files = []
-        for name in classes:
-            found = (
-                os.fsencode(os.path.relpath(os.path.join(parent, file), folder / name))
-                for parent, _, names in os.walk(folder / name)
-                for file in names
-                if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-            )
-            files.append(np.array(sorted(found), np.bytes_))
-        return cls(str(folder), classes, files)
+        classes = [child.name for child in subfolders(folder)]
+        found = ([os.fsencode(file) for file in files_below(folder / name, IMAGE_SUFFIXES)] for name in classes)
+        return cls(str(folder), classes, [np.array(sorted(files), np.bytes_) for files in found])
 
     def blocks(self) -> np.ndarray:
         """One for each file, one of each class in turn, so that the first are of all classes."""
