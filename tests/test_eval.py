@@ -13,7 +13,7 @@ import empf
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.evaluate import correct_per_step
-from eval import main, table
+from eval import check_classes, main, table
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +190,11 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sen
 def test_wholly_other_classes_are_refused():
     letters = ("a", "b", "c")
     with pytest.raises(
-        ValueError, match=r"none of the classes of the data \(x, y, z, ...\) .* trained on \(a, b, c, ..."
+        ValueError, match=r"none of the classes of the data \(x, y, z, .* trained on \(a, b, c,"
     ):
-        eval.check_classes(letters, ["x", "y", "z"])
+        check_classes(letters, ["x", "y", "z"])
     with pytest.raises(ValueError, match="the data give the label 0 to 'b', the network was trained with 1"):
-        eval.check_classes(letters, ["b", "a", "c"])
+        check_classes(letters, ["b", "a", "c"])
     for found in (letters, ["a", "b"], ["0", "1", "2"], ()):
-        eval.check_classes(letters, found)
-        eval.check_classes(["0", "1", "2"], found)
+        check_classes(letters, found)
+        check_classes(["0", "1", "2"], found)
