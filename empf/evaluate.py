@@ -1,4 +1,4 @@
-"""Evaluation: accuracy after each time step, the statistics of Mem-BN where they will be used, a network left as it was.
+"""Evaluation: accuracy after each time step, statistics of Mem-BN where they will be used, a network left as it was.
 
 The prediction at step t is the arg-max of the sum of the logits of steps 1..t.
 
@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from empf.models import StepBatchNorm
-from empf.neuron import EMPFNeuron
+from empf.neuron import EMPFNeuron, StatefulNeuron
 from empf.online import reset
 
 MODES = ("training", "online", "frozen_norm", "momentum")
@@ -46,34 +45,38 @@ def restored(model: nn.Module, *, values: bool = True) -> Iterator[None]:
 def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     """Replace the running statistics of every Mem-BN by their means over the batches `images`.
 
-    The batch norms of the convolutions use their running statistics meanwhile, and keep them. A model without Mem-BN is
-    left as it is, and `images` is not read. Each batch is what the model is called with: (N, C, H, W) or (T, N, ...).
+    Everything else is in eval mode meanwhile: other batch norms, torch's own as well, use their running statistics and
+    keep them. A model without Mem-BN is left as it is, and `images` is not read. Each batch is what the model is called
+    with: (N, C, H, W) or (T, N, ...).
     """
     neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn]
     if not neurons:
         return
     with restored(model, values=False):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, StepBatchNorm):
-                module.frozen_norm = True
+        model.eval()
         for number, batch in enumerate(images, 1):
             for neuron in neurons:
-                neuron.momentum = 1 / number
+                neuron.training, neuron.frozen_norm, neuron.momentum = True, False, 1 / number
             reset(model)
             model(batch)
 
 
 @torch.no_grad()
 def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Correct predictions after each step, (T,) int64, over batches of (images, labels), in eval mode."""
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros(model.config.T, dtype=torch.int64)
-    for images, labels in batches:
-        reset(model)
-        predictions = model(images).float().cumsum(0).argmax(-1)  # T N
-        correct = correct.to(predictions.device) + (predictions == labels).sum(1)
-    reset(model)
-    model.train(was_training)
+    """Correct predictions after each step, (T,) int64, over batches of (x, labels), in eval mode.
+
+    Any network: `model(x)` are the logits (T, N, classes).
+    """
+    T = (
+        model.config.T
+        if hasattr(model, "config")
+        else max(m.T for m in model.modules() if isinstance(m, StatefulNeuron))
+    )
+    correct = torch.zeros(T, dtype=torch.int64)
+    with restored(model, values=False):
+        model.eval()
+        for x, labels in batches:
+            reset(model)
+            predictions = model(x).float().cumsum(0).argmax(-1)  # T N
+            correct = correct.to(predictions.device) + (predictions == labels).sum(1)
     return correct

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from own_networks import PlainNorms
 from train_tools import metrics, resume, run_train
 
 import empf
@@ -248,3 +249,27 @@ def test_may_be_switched_on_and_off_between_calls(tmp_path):
     records = metrics(tmp_path / "run")
     assert records[0]["health"]["warnings"] == [] and "health" not in records[1]
     assert (tmp_path / "run" / "state" / "state.pt").exists()
+
+
+def test_a_network_of_ones_own():
+    """No configuration; what a synapse has to be it says itself."""
+    torch.manual_seed(0)
+    model, x = PlainNorms(), torch.randn(3, 8, 1, 6, 6)
+    health = Health(model, 1)
+    with torch.no_grad():
+        model.neurons[0].threshold_logit[1] = 8
+        model.neurons[1].spike_bits = 1
+    with health.watch(1):
+        empf.reset(model)
+        F.cross_entropy(model(x).sum(0), torch.arange(8) % 4).backward()
+    with torch.no_grad():
+        model.wide.weight.neg_()
+    report = health.report(1.0)
+    assert set(report["density"]) == {"neurons.0", "neurons.1", "neurons.2"}
+    assert set(report["gradient"]) == {"stem", "narrow", "wide", "last"}
+    assert report["flips"].keys() == {"narrow", "wide"} and report["flips"]["narrow"] == 0 < report["flips"]["wide"] < 1
+    warnings = [w.split(": ")[:2] for w in report["warnings"]]
+    assert ["neurons.0", "its threshold has run away to 0.9997 (of 0.01 to 0.99)"] in warnings
+    assert any("more --spike-bits than 1" in w for w in report["warnings"])
+    model.narrow.effective_weight = lambda: model.narrow.weight
+    assert any(w.startswith("narrow: it is not binary") for w in health.report(1.0)["warnings"])

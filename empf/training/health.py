@@ -21,7 +21,6 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from empf.models import SpikingNetwork
 from empf.neuron import EMPFNeuron, StatefulNeuron
 from empf.synapse import quantize_weight
 
@@ -35,19 +34,23 @@ RATE, EXPECTED = 0.1, 20  # weights flip above this share of the peak learning r
 
 
 class Health:
-    """What is seen of `model` in one epoch of `batches` batches, and its quantised weights of an epoch ago.
+    """What is seen of any network in one epoch of `batches` batches, and its quantised weights of an epoch ago.
 
     `watch(number)` goes around the forward and backward pass of each batch, `report` ends the epoch.
     """
 
-    def __init__(self, model: SpikingNetwork, batches: int):
+    def __init__(self, model: nn.Module, batches: int):
         self.model = model
         every = max(20, -(-batches // LOOKS))
         self.looked_at = set(range(min(every, batches), batches + 1, every))
         self.neurons = {name: m for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
-        self.synapses = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        full = model.config.weights == "full"
-        self.quantised = [n for n in self.synapses if not full and n.split(".")[0] not in ("stem", "head")]
+        low_bit = {name: m for name, m in model.named_modules() if hasattr(m, "effective_weight")}
+        dense = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        self.synapses = dense | low_bit
+        self.kinds = {name: m.kind for name, m in low_bit.items()}
+        wanted = getattr(getattr(model, "config", None), "weights", "full")
+        if wanted != "full":  # a network of this library says itself what its hidden layers have to be
+            self.kinds |= {n: wanted for n in dense.keys() - low_bit.keys() if n.split(".")[0] not in ("stem", "head")}
         self.states = self.weight_states()
         self.clear()
 
@@ -91,8 +94,11 @@ class Health:
     @torch.no_grad()
     def weight_states(self) -> dict[str, Tensor]:
         """-1, 0 or 1 for each weight that has to be binary or ternary."""
-        kind = self.model.config.weights
-        return {n: quantize_weight(self.synapses[n].weight, kind).sign().to(torch.int8) for n in self.quantised}
+        found = {}
+        for name, kind in self.kinds.items():
+            granularity = getattr(self.synapses[name], "granularity", "channel")
+            found[name] = quantize_weight(self.synapses[name].weight, kind, granularity).sign().to(torch.int8)
+        return found
 
     def state_dict(self) -> dict:
         """For a run that is continued, also within an epoch."""
@@ -167,8 +173,8 @@ class Health:
 
     def remedy(self, otherwise: str) -> str:
         """What to try; `otherwise`: where it is not for want of spike bits."""
-        bits = self.model.config.spike_bits
-        return f"more --spike-bits than {bits}" if bits is not None and bits <= FEW_BITS else otherwise
+        found = [n.spike_bits for n in self.neurons.values() if getattr(n, "spike_bits", None)]
+        return f"more --spike-bits than {min(found)}" if found and min(found) <= FEW_BITS else otherwise
 
     def gradient_warnings(self, gradient: dict[str, float]) -> Iterator[str]:
         largest = max(gradient.values(), default=0.0)
@@ -196,8 +202,7 @@ class Health:
                 f"{name}: it is parallel, but holds a membrane potential of shape {tuple(shape)}: "
                 "its steps depend on each other; let its forward leave v = None"
             )
-        kind = self.model.config.weights
-        for name in self.quantised:
+        for name, kind in self.kinds.items():
             module = self.synapses[name]
             rows = (module.effective_weight() if hasattr(module, "effective_weight") else module.weight).flatten(1)
             size = rows.abs()

@@ -1,9 +1,12 @@
-"""Calibration of Mem-BN: its running statistics become those of evaluation."""
+"""Accuracy after each step; calibration of Mem-BN: its running statistics become those of evaluation."""
 
 import pytest
 import torch
+from own_networks import PlainNorms
+from torch import nn
 
 import empf
+from empf.evaluate import correct_per_step
 
 
 def network(neuron: str = "mem_bn") -> empf.SpikingNetwork:
@@ -97,3 +100,29 @@ def test_without_mem_bn_nothing_is_read():
         yield
 
     empf.calibrate(network("empf"), images())
+
+
+def test_the_prediction_is_that_of_the_summed_logits():
+    """Of a network of one's own, whose parts are in different modes."""
+    torch.manual_seed(0)
+    model, x, labels = PlainNorms(), torch.randn(3, 8, 1, 6, 6), torch.arange(8) % 4
+    model.norms[0].eval()
+    correct = correct_per_step(model, [(x[:, :5], labels[:5]), (x[:, 5:], labels[5:])])
+    assert [m.training for m in (model, *model.norms)] == [True, False, True]
+    assert all(neuron.t == 0 for neuron in model.neurons)
+    with torch.no_grad():
+        logits = model.eval()(x)
+    sums = [logits[0], logits[0] + logits[1], logits[0] + logits[1] + logits[2]]
+    assert correct.tolist() == [int((step.argmax(1) == labels).sum()) for step in sums]
+    assert correct_per_step(empf.resnet18(T=2, width=0.0625), []).tolist() == [0, 0]
+
+
+def test_calibration_keeps_torchs_own_norms():
+    torch.manual_seed(0)
+    model = PlainNorms()
+    model.neurons[0] = empf.EMPFNeuron(3, 4, mem_bn=True)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    empf.calibrate(model, torch.randn(2, 3, 8, 1, 6, 6))
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert changed == {"neurons.0.running_mean", "neurons.0.running_var"}
+    assert model.training and all(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
