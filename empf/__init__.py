@@ -15,7 +15,7 @@ from empf.evaluate import calibrate
 from empf.machine import VERSION
 from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron
-from empf.online import draw_steps, freeze_norm, online_backward, reset, set_online
+from empf.online import draw_steps, freeze_norm, online_backward, reset, set_online, time_steps
 from empf.runs import load
 from empf.synapse import BinaryConv2d, BinaryLinear
 
@@ -24,5 +24,5 @@ __all__ = [
     "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
     "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",
     "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34",
-    "set_online", "spike_account", "unpack", "vgg_snn",
+    "set_online", "spike_account", "time_steps", "unpack", "vgg_snn",
 ]  # fmt: skip

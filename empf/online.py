@@ -28,6 +28,17 @@ def reset(model: nn.Module) -> None:
             module.reset()
 
 
+def time_steps(model: nn.Module) -> int:
+    """T of the neurons; ValueError unless there are neurons of the library, all with the same."""
+    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)})
+    if len(found) != 1:
+        raise ValueError(
+            "the network needs neurons of this library (EMPFNeuron, LIFNeuron or another StatefulNeuron), all with the "
+            f"same number of time steps: found {' and '.join(f'T = {T}' for T in found) or 'none'}"
+        )
+    return found[0]
+
+
 def set_online(model: nn.Module, online: bool) -> None:
     """True (the default of a new model): v is detached between steps. False: gradients go through time."""
     for module in model.modules():

@@ -189,9 +189,7 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sen
 
 def test_wholly_other_classes_are_refused():
     letters = ("a", "b", "c")
-    with pytest.raises(
-        ValueError, match=r"none of the classes of the data \(x, y, z, .* trained on \(a, b, c,"
-    ):
+    with pytest.raises(ValueError, match=r"none of the classes of the data \(x, y, z, .* trained on \(a, b, c,"):
         check_classes(letters, ["x", "y", "z"])
     with pytest.raises(ValueError, match="the data give the label 0 to 'b', the network was trained with 1"):
         check_classes(letters, ["b", "a", "c"])

@@ -1,23 +1,15 @@
-"""Memory of training: what is counted, what the theory says, and the command that shows both."""
+"""Memory of training: what is counted, and what the theory says."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from own_networks import Grouped, PlainNorms, Twice
+from torch import nn
 
 import empf
 from empf import recompute
-from empf.diagnose import __main__ as diagnose
-from empf.diagnose.training_memory import example, saved, theory, training_memory
-
-
-@pytest.fixture
-def threads():
-    """Give back what the command sets for the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+from empf.diagnose.memory import example, network_memory, saved, saved_for_backward, theory, training_memory
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +74,39 @@ def test_memory_allocated_on_a_gpu():
     assert allocated[4, "every"] < 1.1 * allocated[1, "every"] and allocated[4, "stbp"] > 1.5 * allocated[1, "stbp"]
 
 
-def test_memory_command(tmp_path, capsys, threads):
-    out = tmp_path / "memory.json"
-    size = ["--width", "0.125", "--image-size", "16", "--batch-size", "4", "--T", "2", "1"]
-    flags = ["--memory", "--threads", "1", *size, "--json", str(out)]
-    diagnose.main([*flags, "--figure", str(tmp_path / "memory.svg")])
-    found = json.loads(out.read_text())
-    rows = found["rows"]
-    assert {"torch", "commit", "date"} <= found["machine"].keys()
-    assert [(row["T"], row["learning"]) for row in rows] == [(T, name) for T in (1, 2) for name in empf.online.LEARNING]
-    assert all(row["saved"] <= 0.5 * row["saved_plain"] for row in rows if row["learning"] != "stbp")
-    assert "<svg" in (tmp_path / "memory.svg").read_text() and "stbp" in capsys.readouterr().out
+@pytest.mark.parametrize("kind, shape", [(Twice, (6,)), (PlainNorms, (1, 6, 6)), (Grouped, (2, 9))])
+def test_networks_of_ones_own(kind, shape):
+    """Online constant in T and linear through time; as many bytes as autograd says that it saves."""
+    rows = {
+        (row["T"], row["learning"]): row for T in (2, 4) for row in network_memory(kind(T), torch.randn(T, 5, *shape))
+    }
+    for T in (2, 4):
+        assert rows[T, "random"] == {**rows[T, "every"], "learning": "random"}
+        assert rows[T, "every"]["saved"] == rows[2, "every"]["saved"] <= rows[T, "every"]["saved_plain"]
+        assert rows[T, "every"]["theory"] is rows[T, "every"]["allocated"] is None
+    assert rows[4, "stbp"]["saved"] > 1.7 * rows[2, "stbp"]["saved"]
+    model, x = kind(2), torch.randn(2, 5, *shape)
+    assert rows[2, "stbp"]["potentials"] == 4 * 5 * empf.account(model, x)["neurons"]
+    binary = [m.weight for m in model.modules() if hasattr(m, "effective_weight")]
+    assert rows[2, "stbp"]["effective_weights"] == 4 * sum(w.numel() for w in binary)
+    empf.set_online(model, False)
+    seen = {}
+    given = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor  # kept alive: no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model.train()(x)
+    given |= {logits.untyped_storage().data_ptr(), *(m._formed[1].untyped_storage().data_ptr() for m in low_bit(model))}
+    potentials = {
+        m.v.untyped_storage().data_ptr() for m in model.modules() if isinstance(m, empf.neuron.StatefulNeuron)
+    }
+    bytes_saved = sum(t.untyped_storage().nbytes() for at, t in seen.items() if at not in given | potentials)
+    empf.reset(model)
+    assert saved_for_backward(model, x, steps=2)["bytes"] == pytest.approx(bytes_saved, rel=0.02)
+
+
+def low_bit(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "effective_weight")]

@@ -32,20 +32,14 @@ TODAY: set[str] = {
     "empf.deploy.origin stands on floor 9 of 7",
     "empf.deploy.pack stands on floor 10 of 7",
     "empf.deploy.predict stands on floor 11 of 7",
-    "empf.diagnose.__main__ stands on floor 10 of 7",
     "empf.diagnose.memory stands on floor 8 of 7",
     "empf.diagnose.separability stands on floor 8 of 7",
-    "empf.diagnose.training_memory stands on floor 9 of 7",
     "empf.runs stands on floor 8 of 7",
     "empf.training.session stands on floor 8 of 7",
     "empf.deploy.cpu_conv has no test file",
     "empf.deploy.file has no test file",
     "empf.deploy.layers has no test file",
     "empf.diagnose.figures has no test file",
-    "empf.diagnose.gradients has no test file",
-    "empf.diagnose.separability has no test file",
-    "empf.diagnose.training_memory has no test file",
-    "empf.evaluate has no test file",
     "empf.figures has no test file",
     "empf.files has no test file",
     "empf.machine has no test file",
@@ -195,7 +189,7 @@ def too_long() -> set[str]:
 
 
 def too_deep() -> set[str]:
-    """A chain of imports through empf/ is at most `FLOORS` modules long; nothing is said of what runs in circles."""
+    """A chain of imports through empf/ is at most `FLOORS` modules long; a command, `__main__`, stands on the roof."""
 
     def floor(module: str, below: tuple[str, ...] = ()) -> int:
         under = [m for m in imports()[module] if wanted(m) and m not in below]
@@ -208,7 +202,7 @@ def too_deep() -> set[str]:
 
     if circles():
         return {"floors cannot be counted in circles"}
-    deep = {module: floor(module) for module in parts() if wanted(module)}
+    deep = {module: floor(module) for module in parts() if wanted(module) and not module.endswith("__main__")}
     return {f"{module} stands on floor {count} of {FLOORS}" for module, count in deep.items() if count > FLOORS}
 
 

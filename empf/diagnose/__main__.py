@@ -5,8 +5,8 @@ python -m empf.diagnose RUN --untrained       the same configuration, freshly in
 python -m empf.diagnose --memory              bytes for T = 1..32 and each learning mode; no run needed
     --json FILE --figure FILE.png|.pdf|.svg   for both
 
-What is measured and what the theory says is described in `empf/diagnose/separability.py` and `empf/diagnose/training_memory.py`. For a
-network of your own call `empf.measure_separability`, and give its result to `separability_table`.
+What is measured and what the theory says is described in `separability.py` and `memory.py` of this folder. For a
+network of your own call `empf.measure_separability`, and give its result to `separability_table`; or `network_memory`.
 """
 
 import json
@@ -20,8 +20,8 @@ from empf import runs
 from empf.data.load import load_data, make_batches
 from empf.diagnose import figures as diagnose_figures
 from empf.diagnose.figures import number
+from empf.diagnose.memory import STEPS, training_memory
 from empf.diagnose.separability import measure_separability
-from empf.diagnose.training_memory import STEPS, training_memory
 from empf.files import write_atomic
 from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from empf.diagnose.gradients import compare_gradients
 from empf.evaluate import restored
 from empf.neuron import StatefulNeuron, per_channel
-from empf.online import reset
+from empf.online import reset, time_steps
 
 FACTOR_TOLERANCE = 1e-5  # of a measured against a predicted factor, relative to max(1, predicted)
 GAIN_ROUNDING = 2.0**-20  # of ds/dm in units of the gain of Mem-BN
@@ -41,17 +41,6 @@ def as_trained(model: nn.Module) -> Iterator[None]:
         model.train()
         model.zero_grad(set_to_none=True)
         yield
-
-
-def time_steps(model: nn.Module) -> int:
-    """T of the neurons; ValueError unless there are neurons of the library, all with the same."""
-    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)})
-    if len(found) != 1:
-        raise ValueError(
-            "the network needs neurons of this library (EMPFNeuron, LIFNeuron or another StatefulNeuron), all with the "
-            f"same number of time steps: found {' and '.join(f'T = {T}' for T in found) or 'none'}"
-        )
-    return found[0]
 
 
 @torch.no_grad()
