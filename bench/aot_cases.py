@@ -206,8 +206,8 @@ def norm_cases() -> list[tuple]:
             constants_of = tile | {"T": T, "BITS": bits, "MEM": mem, "DETACH": detach, "APPLY": apply}
             label = f"backward {name} {'apply' if apply else 'sums'}"
             cases.append((label, norm_kernels._norm_backward_kernel, types, constants_of, options))
-    types = dict.fromkeys(("partial_ptr", "x_ptr", "mean_ptr", "var_ptr"), "*fp32")
-    types |= dict.fromkeys(("rows", "C", "B"), "i32") | {"count": "fp32", "stride_t": "i64"}
+    types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "*fp32")
+    types |= dict.fromkeys(("rows", "C"), "i32") | {"count": "fp32"}
     finish = {"T": 1, "ROWS": norm_kernels.FINISH[0], "BLOCK": norm_kernels.FINISH[1]}
     cases.append(("finish", norm_kernels._finish_kernel, types, finish, {}))
     return cases

@@ -5,10 +5,10 @@
 With a GPU: each result is first checked against its definition, then timed: random inputs, enough copies of them to
 leave the L2 cache cold, in a CUDA graph (EMPF_TUNE=1 has the kernels tuned before); median and the 10th to 90th
 percentile of many replays. `share` compares with what copying and dense products reach on this device in the same run.
-Writes bench/results/kernels-<device>.json, .png.
+Writes bench/results/kernels-<device>.json, .png; a quick run kernels-<device>-quick.json, which git ignores.
 
 Without a GPU: what the compiler makes of every kernel for four targets, and the time that an H200 would need at least.
-Writes bench/results/kernels-static.json. No figure there is a measured time.
+Writes bench/results/kernels-static.json (or -quick). No figure there is a measured time.
 """
 
 import argparse
@@ -215,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{'least time on an H200, microseconds':50}")
         for row in result["floors_h200_us"]:
             print(f"{row['case']:50} " + "  ".join(f"{name} {us}" for name, us in row["floor_us"].items()))
-    path = options.json or HERE / "results" / f"kernels-{device.lower().replace(' ', '-').replace('/', '-')}.json"
+    name = f"kernels-{device.lower().replace(' ', '-').replace('/', '-')}" + "-quick" * options.quick
+    path = options.json or HERE / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {path}")

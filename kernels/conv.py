@@ -16,6 +16,7 @@ Where output tiles are too few for the GPU (a small batch of small maps), the su
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,15 @@ from .conv_tiles import (
     split_plan,
     tile_plans,
 )
-from .dense import dense_is_precise, unpack_dense
-from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
+from .dense import dense_is_precise, unpack_dense, unpack_op
+from .dispatch import LAUNCHES, OPS, device_facts, own_precision, plain_tensors, tl, transformed, triton, use_triton
 from .pack import PackedWeight, signs
-from .products import CODES, Plan, gather, is_last, park, split_buffers
+from .products import CODES, Plan, ProductFn, d_of_bias, gather, is_last, park, scaled, split_buffers
 
 DENSE_POSITIONS = 2**15  # output positions, see `dense_wins`
 
 
+@own_precision
 def binary_conv2d_ref(
     x: Tensor,
     packed: PackedWeight,
@@ -200,29 +202,6 @@ def _empty_output(x, words, dense, scale, bias, sums, step, shape, ternary, stri
     return torch.empty(size, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op(f"{OPS}::binary_conv2d_d_x", mutates_args=())
-def _d_x_op(
-    d_y: Tensor,
-    dense: Tensor,
-    scale: Tensor,
-    size: Sequence[int],
-    shape: Sequence[int],
-    ternary: bool,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    """The transposed convolution with the unpacked weights, which are as dense as d_y: left to cuDNN."""
-    weight = unpack_dense(dense, None, shape[0], math.prod(shape[1:]), ternary, d_y.dtype).view(shape)
-    d_y = (d_y * scale[:, None, None]).to(d_y.dtype)
-    d_x = torch.nn.grad.conv2d_input(size, weight, d_y, stride, padding)
-    return d_x.contiguous(memory_format=torch.channels_last)
-
-
-@_d_x_op.register_fake
-def _(d_y, dense, scale, size, shape, ternary, stride, padding):
-    return torch.empty(size, dtype=d_y.dtype, device=d_y.device, memory_format=torch.channels_last)
-
-
 def _setup_context(ctx, inputs, output):
     x, _, dense, scale, bias, _, _, ctx.shape, ctx.ternary, ctx.stride, ctx.padding, _ = inputs
     ctx.save_for_backward(dense, scale)
@@ -233,15 +212,27 @@ def _backward(ctx, d_y):
     dense, scale = ctx.saved_tensors
     d_x = d_bias = None
     if ctx.needs_input_grad[0]:
-        d_x = _d_x_op(d_y.to(ctx.x_dtype), dense, scale, ctx.size, ctx.shape, ctx.ternary, ctx.stride, ctx.padding)
+        k = math.prod(ctx.shape[1:])
+        weight = unpack_op(d_y.detach(), dense, ctx.shape[0], k, ctx.ternary, ctx.x_dtype).view(ctx.shape)
+        d_x = _transposed(scaled(d_y, scale, ctx.x_dtype), weight, ctx.size, ctx.stride, ctx.padding)
     if ctx.needs_input_grad[4]:
-        d_bias = d_y.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+        d_bias = d_of_bias(d_y, ctx.bias_dtype)
     return d_x, None, None, None, d_bias, None, None, None, None, None, None, None
+
+
+@own_precision
+def _transposed(d_y, weight, size, stride, padding):
+    """The transposed convolution with unpacked weights, which are as dense as d_y: left to cuDNN."""
+    covered = [(n - 1) * stride - 2 * padding + k for n, k in zip(d_y.shape[2:], weight.shape[2:], strict=True)]
+    rest = [n - c for n, c in zip(size[2:], covered, strict=True)]  # rows and columns that no kernel reached
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(d_y, weight, None, stride, padding, rest)
 
 
 _conv2d_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@own_precision
 def binary_conv2d(
     x: Tensor,
     packed: PackedWeight,
@@ -255,26 +246,55 @@ def binary_conv2d(
     """y = scale * conv2d(x, sign) + bias for x (N, C, H, W) and weights (O, C, kh, kw); see the table on top.
 
     Zero padding, no dilation, no groups; `stride` and `padding` hold for both axes. Codes (uint8, int8) need `step`,
-    the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias. First-order gradients go to `x`
-    (by a transposed convolution with the unpacked weights, through cuDNN in the dtype of x and with torch's settings)
-    and to `bias`; `packed` is a constant. CUDA tensors take the kernel, others `binary_conv2d_ref`, unless
-    `set_backend` says otherwise. Raises ValueError where shapes, types, devices or `step` do not fit.
+    the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias. Gradients go to `x` (by a
+    transposed convolution with the unpacked weights, through cuDNN in the dtype of x and with torch's settings) and to
+    `bias`: backward (of first order within torch.compile, else of any), forward and under torch.func; `packed` is a
+    constant. Autocast changes nothing: the type of x decides. CUDA tensors take the kernel, others `binary_conv2d_ref`,
+    unless `set_backend` says otherwise. Raises ValueError where shapes, types, devices or `step` do not fit.
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
-    out_dtype = result_dtype(x, out_dtype)
+    out_dtype, step = result_dtype(x, out_dtype), None if step is None else float(step)
     if not use_triton(x):
         return binary_conv2d_ref(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
+    product = _Product(packed, stride, padding, step)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    precise = dense_is_precise(x.dtype, out_dtype)
-    left_to_cudnn = precise and not tune.enabled() and dense_wins(x, packed, stride, padding)
-    words, sums = (None, None) if left_to_cudnn else conv_operands(x, packed)
-    may_be_dense = left_to_cudnn or wants_grad or (precise and tune.enabled())
-    dense = packed.operand("pair") if may_be_dense else None
-    run = _conv2d_op if wants_grad or torch.compiler.is_compiling() else _launch  # the operator costs microseconds
-    return run(
-        x, words, dense, packed.scale, bias, sums, step or 1.0, packed.shape, packed.kind == "ternary", stride, padding,
-        out_dtype,
-    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _conv2d_op(*product.arguments(x, bias, out_dtype, wants_grad))
+    if wants_grad or transformed(x, bias):
+        return ProductFn.apply(x, bias, product, out_dtype)
+    return product.run(x, bias, out_dtype)  # without the microseconds that autograd costs
+
+
+class _Product(NamedTuple):
+    """What `ProductFn` differentiates."""
+
+    packed: PackedWeight
+    stride: int
+    padding: int
+    step: float | None
+
+    def arguments(self, x, bias, out_dtype, wants_grad=False):
+        """Those of `_launch`; the gradient within torch.compile needs the dense words too."""
+        packed, stride, padding, step = self
+        precise = dense_is_precise(x.dtype, out_dtype)
+        left_to_cudnn = precise and not tune.enabled() and dense_wins(x, packed, stride, padding)
+        words, sums = (None, None) if left_to_cudnn else conv_operands(x, packed)
+        may_be_dense = left_to_cudnn or wants_grad or (precise and tune.enabled())
+        dense = packed.operand("pair") if may_be_dense else None
+        return (
+            x, words, dense, packed.scale, bias, sums, step or 1.0, packed.shape, packed.kind == "ternary", stride,
+            padding, out_dtype,
+        )  # fmt: skip
+
+    def run(self, x, bias, out_dtype):
+        return _launch(*self.arguments(x, bias, out_dtype))
+
+    def transposed(self, d_y, size):
+        packed = self.packed
+        with plain_tensors():
+            dense = packed.operand("pair")
+            weight = unpack_dense(dense, None, packed.n, packed.k, packed.kind == "ternary", d_y.dtype)
+        return _transposed(d_y, weight.view(packed.shape), size, self.stride, self.padding)
 
 
 def dense_wins(x: Tensor, packed: PackedWeight, stride: int, padding: int) -> bool:

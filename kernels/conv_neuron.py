@@ -43,7 +43,7 @@ from .conv_tiles import (
     split_plan,
     tile_plans,
 )
-from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
+from .dispatch import LAUNCHES, OPS, device_facts, tl, transformed, triton, use_triton
 from .neuron import check_neuron, neuron_update_ref
 from .neuron_kernels import _neuron_step, _spike_codes
 from .pack import PackedWeight
@@ -389,6 +389,11 @@ def binary_conv2d_neuron(
     tensors = (x, packed.scale, bias, residual, v, leak, threshold, gain, shift)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         raise ValueError("binary_conv2d_neuron is for inference and has no gradient: call it under torch.no_grad()")
+    if transformed(*tensors):
+        raise NotImplementedError(
+            "binary_conv2d_neuron knows neither torch.func nor forward-mode AD: use binary_conv2d and neuron_update"
+        )
+    step, in_step = float(step), None if in_step is None else float(in_step)
     if not use_triton(x):
         return binary_conv2d_neuron_ref(
             x, packed, v, leak, threshold, stride=stride, padding=padding, bias=bias, residual=residual, gain=gain,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import tl, triton
+from .dispatch import LAUNCH, tl, triton
 from .pack import PackedWeight
 from .products import (
     CODES,
@@ -20,6 +20,7 @@ from .products import (
     Plan,
     dot_signs,
     fp32_terms,
+    occupied,
     split_steps_of_k,
     stages_for_device,
     unpack_words,
@@ -59,15 +60,20 @@ def pick_tile(itemsize: int, rows: int, columns: int) -> Tile:
 
 
 def split_plan(tile: Tile, itemsize: int, shape, columns: int, processors: int) -> Plan:
-    """`tile` with K split into as many parts as `split_steps_of_k` says."""
-    o, c, kh, kw = shape
-    steps = kh * kw * triton.cdiv(c, pick_block(itemsize, c))
-    return Plan(tile, split_steps_of_k(steps, count_tiles(tile, o, columns), processors))
+    """`tile` with K split into as many parts as `split_steps_of_k` says, unless the tiles occupy the GPU."""
+    tiles = count_tiles(tile, shape[0], columns)
+    return Plan(tile) if occupied(tiles, processors) else _split(tile, itemsize, shape, tiles, processors)
+
+
+def _split(tile, itemsize, shape, tiles, processors):
+    _, c, kh, kw = shape
+    return Plan(tile, split_steps_of_k(kh * kw * triton.cdiv(c, pick_block(itemsize, c)), tiles, processors))
 
 
 def tile_plans(tiles, itemsize: int, shape, columns: int, processors: int) -> list[Plan]:
     """What the tuner may try: each of `tiles` whole, and split."""
-    plans = [(Plan(tile), split_plan(tile, itemsize, shape, columns, processors)) for tile in tiles]
+    counts = [count_tiles(tile, shape[0], columns) for tile in tiles]
+    plans = [(Plan(tile), _split(tile, itemsize, shape, n, processors)) for tile, n in zip(tiles, counts, strict=True)]
     return list(dict.fromkeys(plan for both in plans for plan in both))
 
 
@@ -134,7 +140,7 @@ def conv_tile(
         if x_type == tl.uint8:
             tile = (tile ^ 128).to(tl.int8, bitcast=True)  # code - 128, which `current_tile` undoes
         words = tl.load(words_ptrs)
-        acc = dot_signs(unpack_words(words, w_type, TERNARY, stride_w), tile, acc, TERMS)
+        acc = dot_signs(unpack_words(words, w_type, TERNARY, stride_w), tile, acc, TERNARY, TERMS)
         words_ptrs += WORDS * stride_w
     return acc
 
@@ -163,7 +169,7 @@ def current_tile(
             acc += 128 * (tl.load(sums_ptr + rows, mask=inside, other=0) + PADDED)[:, None]
         current = acc.to(tl.float32) * scale[:, None]
     else:
-        UNIT: tl.constexpr = 0.5 if TERNARY else 1.0  # an unpacked ternary weight is +-2
+        UNIT: tl.constexpr = 0.5 if TERNARY and x_type != tl.float32 else 1.0  # see `dot_signs`
         current = acc * (scale * UNIT)[:, None]
     if bias_ptr is not None:
         current += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -177,7 +183,7 @@ def constants(itemsize: int, shape, ternary: bool, stride: int, padding: int, pl
         "C": c, "KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding, "TERNARY": ternary, "TERMS": fp32_terms(),
         "SPLIT": plan.splits > 1, "ROWS": plan.tile.rows, "COLUMNS": plan.tile.columns,
         "BLOCK": pick_block(itemsize, c), "num_warps": plan.tile.warps,
-        "num_stages": stages_for_device(plan.tile.stages),
+        "num_stages": stages_for_device(plan.tile.stages), **LAUNCH,
     }  # fmt: skip
 
 

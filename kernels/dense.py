@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import LAUNCHES, tl, triton
+from .dispatch import LAUNCH, LAUNCHES, OPS, tl, triton
 from .products import unpack_words
 
 
@@ -22,9 +22,11 @@ def _unpack_kernel(
     E: tl.constexpr = 16 if TERNARY else 32
     out_type: tl.constexpr = w_ptr.dtype.element_ty
     w_type: tl.constexpr = tl.bfloat16 if out_type == tl.float32 else out_type
-    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    words_first = words_ptr + tl.cast(tl.program_id(1) * (BLOCK_K // E), tl.int64) * stride_w
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    block_k = tl.program_id(0) // blocks_n  # one axis: the others end at 65,535 programs
+    rn = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rk = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    words_first = words_ptr + tl.cast(block_k * (BLOCK_K // E), tl.int64) * stride_w
     words = tl.load(words_first + tl.arange(0, BLOCK_K // E)[:, None] * stride_w + rn[None, :])
     w = unpack_words(words, w_type, TERNARY)
     w = w >> 6 if out_type == tl.int8 else w.to(tl.float32) * (0.5 if TERNARY else 1.0)
@@ -47,10 +49,23 @@ def unpack_dense(words, scale, n, k, ternary, dtype):
     w = torch.empty(n, k, dtype=dtype, device=words.device)
     LAUNCHES["binary_unpack"] += 1
     with torch.cuda.device_of(words):
-        _unpack_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 128))](
-            words, scale, w, n, k, words.shape[1], TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4
+        _unpack_kernel[(triton.cdiv(n, 64) * triton.cdiv(k, 128),)](
+            words, scale, w, n, k, words.shape[1], TERNARY=ternary, BLOCK_N=64, BLOCK_K=128, num_warps=4, **LAUNCH
         )
     return w
+
+
+@torch.library.custom_op(f"{OPS}::binary_unpack", mutates_args=())
+def unpack_op(
+    d_y: torch.Tensor, words: torch.Tensor, n: int, k: int, ternary: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """`unpack_dense` for the backward pass of torch.compile: taking d_y, it cannot be moved into the forward pass."""
+    return unpack_dense(words, None, n, k, ternary, dtype)
+
+
+@unpack_op.register_fake
+def _(d_y, words, n, k, ternary, dtype):
+    return words.new_empty(n, k, dtype=dtype)
 
 
 def dense_product(x, words, scale, bias, sums, step, ternary, out_dtype):

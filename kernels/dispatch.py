@@ -12,8 +12,10 @@ Where Triton is not installed, `auto` means torch and `on` is an error: nothing 
 import functools
 import os
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -36,7 +38,12 @@ except ImportError:  # the definitions in plain torch still work
     triton = tl = _Absent()
     HAVE_TRITON = INTERPRETED = False
 
-OPS = __package__.replace(".", "_")  # operator namespace: two vendored copies must not collide in torch.library
+# Operator namespace. Two vendored copies must not collide in torch.library, not even as a.b_c and a_b.c: "_0" is an
+# underscore, and as no name starts with a digit, any other "_" is a dot.
+OPS = __package__.replace("_", "_0").replace(".", "_")
+# A fused multiply-add rounds once where torch rounds twice, enough to flip a code at a tie; and versions of Triton
+# differ in what they do unless told.
+LAUNCH = {"enable_fp_fusion": False}
 MODES = ("auto", "on", "off")
 LAUNCHES = Counter()  # kernel name -> launches in this process; tests assert with it that a kernel ran
 
@@ -68,6 +75,38 @@ def use_triton(x: torch.Tensor) -> bool:
             "or choose set_backend('auto')"
         )
     return name != "torch"
+
+
+def transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch.func or forward-mode AD follows what is computed from these tensors, in eager mode."""
+    if torch.compiler.is_compiling():
+        return False
+    duals = (t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return torch._C._are_functorch_transforms_active() or any(duals)
+
+
+@contextmanager
+def plain_tensors():
+    """Outside of inference mode and of the transforms of torch.func: what is made here may be kept, for any caller."""
+    if torch.compiler.is_compiling():  # traced, where there are neither
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        yield
+
+
+def own_precision(function):
+    """`function(x, ...)` computes in the types of its arguments: autocast, which would round them, is off inside."""
+
+    @functools.wraps(function)
+    def run(x, *args, **kwargs):
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(x, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
 
 
 @functools.cache

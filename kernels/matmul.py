@@ -24,19 +24,34 @@ from typing import NamedTuple
 import torch
 
 from . import tune
-from .dense import dense_is_precise, dense_product, dense_product_of_codes, unpack_dense
-from .dispatch import LAUNCHES, OPS, device_facts, tl, triton, use_triton
+from .dense import dense_is_precise, dense_product, dense_product_of_codes, unpack_dense, unpack_op
+from .dispatch import (
+    LAUNCH,
+    LAUNCHES,
+    OPS,
+    device_facts,
+    own_precision,
+    plain_tensors,
+    tl,
+    transformed,
+    triton,
+    use_triton,
+)
 from .pack import PackedWeight, signs
 from .products import (
     CODES,
     FLOATS,
     MAX_K_CODES,
     Plan,
+    ProductFn,
+    d_of_bias,
     dot_signs,
     fp32_terms,
     gather,
     is_last,
+    occupied,
     park,
+    scaled,
     split_buffers,
     split_steps_of_k,
     stages_for_device,
@@ -44,6 +59,7 @@ from .products import (
 )
 
 MAX_K = MAX_N = 2**23 - 1  # offsets within a tile of 256 rows stay below 2^31
+MAX_M = 2**31 - 2**8  # so do rows up to the end of the last tile
 DENSE_ROWS = 2048  # from here on unpacking (7.8 us for 4096 x 4096 on an H200) is noise beside the product (87 us)
 PERSISTENT_ROWS = 2048
 
@@ -72,6 +88,7 @@ CONFIGS = {
 }
 
 
+@own_precision
 def binary_matmul_ref(
     x: torch.Tensor,
     packed: PackedWeight,
@@ -119,6 +136,7 @@ def _binary_matmul_kernel(
     w_type: tl.constexpr = tl.int8 if INTEGER else (tl.bfloat16 if x_type == tl.float32 else x_type)
     ZERO: tl.constexpr = 128 if x_type == tl.uint8 else 0
     E: tl.constexpr = 16 if TERNARY else 32
+    UNIT: tl.constexpr = 0.5 if TERNARY and x_type != tl.float32 else 1.0  # see `dot_signs`
     GROUP: tl.constexpr = 8  # tiles of x that share the words in L2
 
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -158,7 +176,7 @@ def _binary_matmul_kernel(
             if x_type == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
             w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, stride_w)  # BLOCK_N BLOCK_K
-            acc = dot_signs(w, x, acc, TERMS)
+            acc = dot_signs(w, x, acc, TERNARY, TERMS)
             x_first += BLOCK_K
             words_first += BLOCK_K // E * stride_w
 
@@ -166,13 +184,13 @@ def _binary_matmul_kernel(
             park(acc, partial_ptr, tile)
             if is_last(arrived_ptr, tile):
                 acc = gather(partial_ptr, tile, BLOCK_N, BLOCK_M)
-                _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY)
+                _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, UNIT)
         else:
-            _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY)
+            _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, UNIT)
 
 
 @triton.jit
-def _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, TERNARY: tl.constexpr):
+def _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step, M, N, UNIT: tl.constexpr):
     """Scale and bias of acc (BLOCK_N, BLOCK_M), then one store with n running fastest."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
@@ -184,7 +202,7 @@ def _store_tile(acc, tile_m, tile_n, scale_ptr, bias_ptr, sums_ptr, y_ptr, step,
             acc += 128 * tl.load(sums_ptr + rn, mask=rn < N, other=0)[:, None]
         y = acc.to(tl.float32) * scale[:, None]
     else:
-        y = acc * (scale * (0.5 if TERNARY else 1.0))[:, None]
+        y = acc * (scale * UNIT)[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
     rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -201,7 +219,7 @@ def _choose(m: int, n: int, k: int, itemsize: int, processors: int, hopper: bool
     wanted = (2 if m <= few.block_m else 1) * processors
     for config in [few] if m <= few.block_m else tiles:
         programs = _tiles(m, n, config)
-        if 8 * programs >= 7 * wanted and _fits(config, n, k, hopper):
+        if occupied(programs, wanted) and _fits(config, n, k, hopper):
             return Plan(config)
     return Plan(config, split_steps_of_k(triton.cdiv(k, config.block_k), programs, processors))
 
@@ -277,7 +295,7 @@ def _run(x, words, scale, bias, sums, step, ternary, out_dtype, plan):
             x, words, scale, None if bias is None else bias.contiguous(), sums, y, parts, arrived, step, m, n, k,
             x.stride(0), words.shape[1], TERNARY=ternary, TERMS=fp32_terms(), EVEN_K=k % config.block_k == 0,
             SPLIT=splits > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            num_warps=config.warps, num_stages=stages_for_device(config.stages),
+            num_warps=config.warps, num_stages=stages_for_device(config.stages), **LAUNCH,
         )  # fmt: skip
     return y
 
@@ -301,18 +319,6 @@ def _(x, words, scale, bias, sums, step, ternary, out_dtype):
     return x.new_empty(x.shape[0], scale.shape[0], dtype=out_dtype)
 
 
-@torch.library.custom_op(f"{OPS}::binary_matmul_d_x", mutates_args=())
-def _d_x_op(d_y: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, k: int, ternary: bool) -> torch.Tensor:
-    """d_x[m, k] = sum_n d_y[m, n] * scale[n] * sign[n, k]: unpacked once, because both factors are dense here."""
-    w = unpack_dense(words, None, scale.shape[0], k, ternary, d_y.dtype)
-    return (d_y * scale).to(d_y.dtype) @ w
-
-
-@_d_x_op.register_fake
-def _(d_y, words, scale, k, ternary):
-    return d_y.new_empty(d_y.shape[0], k)
-
-
 def _setup_context(ctx, inputs, output):
     x, words, scale, bias, _, _, ctx.ternary, _ = inputs
     ctx.save_for_backward(words, scale)
@@ -323,15 +329,23 @@ def _backward(ctx, d_y):
     words, scale = ctx.saved_tensors
     d_x = d_bias = None
     if ctx.needs_input_grad[0]:
-        d_x = _d_x_op(d_y.to(ctx.x_dtype), words, scale, ctx.k, ctx.ternary)
+        w = unpack_op(d_y.detach(), words, scale.shape[0], ctx.k, ctx.ternary, ctx.x_dtype)
+        d_x = _transposed(scaled(d_y, scale, ctx.x_dtype), w)
     if ctx.needs_input_grad[3]:
-        d_bias = d_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        d_bias = d_of_bias(d_y, ctx.bias_dtype)
     return d_x, None, None, d_bias, None, None, None, None
+
+
+@own_precision
+def _transposed(d_y, w):
+    """sum_n d_y[m, n] * w[n, k], by the dense library, because both factors are dense here."""
+    return d_y @ w
 
 
 _matmul_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@own_precision
 def binary_matmul(
     x: torch.Tensor,
     packed: PackedWeight,
@@ -343,20 +357,48 @@ def binary_matmul(
     """y[..., n] = scale[n] * sum_k x[..., k] * sign[n, k] + bias[n]; the tables on top give shapes, types and errors.
 
     Codes (uint8, int8) need `step`, the value of code 1, and their sum is exact: y = fp32(sum) * (scale * step) + bias.
-    Gradients of first order go to `x` and `bias`; `packed` is a constant. CUDA tensors take the kernel, others
-    `binary_matmul_ref`, unless `set_backend` says otherwise. Results do not vary from call to call. Raises ValueError
-    where shapes, types, devices or `step` do not fit.
+    Gradients go to `x` and `bias`, backward (of first order within torch.compile, else of any), forward and under
+    torch.func; `packed` is a constant. Autocast changes nothing: the type of x decides. CUDA tensors take the kernel,
+    others `binary_matmul_ref`, unless `set_backend` says otherwise. Results do not vary from call to call. Raises
+    ValueError where shapes, types, devices or `step` do not fit.
     """
     out_dtype = _check(x, packed, bias, step, out_dtype)
+    step = None if step is None else float(step)
     if not use_triton(x):
         return binary_matmul_ref(x, packed, bias=bias, step=step, out_dtype=out_dtype)
     flat = x.reshape(-1, packed.k)  # M K
-    words = packed.operand("quad" if x.dtype in CODES else "pair")
-    sums = packed.row_sums() if x.dtype == torch.uint8 else None
+    product = _Product(packed, step)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    run = _matmul_op if wants_grad or torch.compiler.is_compiling() else _launch  # the operator costs microseconds
-    y = run(flat, words, packed.scale, bias, sums, step or 1.0, packed.kind == "ternary", out_dtype)
+    if torch.compiler.is_compiling():
+        y = _matmul_op(*product.arguments(flat, bias, out_dtype))
+    elif wants_grad or transformed(x, bias):
+        y = ProductFn.apply(flat, bias, product, out_dtype)
+    else:  # without the microseconds that autograd costs
+        y = product.run(flat, bias, out_dtype)
     return y.view(*x.shape[:-1], packed.n)
+
+
+class _Product(NamedTuple):
+    """What `ProductFn` differentiates."""
+
+    packed: PackedWeight
+    step: float | None
+
+    def arguments(self, x, bias, out_dtype):
+        """Those of `_launch`."""
+        packed = self.packed
+        words = packed.operand("quad" if x.dtype in CODES else "pair")
+        sums = packed.row_sums() if x.dtype == torch.uint8 else None
+        return x, words, packed.scale, bias, sums, self.step or 1.0, packed.kind == "ternary", out_dtype
+
+    def run(self, x, bias, out_dtype):
+        return _launch(*self.arguments(x, bias, out_dtype))
+
+    def transposed(self, d_y, size):
+        packed = self.packed
+        with plain_tensors():
+            w = unpack_dense(packed.operand("pair"), None, packed.n, packed.k, packed.kind == "ternary", d_y.dtype)
+        return _transposed(d_y, w)
 
 
 def _check(x, packed, bias, step, out_dtype):
@@ -377,6 +419,8 @@ def _check(x, packed, bias, step, out_dtype):
         raise ValueError(f"K can be up to {limit} for x of {x.dtype}, got {packed.k}")
     if packed.n > MAX_N:
         raise ValueError(f"N can be up to {MAX_N}, got {packed.n}")
+    if x.numel() // packed.k >= MAX_M:
+        raise ValueError(f"x {tuple(x.shape)} has about 2^31 rows or more: split the batch")
     if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (packed.n,) or bias.device != x.device):
         raise ValueError(
             f"bias must be floating point ({packed.n},) on {x.device}, "

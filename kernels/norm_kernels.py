@@ -10,14 +10,13 @@ p (6, T, C)             leak, threshold, alpha, beta, weight, bias in fp32; part
 
 import torch
 
-from .dispatch import tl, triton
+from .dispatch import LAUNCH, tl, triton
 from .neuron_kernels import _neuron_step, _spike_codes
 from .steps import (
     _store_sum,
     _tile,
     channel_blocks,
     empty_like_steps,
-    is_channels_last,
     programs,
     tile_elements,
     tiling,
@@ -34,46 +33,87 @@ def _row(p_ptr, slot, t, channel, C, T: tl.constexpr):
 
 
 @triton.jit
+def _add_number(n, mean, m2, x, mask):
+    """One more number for the count, mean and sum of squared distances of each lane (Welford)."""
+    n += tl.where(mask, 1.0, 0.0)
+    d = x - mean
+    mean += tl.where(mask, d / tl.maximum(n, 1.0), 0.0)
+    m2 += tl.where(mask, d * (x - mean), 0.0)
+    return n, mean, m2
+
+
+@triton.jit
+def _add_lanes(n, mean, m2, axis: tl.constexpr):
+    """Count, mean and sum of squared distances of all lanes along `axis` together (Chan et al.)."""
+    total = tl.sum(n, axis=axis)
+    share = n / tl.expand_dims(tl.maximum(total, 1.0), axis)
+    middle = tl.sum(share * mean, axis=axis)
+    d = mean - tl.expand_dims(middle, axis)
+    rest = tl.sum(share * d, axis=axis)  # what rounding left, where means are large
+    return total, middle + rest, tl.sum(m2 + n * d * d, axis=axis) - total * rest * rest
+
+
+@triton.jit
+def _store_lanes(ptr, n, mean, m2, t, C, T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, LAST: tl.constexpr):
+    """Merge the tile over positions into this program's row of partial statistics (3, programs, T, C)."""
+    n, mean, m2 = _add_lanes(n, mean, m2, 0 if LAST else 1)
+    channel = tl.program_id(1) * (Y if LAST else X) + tl.arange(0, Y if LAST else X)
+    size = tl.num_programs(0) * T * C
+    at = ptr + (tl.program_id(0) * T + t) * C + channel
+    tl.store(at, n, mask=channel < C)
+    tl.store(at + size, mean, mask=channel < C)
+    tl.store(at + 2 * size, m2, mask=channel < C)
+
+
+@triton.jit
 def _statistics_kernel(
     x_ptr, partial_ptr, A, C, B, tiles, stride_t,
     T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of d and d^2, d = x - the channel's first number: with that, large means cost no digits."""
+    """Count, mean and sum of squared distances of what each program sees, for `_finish_kernel`.
+
+    No sum of squares is ever taken about anything but the mean of its own numbers: so neither large means nor outliers
+    cost digits.
+    """
     t = tl.program_id(2)
     x_ptr += t * tl.cast(stride_t, tl.int64)
-    sum_1 = tl.zeros((X, Y), tl.float32)
-    sum_2 = tl.zeros((X, Y), tl.float32)
+    n, mean, m2 = (tl.zeros((X, Y), tl.float32), tl.zeros((X, Y), tl.float32), tl.zeros((X, Y), tl.float32))
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
-        first = tl.load(x_ptr + channel * tl.cast(B, tl.int64), mask=channel < C, other=0).to(tl.float32)
-        d = tl.where(mask, tl.load(x_ptr + offsets, mask=mask, other=0).to(tl.float32) - first, 0.0)
-        sum_1 += d
-        sum_2 += d * d
-    _store_sum(partial_ptr, 0, t, sum_1, C, T, X, Y, CHANNELS_LAST)
-    _store_sum(partial_ptr, 1, t, sum_2, C, T, X, Y, CHANNELS_LAST)
+        n, mean, m2 = _add_number(n, mean, m2, tl.load(x_ptr + offsets, mask=mask, other=0).to(tl.float32), mask)
+    _store_lanes(partial_ptr, n, mean, m2, t, C, T, X, Y, CHANNELS_LAST)
 
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr, x_ptr, mean_ptr, var_ptr, rows, count, C, B, stride_t,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, mean_ptr, var_ptr, rows, count, C, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (2, rows, T, C) -> mean and variance (T, C), ROWS rows at a time."""
+    """Partial statistics (3, rows, T, C) -> mean and variance (T, C), ROWS rows at a time."""
     t = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < C
-    first = tl.load(x_ptr + t * tl.cast(stride_t, tl.int64) + channel * tl.cast(B, tl.int64), mask=mask, other=0)
-    sum_1 = tl.zeros((ROWS, BLOCK), tl.float32)
-    sum_2 = tl.zeros((ROWS, BLOCK), tl.float32)
+    size = rows * T * C
+    n, mean, m2 = (
+        tl.zeros((ROWS, BLOCK), tl.float32),
+        tl.zeros((ROWS, BLOCK), tl.float32),
+        tl.zeros((ROWS, BLOCK), tl.float32),
+    )
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & mask[None, :]
-        sum_1 += tl.load(partial_ptr + (row * T + t) * C + channel[None, :], mask=inside, other=0)
-        sum_2 += tl.load(partial_ptr + ((rows + row) * T + t) * C + channel[None, :], mask=inside, other=0)
-    d = tl.sum(sum_1, axis=0) / count
-    var = tl.maximum(tl.sum(sum_2, axis=0) / count - d * d, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(mean_ptr + t * C + channel, first.to(tl.float32) + d, mask=mask)
-    tl.store(var_ptr + t * C + channel, var, mask=mask)
+        at = partial_ptr + (row * T + t) * C + channel[None, :]
+        more = tl.load(at, mask=inside, other=0)
+        d = tl.load(at + size, mask=inside, other=0) - mean
+        both = n + more
+        share = more / tl.maximum(both, 1.0)
+        mean += tl.where(more > 0, d * share, 0.0)
+        m2 += tl.load(at + 2 * size, mask=inside, other=0) + tl.where(more > 0, d * d * n * share, 0.0)
+        n = both
+    n, mean_of_all, m2_of_all = _add_lanes(n, mean, m2, 0)
+    tl.store(mean_ptr + t * C + channel, mean_of_all, mask=mask)
+    tl.store(
+        var_ptr + t * C + channel, tl.maximum(m2_of_all, 0.0, propagate_nan=tl.PropagateNan.ALL) / count, mask=mask
+    )
 
 
 @triton.jit
@@ -123,44 +163,29 @@ def _mem_step_kernel(
 
     One pass serves both, because m[t] needs only the same element of v[t - 1]: each step reads m and I once.
     """
-    sum_1 = tl.zeros((X, Y), tl.float32)
-    sum_2 = tl.zeros((X, Y), tl.float32)
+    n, mean, m2 = (tl.zeros((X, Y), tl.float32), tl.zeros((X, Y), tl.float32), tl.zeros((X, Y), tl.float32))
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         offsets, mask, channel = _tile(i, A, C, B, X, Y, CHANNELS_LAST)
-        origin = channel * tl.cast(B, tl.int64)  # the channel's first number, subtracted as in `_statistics_kernel`
-        inside = channel < C
         v = tl.zeros((X, Y), tl.float32)
-        v_origin = tl.zeros(channel.shape, tl.float32)
         if m_ptr is not None:  # all loads first: behind a store the compiler could not move them up
             m = tl.load(m_ptr + offsets, mask=mask, other=0)
-            if m_out_ptr is not None:
-                m_origin = tl.load(m_ptr + origin, mask=inside, other=0)
         elif v_ptr is not None:
             v = tl.load(v_ptr + offsets, mask=mask, other=0).to(tl.float32)
-            v_origin = tl.load(v_ptr + origin, mask=inside, other=0).to(tl.float32)
         if m_out_ptr is not None:
             current = tl.load(current_ptr + offsets, mask=mask, other=0).to(tl.float32)
-            current_origin = tl.load(current_ptr + origin, mask=inside, other=0).to(tl.float32)
         if m_ptr is not None:
             v, s = _mem_fire(m, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
             if BITS:
                 s = _spike_codes(s, inv_step, BITS) * step
             tl.store(spikes_ptr + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
-            if m_out_ptr is not None:
-                v_origin, _ = _mem_fire(m_origin, p_ptr, mean_ptr, var_ptr, t - 1, channel, C, eps, T)
         if m_out_ptr is not None:
-            leak = _row(p_ptr, 0, t, channel, C, T)
-            m = leak * v + current
-            first = leak * v_origin + current_origin
+            m = _row(p_ptr, 0, t, channel, C, T) * v + current
             tl.store(m_out_ptr + offsets, m, mask=mask)
-            d = tl.where(mask, m - first, 0.0)
-            sum_1 += d
-            sum_2 += d * d
+            n, mean, m2 = _add_number(n, mean, m2, m, mask)
         else:
             tl.store(v_out_ptr + offsets, v, mask=mask)
     if m_out_ptr is not None:
-        _store_sum(partial_ptr, 0, 0, sum_1, C, 1, X, Y, CHANNELS_LAST)
-        _store_sum(partial_ptr, 1, 0, sum_2, C, 1, X, Y, CHANNELS_LAST)
+        _store_lanes(partial_ptr, n, mean, m2, 0, C, 1, X, Y, CHANNELS_LAST)
 
 
 @triton.jit
@@ -253,13 +278,11 @@ def _norm_backward_kernel(
             _store_sum(partial_ptr, slot, t, sums[P * t + slot], C, T, X, Y, CHANNELS_LAST)
 
 
-def _finish(partial, x, stride_t, mean, var):
-    """Mean and variance of each step and channel from the partial sums, on the device."""
+def _finish(partial, count, mean, var):
+    """Mean and variance of each step and channel from the partial statistics, on the device."""
     _, rows, T, C = partial.shape
-    count = x[0, :, 0].numel()
-    origin = 1 if is_channels_last(x) else x[0, 0, 0].numel()
     _finish_kernel[(triton.cdiv(C, FINISH[1]), T)](
-        partial, x, mean, var, rows, float(count), C, origin, stride_t, T=T, ROWS=FINISH[0], BLOCK=FINISH[1]
+        partial, mean, var, rows, float(count), C, T=T, ROWS=FINISH[0], BLOCK=FINISH[1], **LAUNCH
     )  # fmt: skip
 
 
@@ -280,9 +303,9 @@ def launch_statistics(x):
     T, _, C = x.shape[:3]
     view, tile, tiles, blocks, rows = _statistics_tiles(x)
     mean, var = (x.new_empty((T, C), dtype=torch.float32) for _ in range(2))
-    partial = x.new_empty((2, rows, T, C), dtype=torch.float32)
-    _statistics_kernel[(rows, blocks, T)](x, partial, *view, tiles, x.stride(0), T=T, **tile)
-    _finish(partial, x, x.stride(0), mean, var)
+    partial = x.new_empty((3, rows, T, C), dtype=torch.float32)
+    _statistics_kernel[(rows, blocks, T)](x, partial, *view, tiles, x.stride(0), T=T, **tile, **LAUNCH)
+    _finish(partial, x[0, :, 0].numel(), mean, var)
     return mean, var
 
 
@@ -294,7 +317,7 @@ def launch_bn(x, v, p, eps, bits, step, stats=None):
     v_out = empty_like_steps(x, torch.float32, one_step=True)
     view, tile, tiles, blocks, _ = _tiles(x, 1)
     _bn_fire_kernel[(tiles, blocks)](
-        x, v, p, mean, var, spikes, v_out, *view, x.stride(0), eps, 1 / step, step, T=T, **tile, BITS=bits
+        x, v, p, mean, var, spikes, v_out, *view, x.stride(0), eps, 1 / step, step, T=T, **tile, BITS=bits, **LAUNCH
     )  # fmt: skip
     return spikes, v_out, mean, var
 
@@ -304,17 +327,17 @@ def launch_mem_bn(current, v, p, eps, bits, step, stats=None):
     T, _, C = current.shape[:3]
     view, tile, tiles, blocks, rows = _tiles(current[:1], 24)  # m, v and their sums in fp32, all parameters twice
     mean, var = stats or (current.new_empty((T, C), dtype=torch.float32) for _ in range(2))
-    partial = current.new_empty((2, rows, 1, C), dtype=torch.float32)
+    partial = current.new_empty((3, rows, 1, C), dtype=torch.float32)
     spikes = empty_like_steps(current, current.dtype)
     v_out, m, m_next = (empty_like_steps(current, torch.float32, one_step=True) for _ in range(3))
     for t in range(T + 1):
         _mem_step_kernel[(rows, blocks)](
             current[t] if t < T else None, v, m if t else None, p, mean, var, spikes[t - 1] if t else None,
             None if t < T else v_out, m_next if t < T else None, partial, *view, tiles, t, eps, 1 / step, step,
-            T=T, **tile, BITS=bits,
+            T=T, **tile, BITS=bits, **LAUNCH,
         )  # fmt: skip
         if t < T and stats is None:
-            _finish(partial, m_next[None], 0, mean[t], var[t])
+            _finish(partial, current[t, :, 0].numel(), mean[t], var[t])
         m, m_next = m_next, m
     return spikes, v_out, mean, var
 
@@ -331,7 +354,7 @@ def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem,
         _norm_backward_kernel[(rows, blocks)](
             d_spikes, d_v_out, x, v, p, mean, var, means, d_x if apply else None, d_v if apply else None, partial,
             *view, tiles, x.stride(0), d_spikes.stride(0), eps, (2**bits - 1) * step,
-            T=T, **tile, BITS=bits, MEM=mem, DETACH=detach, APPLY=apply,
+            T=T, **tile, BITS=bits, MEM=mem, DETACH=detach, APPLY=apply, **LAUNCH,
         )  # fmt: skip
         result.append(partial.sum(1))
         means = result[0][:2] / x[0, :, 0].numel()

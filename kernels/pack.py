@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from .dispatch import plain_tensors
+
 KINDS = ("binary", "ternary")
 FORMS = ("pair", "quad")
 BLOCK = 256  # K of a matrix operand is padded to this, so kernels never mask the words
@@ -68,8 +70,10 @@ class PackedWeight:
         _check_scale(self.scale, shape[0])
         if self.scale.device != self.bits.device:
             raise ValueError(f"bits are on {self.bits.device}, scale is on {self.scale.device}")
-        object.__setattr__(self, "bits", self.bits.detach())
-        object.__setattr__(self, "scale", self.scale.detach().contiguous())  # kernels read it with stride 1
+        _refuse_wrapped(self.bits, self.scale)
+        with plain_tensors():  # a copy of what inference mode made, which has no version and no part in autograd
+            for name, tensor in (("bits", self.bits), ("scale", self.scale.contiguous())):  # kernels read stride 1
+                object.__setattr__(self, name, tensor.clone() if tensor.is_inference() else tensor.detach())
 
     def __reduce__(self):  # derived buffers are neither pickled nor deep-copied
         return PackedWeight, (self.bits, self.scale, self.shape, self.kind)
@@ -91,7 +95,10 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same weights on `device`, with every derived buffer that has been built so far."""
         moved = PackedWeight(self.bits.to(device), self.scale.to(device), self.shape, self.kind)
-        moved._derived.update({key: buffer.to(device) for key, buffer in self._derived.items()})
+        moved._derived.update(
+            {key: (moved.bits._version, buffer.to(device)) for key, (version, buffer) in self._derived.items()
+             if version == self.bits._version}
+        )  # fmt: skip
         return moved
 
     def with_scale(self, scale: torch.Tensor) -> "PackedWeight":
@@ -107,7 +114,8 @@ class PackedWeight:
         convolution are ordered (kh, kw, c) and the channels of each tap are padded to a multiple of `block`; without it
         K is in torch's order and padded to a multiple of `block`. Raises RuntimeError if a CUDA graph is being captured
         and the buffer does not exist yet: run the model once before, or call this. The same is needed before
-        torch.compile(mode="reduce-overhead"), whose graphs overwrite what is built inside of them.
+        torch.compile(mode="reduce-overhead"), whose graphs overwrite what is built inside of them. After `bits` was
+        written to (`copy_` and the like) the next eager call renews the buffer where it lies, so graphs read it too.
         """
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
@@ -122,17 +130,21 @@ class PackedWeight:
         return self._cached(("row_sums",), lambda: signs(self).flatten(1).sum(1, dtype=torch.int32))
 
     def _cached(self, key, build):
-        if key not in self._derived:
-            eager_on_cuda = self.bits.is_cuda and not torch.compiler.is_compiling()  # torch.compile traces no streams
-            if eager_on_cuda and torch.cuda.is_current_stream_capturing():
+        """What `build()` makes of the bits, and makes anew, in the same memory, after they were written to."""
+        tracing = torch.compiler.is_compiling()  # torch.compile traces no streams and no versions
+        version, buffer = self._derived.get(key, (None, None))
+        if buffer is None or (not tracing and version != self.bits._version):
+            on_cuda = self.bits.is_cuda and not tracing
+            if on_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"derived weights {key} are not built yet: run once before the CUDA graph is captured"
                 )
-            built = build()
-            if eager_on_cuda:  # once for each buffer, so that any stream may read it
+            with plain_tensors():
+                buffer = build() if buffer is None else buffer.copy_(build())
+            if on_cuda:  # once for each buffer, so that any stream may read it
                 torch.cuda.current_stream(self.device).synchronize()
-            self._derived[key] = built
-        return self._derived[key]
+            self._derived[key] = None if tracing else self.bits._version, buffer
+        return buffer
 
     def _reorder(self, form, block, taps):
         codes = _codes(self)  # N K
@@ -151,7 +163,7 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
     ternary   sign = 0 where |w| <= 0.7 mean |w|, else as above;   scale = mean |w| over what is not 0
 
     `scale` (N,) replaces the scale of these formulas. The result shares no memory with `w`. Raises ValueError for
-    another kind, number of dimensions, or dtype.
+    another kind, number of dimensions, or dtype, NotImplementedError for a `w` that torch.func maps or differentiates.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -159,7 +171,13 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
         raise ValueError(
             f"w must be floating point, (N, K) or (N, C, kh, kw), not empty; got {w.dtype} {tuple(w.shape)}"
         )
-    flat = w.detach().flatten(1).float()  # N K
+    _refuse_wrapped(w)
+    with plain_tensors():
+        return _pack(w.detach(), kind, scale)
+
+
+def _pack(w, kind, scale):
+    flat = w.flatten(1).float()  # N K
     size = flat.abs()
     if kind == "binary":
         codes, default = (flat < 0).int(), size.mean(1)
@@ -185,6 +203,11 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
     """The dense weight scale[n] * sign[n, ...], fp32, in its own shape."""
     scale = packed.scale.view(-1, *[1] * (len(packed.shape) - 1))
     return scale * signs(packed)
+
+
+def _refuse_wrapped(*tensors):
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise NotImplementedError("weights that torch.func maps or differentiates cannot be packed: pack them outside")
 
 
 def _check_scale(scale, n):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import INTERPRETED, tl, triton
+from .dispatch import INTERPRETED, plain_tensors, tl, triton
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.uint8, torch.int8)
@@ -28,6 +28,11 @@ class Plan(NamedTuple):
     splits: int = 1
 
 
+def occupied(programs: int, wanted: int) -> bool:
+    """Whether so many programs keep nearly all of `wanted` busy: then neither smaller tiles nor a split of K pay."""
+    return 8 * programs >= 7 * wanted
+
+
 def split_steps_of_k(steps: int, programs: int, processors: int) -> int:
     """Into how many parts K is split where `programs` tiles leave processors idle: up to two programs for each.
 
@@ -43,7 +48,117 @@ def split_buffers(splits: int, tiles: int, numbers: int, x: torch.Tensor) -> tup
         return None, None
     kind = torch.int32 if x.dtype in CODES else torch.float32
     partial = torch.empty(tiles * splits * numbers, dtype=kind, device=x.device)
-    return partial, torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    return partial, Counters.of(tiles, x.device)
+
+
+class Counters:
+    """Counters of arrivals on one device: zero between launches, because the last program of a tile resets its own.
+
+    Launches on one stream never overlap, so they share `PER_STREAM` counters. A launch that a CUDA graph captures gets
+    counters of its own for good, as graphs replay on any stream. All are cut from one buffer, made outside of graphs;
+    what it cannot serve is cleared by a launch of its own.
+    """
+
+    PER_STREAM = 1024  # K is split only where tiles are fewer than multiprocessors
+    SIZE = 1 << 20
+    _of_device: dict[torch.device, "Counters"] = {}
+
+    def __init__(self, device: torch.device, size: int = SIZE):
+        with plain_tensors():
+            self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # any stream may use them
+        self.used = 0
+        self.streams: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, tiles: int, device: torch.device) -> torch.Tensor:
+        """`tiles` counters for a launch on the current stream."""
+        on_cuda = device.type == "cuda"
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if device not in cls._of_device and not capturing:
+            cls._of_device[device] = cls(device)
+        if device not in cls._of_device:
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
+        return cls._of_device[device].take(tiles, None if capturing else stream)
+
+    def take(self, tiles: int, stream: int | None) -> torch.Tensor:
+        """Counters of a stream, or with None such as nobody else gets."""
+        if stream not in self.streams or tiles > self.PER_STREAM:
+            number = tiles if stream is None else self.PER_STREAM
+            if tiles > number or self.used + number > len(self.buffer):
+                return torch.zeros(tiles, dtype=torch.int32, device=self.buffer.device)
+            fresh = self.buffer[self.used : self.used + number]
+            self.used += number
+            if stream is None:
+                return fresh
+            self.streams[stream] = fresh
+        return self.streams[stream]
+
+
+class ProductFn(torch.autograd.Function):
+    """y = L(x) + bias for a product L with packed weights, in every mode of autograd and under torch.func.
+
+    `product` has `packed`, `run(x, bias, out_dtype) -> y` and `transposed(d_y, size) -> d_x`, which is made of torch's
+    own operations and gets d_y times the scale in the type of x. Rows or images lie along dimension 0 of x and y,
+    outputs along dimension 1 of y.
+    """
+
+    @staticmethod
+    def forward(x, bias, product, out_dtype):
+        return product.run(x, bias, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, bias, ctx.product, ctx.out_dtype = inputs
+        ctx.version = ctx.product.packed.bits._version
+        ctx.x_size, ctx.x_dtype, ctx.y_size = x.shape, x.dtype, output.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, d_y):
+        if ctx.version != ctx.product.packed.bits._version:
+            raise RuntimeError("the packed weights were written to between the forward and the backward pass")
+        d_x = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = ctx.product.transposed(scaled(d_y, ctx.product.packed.scale, ctx.x_dtype), ctx.x_size)
+        if ctx.needs_input_grad[1]:
+            d_bias = d_of_bias(d_y, ctx.bias_dtype)
+        return d_x, d_bias, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, bias_t, *_):
+        if ctx.x_dtype in CODES:
+            return along_outputs(bias_t, len(ctx.y_size)).to(ctx.out_dtype).expand(ctx.y_size)
+        return ProductFn.apply(x_t, bias_t, ctx.product, ctx.out_dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, x, bias, product, out_dtype):
+        """The mapped dimension joins the rows; a mapped bias is added behind."""
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        mapped_bias = bias is not None and in_dims[1] is not None
+        dtype = torch.float32 if mapped_bias else out_dtype
+        y = ProductFn.apply(x.flatten(0, 1), None if mapped_bias else bias, product, dtype).unflatten(0, x.shape[:2])
+        if mapped_bias:
+            bias = bias.movedim(in_dims[1], 0)[:, None]  # batch 1 N
+            y = (y + bias.view(*bias.shape, *[1] * (y.dim() - 3))).to(out_dtype)
+        return y, 0
+
+
+def scaled(d_y: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """d_y times the scale of each output, in `dtype`: cast last, for an fp32 d_y alone may be too large for fp16."""
+    return (d_y * along_outputs(scale, d_y.dim())).to(dtype)
+
+
+def along_outputs(p: torch.Tensor, dims: int) -> torch.Tensor:
+    """p (N,) against a tensor of `dims` dimensions with the outputs along dimension 1."""
+    return p.view(-1, *[1] * (dims - 2))
+
+
+def d_of_bias(d_y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of a bias: summed over all but dimension 1, in fp32."""
+    return d_y.sum([0, *range(2, d_y.dim())], dtype=torch.float32).to(dtype)
 
 
 def fp32_terms() -> int:
@@ -105,6 +220,12 @@ def _dot(w, x, acc):
 
 
 @triton.jit
+def _head(x):
+    """The first 8 bits of fp32 x, cut off: exact in bf16, and never an infinity where x is none."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _to_bf16(x):
     """fp32 rounded to bf16; in the interpreter, which would truncate, an fp32 number of that value."""
     if _INTERPRETED:
@@ -116,23 +237,33 @@ def _to_bf16(x):
 
 
 @triton.jit
-def dot_signs(w, x, acc, TERMS: tl.constexpr = 3):
+def dot_signs(w, x, acc, TERNARY: tl.constexpr, TERMS: tl.constexpr = 3):
     """acc + w @ x for unpacked w (R, K) and x (K, C): int8 -> int32, 16 bits -> fp32, fp32 x with bf16 w -> fp32.
 
     w is exact in bf16, so fp32 x is split into TERMS bf16 terms, one product each. They go, the smallest first, into a
     sum of their own: a tensor core truncates where it adds to an accumulator, and over all of K that would amount to
-    ten times the error of fp32 addition.
+    ten times the error of fp32 addition. An infinity is its own first term, and the others are 0. As a ternary w is
+    +-2, fp32 x is halved, lest it overflow; 16-bit x is not, and the caller halves the sum.
     """
     if x.dtype == tl.int8:
         acc = tl.dot(w, x, acc, out_dtype=tl.int32)
     elif x.dtype == tl.float32:
-        high = _to_bf16(x)
-        rest = x - high.to(tl.float32)
-        middle = _to_bf16(rest)
+        if TERNARY:
+            x = x * 0.5
+        high = _head(x)
         block = tl.zeros_like(acc)
         if TERMS == 3:
-            block = _dot(w, _to_bf16(rest - middle.to(tl.float32)), block)
-        acc += _dot(w, high, _dot(w, middle, block))
+            rest = tl.where(high == x, 0.0, x - high)
+            middle = _head(rest)
+            block = _dot(w, _to_bf16(rest - middle), block)
+        else:  # rounded, which is a bit more, except next to the largest number
+            rounded = _to_bf16(x).to(tl.float32)
+            fits = tl.abs(rounded) < (2.0**127 if TERNARY else float("inf"))
+            high = tl.where(fits, rounded, high)
+            rest = tl.where(high == x, 0.0, x - high)
+            middle = tl.where(fits, _to_bf16(rest).to(tl.float32), _head(rest))
+        block = _dot(w, _to_bf16(middle), block)
+        acc += _dot(w, _to_bf16(high), block)
     else:
         acc = _dot(w, x, acc)
     return acc
@@ -150,9 +281,15 @@ def park(acc, partial_ptr, index):
 
 @triton.jit
 def is_last(arrived_ptr, tile):
-    """Whether the other programs of this tile have parked their sums: the one that finds so goes on alone."""
+    """Whether the other programs of this tile have parked their sums: the one that finds so goes on alone.
+
+    It also resets the counter, which nobody else reads before the next launch.
+    """
     tl.debug_barrier()  # every thread has stored before one of them says so
-    return tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
+    last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
+    if last:
+        tl.store(arrived_ptr + tile, 0)
+    return last
 
 
 @triton.jit

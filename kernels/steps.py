@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .dispatch import device_facts, tl, triton
 
+BLOCKS = 65_535  # programs along axis 1 of a grid
 PROGRAMS = 16  # per multiprocessor, of a kernel that sums over its tiles: fewer would wait for memory
 
 
@@ -72,12 +73,15 @@ def tiling(x: Tensor, per_channel: bool, elements: int) -> tuple[tuple[int, int,
         view, last = (n * positions, c, 1), True
     else:
         view, last = (n, c, positions), False
+    least = triton.next_power_of_2(triton.cdiv(view[1], BLOCKS))  # channels of a tile
+    if least > elements:
+        raise ValueError(f"parameters per channel are for up to {BLOCKS * elements} channels here, got {view[1]}")
     if last:
-        tile_y = min(triton.next_power_of_2(c), 128, elements)
+        tile_y = max(least, min(triton.next_power_of_2(c), 128, elements))
         tile_x = elements // tile_y
         tiles = triton.cdiv(view[0], tile_x)
     else:
-        tile_y = min(triton.next_power_of_2(view[2]), elements)
+        tile_y = min(triton.next_power_of_2(view[2]), elements // least)
         tile_x = min(elements // tile_y, triton.next_power_of_2(view[1]))
         tiles = view[0] * triton.cdiv(view[2], tile_y)
     return view, {"X": tile_x, "Y": tile_y, "CHANNELS_LAST": last}, tiles
@@ -108,7 +112,7 @@ def _tile(i, A, C, B, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.conste
         offsets = a * C + channel
         mask = (a < A) & (channel < C)
     else:
-        blocks = tl.cdiv(B, Y)
+        blocks = (B - 1) // Y + 1  # tl.cdiv would wrap near 2^31
         b = tl.cast(i % blocks, tl.int64) * Y + y
         channel = tl.program_id(1) * X + x
         offsets = (tl.cast(i // blocks, tl.int64) * C + channel) * B + b

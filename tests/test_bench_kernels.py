@@ -81,3 +81,11 @@ def test_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert {"machine", "device", "torch", "triton", "commit", "date"} <= set(result) and result["device"] == "static"
     assert all(row["target"] == "sm_90" and row["spills"] == 0 for row in result["compiled"]) and result["compiled"]
     assert len(result["floors_h200_us"]) == len(bench.cases())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_quick_run_leaves_the_full_result_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench, "run_static", lambda quick: [])
+    bench.main(["--quick"])
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["kernels-static-quick.json"]

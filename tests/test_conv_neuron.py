@@ -295,3 +295,16 @@ BAD = {
 def test_errors_name_the_values(message):
     with pytest.raises(ValueError, match=message):
         binary_conv2d_neuron(**case(2) | BAD[message])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [0.1, 0.3])
+def test_codes_at_ties_with_a_step_that_rounds(step, device, kernels_on):
+    """Kernel and definition multiply and add in the same order, each rounded: a fused pair would flip a code."""
+    codes = torch.randint(0, 16, (4, 8, 32, 16, 16), dtype=torch.uint8, device=device)
+    packed = pack(torch.randn(64, 32, 3, 3), scale=torch.full((64,), 0.5 * step)).to(device)
+    half = torch.full((4,), 0.5, device=device)
+    options = dict(padding=1, in_step=step, step=step, bits=8, codes=True)
+    got, v = binary_conv2d_neuron(codes, packed, None, half, half, **options)
+    want, want_v = binary_conv2d_neuron_ref(codes, packed, None, half, half, **options)
+    assert torch.equal(got, want) and torch.equal(v, want_v)

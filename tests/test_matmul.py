@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from empf.kernels import matmul, set_backend
-from empf.kernels.dense import dense_product_of_codes
+from empf.kernels.dense import dense_product_of_codes, unpack_op
 from empf.kernels.matmul import CONFIGS, FLOATS, binary_matmul, binary_matmul_ref
 from empf.kernels.pack import PackedWeight, pack, signs
 
@@ -358,7 +358,7 @@ def test_operator_is_registered_as_it_behaves(dtype, device, kernels_on):
     arguments = (x, words, packed.scale, bias, sums, 1.0, False, torch.float32)
     torch.library.opcheck(matmul._matmul_op, arguments)
     if float_x:
-        torch.library.opcheck(matmul._d_x_op, (torch.ones(6, 9, device=device), words, packed.scale, 40, False))
+        torch.library.opcheck(unpack_op, (torch.ones(6, 9, device=device), words, 9, 40, False, torch.float32))
     assert kernels_on["binary_matmul"] > 0
 
 

@@ -159,7 +159,9 @@ def test_derived_buffers_are_built_once_follow_the_device_and_are_not_saved():
     assert packed.operand("pair") is first and packed.operand("quad") is not first
     moved = packed.to("meta")
     assert moved.bits.is_meta and moved.scale.is_meta and moved.device.type == "meta"
-    assert {key: buffer.device.type for key, buffer in moved._derived.items()} == dict.fromkeys(packed._derived, "meta")
+    assert {key: buffer.device.type for key, (_, buffer) in moved._derived.items()} == dict.fromkeys(
+        packed._derived, "meta"
+    )
     for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert not again._derived and torch.equal(unpack(again), unpack(packed)) and again.kind == packed.kind
 

@@ -71,3 +71,15 @@ def test_two_copies_live_side_by_side_and_import_makes_no_cuda_call(tmp_path):
                for path in sorted(KERNELS.glob("*.py")) if path.stem != "__init__"]  # fmt: skip
     done = run(tmp_path, script + "".join(f"import {module}\n" for module in modules))
     assert done.returncode == 0, done.stderr
+
+
+def test_copies_with_names_that_look_alike_run_their_own_code(tmp_path):
+    """As a.b_c and a_b.c, the second with another definition of its operators."""
+    for parent, name in (("a", "b_c"), ("a_b", "c")):
+        shutil.copytree(KERNELS, tmp_path / parent / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / parent / "__init__.py").touch()
+    script = "from a.b_c import dispatch, matmul, neuron\nfrom a_b.c import dispatch as other, matmul, neuron\n"
+    done = run(tmp_path, script + "print(dispatch.OPS, other.OPS)")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first != second and first.isidentifier() and second.isidentifier()
