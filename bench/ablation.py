@@ -2,7 +2,7 @@
 
 python bench/ablation.py --data FOLDER                 all runs that are missing (resumable; --minutes N stops after N)
 python bench/ablation.py --data FOLDER --part 1/2      every second of them, for a second process
-python bench/ablation.py --report                      tables (mean +- standard deviation) and a plot from the results
+python bench/ablation.py --report                      tables and a plot of the differences from the results
 
 A small setting, so that the whole study takes a few CPU hours: CIFAR-100 averaged to 16x16 pixels, 10,000 training
 images, ResNet-18 at a quarter of its width, 4 epochs, one thread. All variants get the same images in the same order,
@@ -39,7 +39,7 @@ from empf.data.batches import Augment, Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
-from empf.figures import pyplot, save_figure
+from empf.figures import BLUE, GREY, ORANGE, WIDTH, pyplot, save_figure
 from empf.files import write_atomic
 from empf.runs import has_matplotlib
 
@@ -240,9 +240,14 @@ def t_quantile(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
+def paired(runs: dict[int, float], default: dict[int, float]) -> list[float]:
+    """Differences of runs with the same seed, by seed."""
+    return [runs[seed] - default[seed] for seed in sorted(runs.keys() & default.keys())]
+
+
 def against(runs: dict[int, float], default: dict[int, float]) -> tuple[int, float, float]:
     """(n, mean, half of the 95 % interval) of the differences of runs with the same seed; by seed, accuracies."""
-    differences = [runs[seed] - default[seed] for seed in sorted(runs.keys() & default.keys())]
+    differences = paired(runs, default)
     n = len(differences)
     if n < 2:
         return n, differences[0] if n else math.nan, math.nan
@@ -250,9 +255,9 @@ def against(runs: dict[int, float], default: dict[int, float]) -> tuple[int, flo
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Variant -> n, mean and standard deviation of the accuracy, the means per time step, mean CPU seconds, `against`.
+    """Variant -> n, mean and standard deviation of the accuracy, the means per time step, mean CPU seconds.
 
-    "against": of the default variant, see `against`.
+    "against", "differences": to the default variant, see `against` and `paired`.
     """
     result = {}
     last = {}
@@ -267,6 +272,7 @@ def summary(runs: list[dict]) -> dict[str, dict]:
             "steps": [statistics.mean(a) for a in zip(*(r["accuracy"] for r in mine), strict=True)],
             "cpu_seconds": statistics.mean(r["cpu_seconds"] for r in mine),
             "against": against(by_seed, last.get("default", {})),
+            "differences": paired(by_seed, last.get("default", {})),
         }  # fmt: skip
     return result
 
@@ -310,23 +316,42 @@ def tables(study: dict, found: dict[str, dict], commits: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, dict], file: Path) -> None:
-    """One panel per table: mean and standard deviation of each variant, the default as a line."""
-    plt = pyplot()
-    height = -(-len(TABLES) // 3)
-    figure, axes = plt.subplots(height, 3, figsize=(15, 3.75 * height), layout="constrained", squeeze=False)
-    for ax in axes.flat[len(TABLES) :]:
-        ax.remove()
-    for ax, (table, rows) in zip(axes.flat, TABLES.items(), strict=False):
-        labels = [label for label, changes in rows.items() if name_of(changes) in found]
-        values = [found[name_of(rows[label])] for label in labels]
-        colors = ["tab:orange" if not rows[label] else "tab:blue" for label in labels]
-        spread = [0 if math.isnan(v["std"]) else v["std"] for v in values]
-        ax.barh(labels, [v["mean"] for v in values], xerr=spread, color=colors, capsize=3)
-        ax.axvline(found["default"]["mean"], color="tab:orange", linewidth=1, linestyle="--")
-        ax.invert_yaxis()
-        ax.set(title=table, xlabel="test accuracy (%)")
-    save_figure(plt, figure, file, dpi=110)
+def plot(found: dict[str, dict], study: dict, file: Path) -> None:
+    """All tables below each other: differences of each variant to the default, run by run, their mean and interval."""
+    lines: list[tuple[str, dict | None]] = []  # label, result; a table's name has none
+    for table, rows in TABLES.items():
+        known = [(label, found[name]) for label, changes in rows.items() if (name := name_of(changes)) in found]
+        lines += [(table, None), *known]
+    places = range(len(lines), 0, -1)
+    with pyplot() as plt:
+        figure, ax = plt.subplots(figsize=(WIDTH, 0.17 * len(lines) + 1), layout="constrained")
+        ax.axvline(0, color=GREY, linewidth=0.8)
+        for y, (_, r) in zip(places, lines, strict=True):
+            if r is None:
+                continue
+            if r is found["default"]:
+                ax.plot(0, y, "D", color=ORANGE)
+                text = f"{r['mean']:.2f} % (the default)"
+            else:
+                n, mean, half = r["against"]
+                ax.plot(r["differences"], [y + 0.3] * n, "o", color=GREY, markersize=2, markeredgewidth=0)
+                if n > 1:
+                    ax.errorbar(mean, y, xerr=half, fmt="o", color=BLUE, capsize=2)
+                text = f"{r['mean']:.2f} %, n = {n}"
+            ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
+        ax.set_yticks(list(places), [label for label, _ in lines])
+        for tick, (_, r) in zip(ax.get_yticklabels(), lines, strict=True):
+            tick.set_fontweight("bold" if r is None else "normal")
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.grid(visible=False, axis="y")
+        ax.set(ylim=(0.3, len(lines) + 0.7), xlabel="difference of the test accuracy to the default (points)")
+        figure.suptitle(
+            f"CIFAR-100 at {study['image_size']}x{study['image_size']}, {study['images']:,} images, {study['arch']} "
+            f"x{study['width']:g}, {study['epochs']} epochs\npairs of runs with the same seed (grey), mean and 95 % "
+            "interval (blue)"
+        )
+        save_figure(plt, figure, file)
 
 
 def report(out: Path) -> None:
@@ -335,11 +360,12 @@ def report(out: Path) -> None:
         raise ValueError(f"no run of the default variant in {out}: run the study first, without --report")
     found = summary(runs)
     commits = Counter(r["commit"] or "unknown" for r in runs)
-    text = tables(json.loads((out / "study.json").read_text()), found, commits)
+    study = json.loads((out / "study.json").read_text())
+    text = tables(study, found, commits)
     write_atomic(out / "report.md", text.encode())
     print(text)
     if has_matplotlib():
-        plot(found, out / "report.png")
+        plot(found, study, out / "report.png")
     else:
         print("no report.png without matplotlib: pip install 'empf[plot]'")
 

@@ -1,19 +1,38 @@
-"""What every figure needs: matplotlib without a screen, and a file that is whole or the old one."""
+"""The style of every figure: matplotlib without a screen, sizes of a paper, one palette, and a file that is whole.
 
+7.2 inches are the width of a page. Colours that all readers can tell apart (Okabe and Ito): one for each meaning, and
+shades from light to dark for time steps and layers.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 from empf.files import write_atomic
 
+WIDTH = 7.2  # inches
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "figure.titlesize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True,
+    "grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False,
+    "pdf.fonttype": 42,
+}  # fmt: skip
 
-def pyplot():
-    """`matplotlib.pyplot`, drawing into memory."""
+
+@contextmanager
+def pyplot() -> Iterator:
+    """`matplotlib.pyplot`, drawing into memory in the style of this file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt
+    with plt.rc_context(STYLE):
+        yield plt
 
 
 def save_figure(plt, figure, path: Path, dpi: int = 300) -> None:
@@ -22,3 +41,50 @@ def save_figure(plt, figure, path: Path, dpi: int = 300) -> None:
     figure.savefig(buffer, format=path.suffix[1:], dpi=dpi)
     plt.close(figure)
     write_atomic(path, buffer.getvalue())
+
+
+def shades(plt, count: int) -> list:
+    """One colour per time step, lag or layer, from light to dark."""
+    return [plt.get_cmap("viridis_r")(0.12 + 0.88 * (k + 1) / count) for k in range(count)]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of layers without endings that tell nothing apart: blocks.0.conv1.conv.weight -> blocks.0.conv1."""
+    short = list(names)
+    for ending in (".weight", ".neuron", ".conv"):
+        cut = [name.removesuffix(ending) for name in short]
+        short = cut if len(set(cut)) == len(cut) else short
+    return short
+
+
+def by_layer(ax, names: Sequence[str], most: int = 24) -> None:
+    """Layers 1, 2, ... along the x axis with their names; of more than `most` layers, the first, the last and some."""
+    every = -(-len(names) // most)
+    ticks = [k for k in range(len(names)) if k % every == 0 and len(names) - 1 - k >= every] + [len(names) - 1]
+    ax.set_xticks([k + 1 for k in ticks], [short_names(names)[k] for k in ticks], rotation=90, fontsize=5)
+    ax.set(xlim=(0.5, len(names) + 0.5))
+    ax.grid(visible=False, axis="x")
+
+
+def plain_log(axis) -> None:
+    """A logarithmic axis whose numbers are written out, and enough of them over any range."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    digits = (1, 2, 5) if decades < 2.5 else (1,)
+    axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=digits, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def gaps(values: Sequence[float | None]) -> list[float]:
+    """What a logarithmic axis cannot show, or what is not known, becomes a gap and not a fall."""
+    return [math.nan if value is None or value <= 0 else value for value in values]
+
+
+def lettered(axes) -> None:
+    """a, b, c ... before the titles of the panels."""
+    for letter, ax in zip("abcdefghijkl", axes, strict=False):
+        ax.set_title(f"$\\bf{{{letter}}}$  {ax.get_title('left')}")

@@ -125,6 +125,31 @@ def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
     assert "unknown (1 runs)" in (tmp_path / "report.md").read_text() and not (tmp_path / "report.png").exists()
 
 
+def test_the_picture_shows_differences_of_pairs(tmp_path, monkeypatch):
+    """Not accuracies from zero: each pair, their mean, its interval, n; the default as the line at 0."""
+    from matplotlib import pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(ablation, "save_figure", lambda plt, figure, file: figures.append(figure))
+    for seed, (default, ternary) in enumerate([(20.0, 21.0), (30.0, 33.0)]):
+        ablation.append(tmp_path, result("default", seed, default, commit="a"))
+        ablation.append(tmp_path, result("weights=ternary", seed, ternary, commit="a"))
+    ablation.append(tmp_path, result("seca=1", 0, 26.0, commit="a"))
+    (tmp_path / "study.json").write_text(json.dumps(Study().__dict__))
+    ablation.main(["--report", "--out", str(tmp_path)])
+    (figure,) = figures
+    (ax,) = figure.axes
+    places = {t.get_text(): y for t, y in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True)}
+    at = {place: [line for line in ax.lines if abs(line.get_ydata()[0] - y) < 0.4] for place, y in places.items()}
+    assert [list(line.get_xdata()) for line in at["ternary"][:2]] == [[1.0, 3.0], [2.0]]
+    low, high = ax.collections[0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((2 - 12.706, 2 + 12.706), rel=1e-4)
+    assert [list(line.get_xdata()) for line in at["SECA-I"]] == [[6.0]] and "Mem-BN" not in places
+    texts = {round(t.xy[1]): t.get_text() for t in ax.texts}
+    assert texts[places["ternary"]] == "27.00 %, n = 2" and texts[places["binary"]] == "25.00 % (the default)"
+    plt.close("all")
+
+
 def test_wrong_numbers_are_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="must be at least 1, got 0 and 3"):
         ablation.main(["--threads", "0", "--out", str(tmp_path)])

@@ -1,20 +1,21 @@
-"""The figures of `python -m empf.diagnose`: 7.2 inches wide, in colours that all readers can tell apart."""
+"""The figures of `python -m empf.diagnose`."""
 
 from pathlib import Path
 
-from empf.figures import pyplot, save_figure
-
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"  # Okabe and Ito
-STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
-    "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,
-    "lines.markersize": 3.5, "legend.frameon": False, "axes.titlelocation": "left", "pdf.fonttype": 42,
-}  # fmt: skip
-
-
-def shades(plt, count: int) -> list:
-    """One colour per time step or lag, from light to dark."""
-    return [plt.get_cmap("viridis_r")(0.12 + 0.88 * (k + 1) / count) for k in range(count)]
+from empf.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    WIDTH,
+    by_layer,
+    lettered,
+    plain_log,
+    pyplot,
+    save_figure,
+    shades,
+)
 
 
 def number(value: float | None, spec: str = ".3f") -> str:
@@ -30,19 +31,32 @@ def known(values: list) -> list[float]:
 def draw_separability(result: dict, samples: dict[str, list[dict]], path: Path) -> None:
     """Six panels: ds/dm, factors, activity | online against through time, what crosses steps, variance over t*.
 
-    Layers are numbered from the input on.
+    Shares have the scale from 0 to 1 in every figure, so that networks can be compared.
     """
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(2, 3, figsize=(7.2, 4.7), layout="constrained")
+    with pyplot() as plt:
+        fig, axes = plt.subplots(2, 3, figsize=(WIDTH, 6.2), layout="constrained")
         at_neurons(plt, axes[0], result, samples)
         at_weights(plt, axes[1], result)
         T = result["T"]
         step_legend(plt, fig, "lower left", "time step t (a, c, e)", range(1, T + 1))
         step_legend(plt, fig, "lower right", "lag t − t′ (b)", range(T))
-        for ax, letter in zip(axes.flat, "abcdef", strict=True):
-            ax.set_title(f"$\\bf{{{letter}}}$  {ax.get_title('left')}")
+        handles, labels = axes[1, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, title="online against through time (d)", loc="outside lower center", ncols=3)
+        lettered(axes.flat)
+        fig.suptitle(about(result))
         save_figure(plt, fig, path)
+
+
+def about(result: dict) -> str:
+    """What was measured, where a result says so."""
+    if "model" not in result:
+        return f"T = {result['T']}"
+    m = result["model"]
+    return (
+        f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}, "
+        f"{'untrained' if result['untrained'] else 'trained'}; {result['images']} {result['split']} images of "
+        f"{result['dataset']}"
+    )
 
 
 def at_neurons(plt, axes, result: dict, samples: dict[str, list[dict]]) -> None:
@@ -72,19 +86,19 @@ def at_neurons(plt, axes, result: dict, samples: dict[str, list[dict]]) -> None:
     ax.set_title(f"Largest error: {number(summary['factor_error'], '.2g')}")
 
     ax = axes[2]
-    by_layer(ax, len(result["neurons"]), "spiking layer")
+    by_layer(ax, list(result["neurons"]))
     for t in range(T):
         ys = [100 * steps[t]["above_threshold"] for steps in result["neurons"].values()]
         ax.plot(range(1, len(ys) + 1), ys, "o-", color=color[t])
-    ax.set(ylabel="neurons above θ (%)", ylim=(0, None))
-    ax.set_title("Activity")
+    ax.set(ylabel="neurons above θ (%)", ylim=(0, 100))
+    ax.set_title("Activity of each layer")
 
 
 def at_weights(plt, axes, result: dict) -> None:
     layers = {name: row for name, row in result["gradients"].items() if name.endswith(".weight")}
     whole, T, xs = result["gradients"]["all weights"], result["T"], range(1, len(layers) + 1)
     for ax in axes:
-        by_layer(ax, len(layers), "weight layer")
+        by_layer(ax, list(layers))
 
     ax = axes[0]
     kinds = (
@@ -98,28 +112,19 @@ def at_weights(plt, axes, result: dict) -> None:
     ax.axhline(1, color=GREY, linewidth=0.7, zorder=0)
     ax.set(ylabel="online against through time", ylim=(0, max(1.05, ax.get_ylim()[1])))
     ax.set_title(f"All weights: cosine {number(whole['mean_of_losses']['cosine'], '.3f')}")
-    ax.legend()
 
     ax = axes[1]
     for t, color in enumerate(shades(plt, T)):
         ys = known([row["steps"][t]["temporal_share"] for row in layers.values()])
         ax.plot(xs, ys, "o-", color=color)
-    ax.set(ylabel=r"$\|g_{\rm time}-g_{\rm online}\| / \|g_{\rm time}\|$", ylim=(0, None))
-    ax.set_title("Gradient that crosses steps")
+    ax.set(ylabel=r"$\|g_{\rm time}-g_{\rm online}\| / \|g_{\rm time}\|$", ylim=(0, max(1, ax.get_ylim()[1])))
+    ax.set_title(f"Crosses steps: {number(whole['mean_of_losses']['temporal_share'], '.2g')} of all")
 
     ax = axes[2]
     ys = known([row["random"]["variance"] for row in layers.values()])
     ax.plot(xs, ys, "o-", color=PURPLE)
-    ax.set(ylabel=r"$\mathrm{E}\,\|g_{t^*}-\bar g\|^2 / \|\bar g\|^2$", ylim=(0, None))
+    ax.set(ylabel=r"$\mathrm{E}\,\|g_{t^*}-\bar g\|^2 / \|\bar g\|^2$", ylim=(0, max(1, ax.get_ylim()[1])))
     ax.set_title(f"Drawn step: relative bias {number(whole['random']['bias'], '.0e')}")
-
-
-def by_layer(ax, count: int, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set(xlabel=label, xlim=(0.5, count + 0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    ax.grid(axis="y", alpha=0.3, linewidth=0.5)
 
 
 def step_legend(plt, fig, place: str, title: str, values: range) -> None:
@@ -134,50 +139,44 @@ def step_legend(plt, fig, place: str, title: str, values: range) -> None:
 
 
 def draw_memory(result: dict, path: Path) -> None:
-    """Bytes over T: kept for the backward pass by each learning mode with the theory, and everything in parts.
+    """Bytes over T, on one scale: kept for the backward pass by each learning mode with the theory, and in all.
 
-    `random` and `every` hold one step: their points lie on each other, at T = 1 without a potential and so lower.
+    `random` and `every` hold one step: one curve, at T = 1 without a potential and so lower.
     """
-    plt = pyplot()
-    from matplotlib.ticker import LogLocator
-
-    rows = result["rows"]
+    rows, m = result["rows"], result["model"]
     T = sorted({row["T"] for row in rows})
-    kinds = {"stbp": (ORANGE, "s", 4), "every": (GREEN, "^", 6.5), "random": (BLUE, "o", 3.5)}
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
+    kinds = {"stbp": (ORANGE, "s", "through time (stbp)"), "every": (BLUE, "o", "online (random, every)")}
+    fixed = sum(rows[0][part] for part in ("parameters", "gradients", "optimizer", "effective_weights")) / 1e6
+    with pyplot() as plt:
+        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained", sharey=True)
 
         def curve(ax, key: str, learning: str, **style) -> None:
             values = [row[key] for row in rows if row["learning"] == learning]
             if None not in values:
                 ax.plot(T, [value / 1e6 for value in values], color=kinds[learning][0], **style)
 
-        for learning, (_, marker, size) in kinds.items():
-            dots = {"marker": marker, "markersize": size, "linestyle": "", "label": learning}
+        for learning, (_, marker, label) in kinds.items():
+            curve(axes[0], "saved", learning, marker=marker, linestyle="", label=label)
             curve(axes[0], "theory", learning, linewidth=0.8, zorder=0)
-            curve(axes[0], "saved", learning, **dots)
             curve(axes[0], "saved_plain", learning, linestyle=":")
-            curve(axes[1], "total", learning, **{**dots, "linestyle": "-", "linewidth": 0.8})
+            curve(axes[1], "total", learning, marker=marker, linewidth=0.8)
             curve(axes[1], "allocated", learning, linestyle="--")
-        extra = {"a: theory": {"linewidth": 0.8}, "a: nothing made again in backward": {"linestyle": ":"}}
-        texts = ["kept for the backward pass (MB)", "in all (MB)"]
-        more = [extra, {"b: allocated on the GPU": {"linestyle": "--"}} if rows[0]["allocated"] is not None else {}]
-        fixed = sum(rows[0][part] for part in ("parameters", "gradients", "optimizer", "effective_weights"))
-        axes[1].axhline(fixed / 1e6, color=GREY, linewidth=0.8, label="b: without activations")
-        for ax, letter, text, lines in zip(axes, "ab", texts, more, strict=True):
-            for label, style in lines.items():
-                ax.plot([], [], color=GREY, label=label, **style)
-            ax.set(xlabel="time steps T", ylabel=text, xscale="log", yscale="log")
+        axes[0].plot([], [], color=GREY, linewidth=0.8, label="theory, from the shapes alone (a)")
+        axes[0].plot([], [], color=GREY, linestyle=":", label="nothing made again in backward (a)")
+        axes[1].axhline(fixed, color=GREY, linewidth=0.8, label="without activations (b)")
+        if rows[0]["allocated"] is not None:
+            axes[1].plot([], [], color=GREY, linestyle="--", label="allocated on the GPU (b)")
+        axes[0].set(title="Kept for the backward pass", xlabel="time steps T", ylabel="MB ($10^6$ bytes)")
+        axes[1].set(title="In all: with weights, gradients, momentum, potentials", xlabel="time steps T")
+        for ax in axes:
+            ax.set_xscale("log", base=2)
             ax.set_xticks(T, [str(t) for t in T])
             ax.xaxis.set_minor_locator(plt.NullLocator())
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:,.0f}")
-            ax.yaxis.set_minor_formatter(plt.NullFormatter())
-            ax.grid(alpha=0.3, linewidth=0.5)
-            ax.set_title(f"$\\bf{{{letter}}}$")
-        entries: dict = {}
-        for ax in axes:
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-                entries.setdefault(label, handle)
-        fig.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4)
+        plain_log(axes[0].yaxis)
+        lettered(axes)
+        fig.legend(loc="outside lower center", ncols=3)
+        fig.suptitle(
+            f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, {m['image_size']} pixels, "
+            f"batch of {result['batch_size']}"
+        )
         save_figure(plt, fig, path)
