@@ -39,8 +39,6 @@ TODAY: set[str] = {
     "empf.deploy.cpu_conv has no test file",
     "empf.deploy.file has no test file",
     "empf.deploy.layers has no test file",
-    "empf.diagnose.figures has no test file",
-    "empf.figures has no test file",
     "empf.files has no test file",
     "empf.machine has no test file",
     "empf.model_config has no test file",
