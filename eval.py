@@ -28,7 +28,7 @@ import empf
 from empf import runs
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_data, make_batches
-from empf.deploy.pack import load_packed, pack_to_file, unpack
+from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
 from empf.evaluate import correct_per_step
 from empf.files import write_atomic
@@ -44,7 +44,7 @@ def evaluate(
     """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
     if run.is_file():
         model, precision, streaming = load_packed(run, device), "no", False
-        whole, dataset = unpack(model).to(device), model.origin.dataset
+        whole, dataset = model.net, model.origin.dataset
         events = EventSettings(model.config.T, split=model.origin.split or TrainConfig.split, **model.origin.frames())
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")

@@ -34,6 +34,7 @@ from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
 from empf.deploy.layers import PackedNeuron
+from empf.deploy.lazy import Spikes
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.files import write_atomic
 from empf.models import ModelConfig, build
@@ -182,12 +183,13 @@ def train(config: ModelConfig, batches: Batches) -> nn.Module:
 
 
 def codes_of(net: nn.Module, kind: type, x: Tensor, handed_on: list[Tensor] | None = None) -> tuple[Tensor, list]:
-    """(logits, output of every neuron layer). `handed_on`: what each layer gives to the next instead of its output."""
+    """(logits, codes of every neuron layer). `handed_on`: what each layer gives to the next instead of its output."""
     seen: list[Tensor] = []
 
     def hook(neuron, inputs, spikes):
-        seen.append(spikes)
-        return None if handed_on is None else handed_on[len(seen) - 1]
+        seen.append(spikes.codes if isinstance(spikes, Spikes) else (spikes / neuron.spike_step).round().byte())
+        if handed_on is not None:
+            return Spikes(handed_on[len(seen) - 1], spikes.step, spikes.top)
 
     handles = [module.register_forward_hook(hook) for module in net.modules() if isinstance(module, kind)]
     logits = run(net, x)
@@ -209,7 +211,6 @@ def compare(model: nn.Module, packed: PackedModel, images: Tensor, exact: int) -
         x = images[at : at + size]
         if rounded and at < exact:
             wanted, codes = codes_of(model, StatefulNeuron, x)
-            codes = [(spikes * 4).round().to(torch.uint8) for spikes in codes]  # of step 1/4
             found, own = codes_of(packed, PackedNeuron, x)
             free += sum(int((a != b).sum()) for a, b in zip(codes, own, strict=True))
             for a, b in zip(codes, codes_of(packed, PackedNeuron, x, codes)[1], strict=True):

@@ -9,7 +9,7 @@ from empf.accounting import account, spike_account
 from empf.attention import SECA
 from empf.deploy.hub import from_pretrained
 from empf.deploy.onnx import export_onnx
-from empf.deploy.pack import PackedModel, load_packed, pack, unpack
+from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.diagnose.separability import measure_separability
 from empf.evaluate import calibrate
 from empf.machine import VERSION
@@ -24,5 +24,5 @@ __all__ = [
     "SECA", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "SpikingNetwork",
     "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",
     "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34",
-    "set_online", "spike_account", "time_steps", "unpack", "vgg_snn",
+    "set_online", "spike_account", "time_steps", "vgg_snn",
 ]  # fmt: skip

@@ -54,7 +54,8 @@ def test_a_difference_is_seen(bits):
     packed = pack(model)
     same = bench.compare(model, packed, x, exact=64)
     assert same["same_class"] == 1 and same["images"] == 64
-    packed.body.blocks[4].conv1.synapse.bias += 0.3
+    packed.net.blocks[4].conv1.bn.shift += 0.3
+    packed.to("cpu")
     other = bench.compare(model, packed, x, exact=64)
     row = {"spike_bits": bits}
     assert bench.holds(row | same) and not bench.holds(row | other)

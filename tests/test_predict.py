@@ -27,7 +27,7 @@ def test_top_classes_of_a_picture(tmp_path):
     wanted = logits(packed, x).mean(0).softmax(-1)[0]
     assert [name for name, _ in found] == ["abcdefghij"[i] for i in wanted.argsort(descending=True)[:5]]
     assert [p for _, p in found] == pytest.approx(wanted.sort(descending=True).values[:5].tolist())
-    assert packed.t == 0
+    assert packed.net.t == 0
 
 
 def test_pictures_are_cut_to_their_middle_and_resized(tmp_path):

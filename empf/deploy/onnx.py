@@ -1,6 +1,7 @@
 """Export of a packed network to ONNX, for people without this library: `pip install 'empf[onnx]'`.
 
 images (N, C, H, W) or events (T, N, C, H, W), normalised float32  ->  logits (T, N, classes)
+any other network: what it is called with, (T, N, ...)  ->  what it returns
 
 The weights stand in the graph as dense float32 numbers, the T steps are unrolled, and N is free. The membrane potential
 starts at 0 in each run; the prediction is the arg-max of the sum over T. Class names and normalisation are in the
@@ -15,43 +16,53 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from empf.deploy.layers import PackedSynapse, Span
+from empf.deploy.layers import PackedSynapse
+from empf.deploy.lazy import plain
 from empf.deploy.pack import PackedModel
 from empf.files import write_atomic
 from empf.machine import installed
+from empf.models import SpikingNetwork
+from empf.online import reset
 
 
 class WholeSequence(nn.Module):
     """All T steps of a packed network as a function of the input alone."""
 
-    def __init__(self, packed: PackedModel, events: bool):
+    def __init__(self, packed: PackedModel):
         super().__init__()
-        self.packed, self.events = packed, events
+        self.net = copy.deepcopy(packed.net).cpu().eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        span = Span(slice(0, self.packed.config.T), [None] * self.packed.neurons, last=True)
-        return self.packed.compute(x if self.events else x.unsqueeze(0), span)
+        reset(self.net)
+        y = plain(self.net(x))
+        reset(self.net)
+        return y
 
 
 @torch.no_grad()
-def export_onnx(packed: PackedModel, path: str | Path, *, events: bool | None = None) -> None:
+def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) -> None:
     """Write `packed` as an ONNX file with the input `x` and the output `logits`, see the module's docstring.
 
-    `events`: whether x has frames of T steps; by default where the network is a VGG-SNN. Raises ValueError where the
-    packages for it are not installed, OSError with one sentence where the disk refuses.
+    `x`: an example input of all T steps with at least two samples; a network of `empf.models` needs none (it is then
+    exported for images, a VGG-SNN for events). Raises ValueError where an example is missing or the packages for it are
+    not installed, OSError with one sentence where the disk refuses.
     """
     if missing := [name for name in ("onnx", "onnxscript") if installed(name) is None]:
         raise ValueError(f"the export needs {' and '.join(missing)}: pip install 'empf[onnx]'")
-    c = packed.config
-    events = c.arch == "vgg_snn" if events is None else events
-    whole = WholeSequence(copy.deepcopy(packed).cpu(), events).eval()
-    x = torch.zeros(*[c.T] * events, 2, c.in_channels, c.image_size, c.image_size)
+    builtin = isinstance(packed.net, SpikingNetwork)
+    if x is None:
+        if not builtin:
+            raise ValueError("a network of your own needs an example: export_onnx(packed, path, x), x (T, N, ...)")
+        c = packed.net.config
+        x = torch.zeros(*[c.T] * (c.arch == "vgg_snn"), 2, c.in_channels, c.image_size, c.image_size)
+    batch = x.dim() - 4 if builtin else 1
+    whole, x = WholeSequence(packed), x.detach().cpu()
+    whole(x)
     for synapse in (m for m in whole.modules() if isinstance(m, PackedSynapse)):
-        for dtype in (torch.float32, torch.uint8):  # now: otherwise the unpacking would become part of the graph
-            synapse.dense(dtype)
+        synapse.unpack()  # now: otherwise the unpacking would become part of the graph
     program = torch.onnx.export(
         whole, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"],
-        dynamic_shapes=({int(events): torch.export.Dim("N", min=1)},),
+        dynamic_shapes=({batch: torch.export.Dim("N", min=1)},),
     )  # fmt: skip
     proto = program.model_proto
     proto.metadata_props.add(key="origin", value=json.dumps(asdict(packed.origin)))

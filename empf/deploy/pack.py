@@ -1,98 +1,111 @@
 """Deployment: a trained network with its normalisation folded and its weights packed, in one file.
 
-`pack(model)` -> PackedModel: the logits of `model.eval()` up to rounding, without the training machinery.
-`packed.save(path)`, `load_packed(path)`: the file, see packed_file.py. `unpack(packed)`: back to a model.
+`pack(net)` -> PackedModel: the outputs of `net.eval()` up to rounding, without the training machinery.
+`packed.save(path)`, `load_packed(path)`: the file, see file.py.
 """
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
-from itertools import count
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from empf.deploy import file as packed_file
-from empf.deploy.layers import PackedLayer, PackedNeuron, PackedResNet, PackedStem, PackedSynapse, PackedVGG, Span
+from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
+from empf.deploy.lazy import plain
 from empf.deploy.origin import Origin, fingerprint
 from empf.files import write_atomic
-from empf.kernels.pack import signs
-from empf.models import ModelConfig, ResNet, SpikingConv, SpikingNetwork, StepBatchNorm, build
+from empf.models import ModelConfig, SpikingNetwork, build
+from empf.neuron import StatefulNeuron
 from empf.online import reset
+from empf.synapse import QuantizedWeight
 
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
 
 
 class PackedModel(nn.Module):
-    """A network for inference: called like the model, same logits (T, N, classes), same errors.
+    """A network for inference: called like the network it was packed from, same outputs, same errors.
 
-    `packed(x)`: images (N, C, H, W) or events (T, N, C, H, W), all T steps; `packed(x, steps=k)`: the next k steps;
-    `packed.step(frame)`: one frame (N, C, H, W) of a stream -> logits (N, classes) of this step. `packed.reset()` goes
-    back to time 0; it is needed before a new batch. x is normalised as `origin` says, or counts of events. Activations
-    have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
+    `packed(x)`, of a network of `empf.models`: images (N, C, H, W) or events (T, N, C, H, W), all T steps;
+    `packed(x, steps=k)`: the next k steps. `packed.step(frame)`: one frame (N, ...) of a stream -> logits (N, classes)
+    of this step. `packed.reset()` goes back to time 0; it is needed before a new batch. x is normalised as `origin`
+    says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
     Raises ValueError for another shape, integers, steps past T, or another batch size without a reset.
 
-    `config`: the `ModelConfig`; `origin`: data set, class names, normalisation and accuracy, where they are known.
-    Make it with `pack` or `load_packed`.
+    `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
+    names, normalisation and accuracy, where they are known. Make it with `pack` or `load_packed`.
     """
 
-    _check_input = SpikingNetwork._check_input  # the same rules and sentences
-
-    def __init__(self, model: SpikingNetwork, origin: Origin | None = None):
+    def __init__(self, net: nn.Module, config: ModelConfig | None = None, origin: Origin | None = None):
         super().__init__()
-        self.config, self.origin, self.packed_as = model.config, origin or Origin(), ""
-        slots = count()
-        self.stem = PackedStem(model.stem)
-        self.body = (PackedResNet if isinstance(model, ResNet) else PackedVGG)(model, slots)
-        self.neurons = next(slots)
-        self.requires_grad_(False).float().eval()
+        self.net, self.config, self.origin, self.packed_as = net.eval(), config, origin or Origin(), ""
         self.reset()
 
     def reset(self) -> None:
         """Back to time 0: v = 0."""
-        self.t = 0
-        self.v: list[Tensor | None] = [None] * self.neurons
+        for module in self.stateful():
+            module.reset()
 
-    @torch.inference_mode()
-    def forward(self, x: Tensor, steps: int | None = None) -> Tensor:
-        steps = self.config.T - self.t if steps is None else steps
-        if not x.is_floating_point():  # bytes between the layers are codes of spikes
+    def stateful(self) -> list[nn.Module]:
+        """The parts that hold a state."""
+        if "_stateful" not in self.__dict__:
+            self.__dict__["_stateful"] = [
+                m for m in self.net.modules() if isinstance(m, StatefulNeuron | SpikingNetwork)
+            ]
+        return self.__dict__["_stateful"]
+
+    @torch.inference_mode(False)  # where tensors have the counters that tell of changes in place
+    @torch.no_grad()
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not isinstance(self.net, SpikingNetwork):
+            return plain(self.net(x, *args, **kwargs))
+        if not x.is_floating_point():
             raise ValueError(
                 f"the input must be normalised floating-point numbers, got {x.dtype}: call x.float() first"
             )
-        x = self._check_input(x, steps, 0)
-        for v in self.v:
-            if v is not None and len(v) != x.shape[1]:
-                raise ValueError(
-                    f"the membrane potential has shape {tuple(v.shape)} but the input "
-                    f"{(x.shape[1], *v.shape[1:])}: call empf.reset(model) before a batch of another size"
-                )
-        stop, n = self.t + steps, x.shape[1]
-        at_once, logits, spans = self.images_at_once(steps, x.device), [], []
-        for first in range(0, max(n, 1), at_once):
-            part = slice(first, first + at_once)
-            v = [None if v is None else v[part] for v in self.v]
-            spans.append(Span(slice(self.t, stop), v, last=stop == self.config.T))
-            logits.append(self.compute(x[:, part], spans[-1]))
-        if len(spans) > 1:  # the images side by side again
-            self.v = [None if vs[0] is None else torch.cat(vs) for vs in zip(*(s.v for s in spans), strict=True)]
-        else:
-            self.v = spans[0].v
-        self.t = stop
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
+            logits = self.in_parts(x, *args, **kwargs)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def in_parts(self, x: Tensor, steps: int | None = None) -> Tensor:
+        """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
+        batch, net = x.dim() - 4, self.net
+        at_once = self.images_at_once(net.config.T - net.t if steps is None else steps, x.device)
+        if batch not in (0, 1) or x.shape[batch] <= at_once:
+            return plain(net(channels_last(x), steps))
+        before = self.states()
+        if any(v is not None and len(v) != x.shape[batch] for _, v in before):
+            return plain(net(x, steps))  # says what is wrong
+        logits, after = [], []
+        for i, part in enumerate(x.split(at_once, batch)):
+            self.restore([(t, None if v is None else v[i * at_once :][:at_once]) for t, v in before])
+            logits.append(plain(net(channels_last(part), steps)))
+            after.append(self.states())
+        self.restore(  # the images side by side again
+            [(at[0][0], None if at[0][1] is None else torch.cat([v for _, v in at])) for at in zip(*after, strict=True)]
+        )
         return torch.cat(logits, 1)
 
-    def images_at_once(self, steps: int, device: torch.device) -> int:
-        """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
-        if device.type != "cpu":
-            return sys.maxsize
-        return max(1, AT_ONCE * torch.get_num_threads() // (steps * self.stem.numbers(self.config.image_size)))
+    def states(self) -> list[tuple[int, Tensor | None]]:
+        """(t, v) of every part that holds a state."""
+        return [(m.t, getattr(m, "v", None)) for m in self.stateful()]
 
-    def compute(self, x: Tensor, span: Span) -> Tensor:
-        """Logits of the steps of `span` without a look at the state of this object; x is (k, N, C, H, W), or k = 1."""
-        current = self.stem(x)
-        steps = span.steps.stop - span.steps.start
-        return self.body(current.expand(steps, *current.shape[1:]), span)
+    def restore(self, states: list[tuple[int, Tensor | None]]) -> None:
+        for module, (t, v) in zip(self.stateful(), states, strict=True):
+            module.t = t
+            if isinstance(module, StatefulNeuron):
+                module.v = v
+
+    def images_at_once(self, steps: int, device: torch.device) -> int:
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return sys.maxsize
+        stem, size = self.net.stem, self.net.config.image_size
+        for stride in (stem.conv.stride[0], 1 if stem.pool is None else stem.pool.stride):
+            size = -(-size // stride)
+        return max(1, AT_ONCE * torch.get_num_threads() // (max(1, steps) * stem.conv.out_channels * size**2))
 
     def step(self, frame: Tensor) -> Tensor:
         """The next step of a stream: frame (N, C, H, W) -> logits (N, classes) of this step alone.
@@ -100,22 +113,26 @@ class PackedModel(nn.Module):
         The prediction so far is the arg-max of their sum since `reset`. Raises ValueError as a call does, so also
         after T steps.
         """
-        return self(frame, steps=1)[0]
+        return self(frame, steps=1)[0] if isinstance(self.net, SpikingNetwork) else self(frame.unsqueeze(0))[0]
 
     def packed_weights(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name of the packed bits in the state dict -> (shape of the dense weight, kind)."""
-        found = {name: m for name, m in self.named_modules() if isinstance(m, PackedSynapse)}
+        """Name of the packed bits in the state dict of `net` -> (shape of the dense weight, kind)."""
+        found = {name: m for name, m in self.net.named_modules() if isinstance(m, PackedSynapse)}
         return {f"{name}.bits": (m.shape, m.kind) for name, m in found.items()}
 
     def stated_origin(self) -> Origin:
         """What is saved as the origin: without results where the weights were changed since packing or loading."""
-        same = self.packed_as == fingerprint(self.state_dict())
+        same = self.packed_as == fingerprint(self.net.state_dict())
         return self.origin if same else self.origin.without_results()
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; see empf/deploy/file.py."""
-        about = {"model": self.config.to_dict(), "origin": asdict(self.stated_origin())}
-        return packed_file.to_bytes(packed_file.encode(self.state_dict(), self.packed_weights()), about)
+        about = {"origin": asdict(self.stated_origin())}
+        if self.config is None:
+            about |= {"network": type(self.net).__name__, "parts": parts(self.net)}
+        else:
+            about |= {"model": self.config.to_dict()}
+        return packed_file.to_bytes(packed_file.encode(self.net.state_dict(), self.packed_weights()), about)
 
     def save(self, path: str | Path) -> None:
         """Write the one file, atomically; folders that are missing are made, a file of that name is replaced.
@@ -125,58 +142,112 @@ class PackedModel(nn.Module):
         write_atomic(Path(path), self.to_bytes())
 
 
-def pack(model: SpikingNetwork) -> PackedModel:
-    """Fold the normalisation, pack the weights: a network that returns the logits of `model.eval()` up to rounding.
+def channels_last(x: Tensor) -> Tensor:
+    """(..., C, H, W) in the fast layout of all that follows."""
+    folded = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    return folded.view(x.shape)
 
-        BN behind a convolution   y = g*a * conv(x, sign) + h       a = scale, g = gamma/sqrt(var + eps), h = b - mean*g
-        Mem-BN                    mh = gain*(leak*v + I) + shift    for each step and channel (arXiv 2410.07547, sec. 4)
 
-    The model is left as it is. Class names, normalisation and accuracy come with it if `empf.load` read it from a run
-    (its weights are then the moving average, where the run kept one).
-    Raises ValueError for full-precision weights, weights that are not finite, or a model that was altered so that its
-    configuration no longer describes it.
+def parts(net: nn.Module) -> dict[str, str]:
+    """What each packed part is and the shapes of all that has a state, by name."""
+    found = {}
+    for name, module in net.named_modules():
+        own = {**module._parameters, **module._buffers}
+        sizes = [f"{n}{list(t.shape)}" for n, t in own.items() if t is not None]
+        if sizes:
+            found[name] = " ".join([repr(module) if isinstance(module, PackedPart) else "", *sizes]).strip()
+    return found
+
+
+def misfit(about: dict, net: nn.Module, config: ModelConfig | None) -> str | None:
+    """What of the file that `about` describes is not in `net`, or otherwise; None if it fits."""
+    if "model" in about:
+        same = config is not None and config.to_dict() == about["model"]
+        return None if same else f"holds a {about['model']['arch']}: call load_packed(path) without net"
+    here, there = parts(net), about["parts"]
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            missing = "it is not in the file" if name not in there else f"the file has {there[name]}"
+            mine = "it is not in net" if name not in here else f"net has {here[name]}"
+            return f"does not fit net: of {name or 'the network itself'} {missing}, and {mine}"
+    return None
+
+
+def pack(net: nn.Module) -> PackedModel:
+    """Fold the normalisation, pack the weights: a network that returns what `net.eval()` does, up to rounding.
+
+        BN behind a synapse   y = g*a * conv(x, sign) + h       a = scale, g = gamma/sqrt(var + eps), h = b - mean*g
+        Mem-BN                mh = gain*(leak*v + I) + shift    for each step and channel (arXiv 2410.07547, sec. 4)
+
+    Any `nn.Module`: each binary or ternary synapse, each batch norm and each neuron in it is replaced by its packed
+    counterpart, everything else is copied. The network is left as it is. Class names, normalisation and accuracy come
+    with it if `empf.load` read it from a run (its weights are then the moving average, where the run kept one).
+    Raises ValueError where no weight is binary or ternary, or a number is not finite.
     """
-    if not isinstance(model, SpikingNetwork):
-        raise ValueError(f"only networks of empf.models can be packed, got {type(model).__name__}")
-    if model.config.weights == "full":
+    if not any(isinstance(m, QuantizedWeight) for m in net.modules()):
         raise ValueError(
-            "the weights are full precision, there is nothing to pack: build the model with weights='binary'"
+            "the weights are full precision, there is nothing to pack: build the network with binary or ternary "
+            "synapses, such as empf.resnet18(weights='binary') or empf.BinaryConv2d"
         )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in net.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite: pack a model that was trained without divergence")
-    with torch.device("meta"):
-        described = build(model.config)
-    if repr(model) != repr(described) or shapes(model) != shapes(described):
-        raise ValueError("the model was altered and is no longer what its configuration says: it cannot be packed")
-    packed = PackedModel(model, Origin.of(model)).to(model.head.weight.device)
-    packed.packed_as = fingerprint(packed.state_dict())
+            raise ValueError(f"{name} is not finite: pack a network that was trained without divergence")
+    made = packed_copy(net)
+    packed = PackedModel(made, described(made), Origin.of(net))
+    if packed.config is not None:
+        absorb(made)
+    packed.packed_as = fingerprint(made.state_dict())
     return packed
 
 
-def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def described(net: nn.Module) -> ModelConfig | None:
+    """The configuration from which a packed network can be built again; None where there is none."""
+    if not isinstance(net, SpikingNetwork):
+        return None
+    classes = net.head.out_features if isinstance(net.head, nn.Linear) else net.config.num_classes
+    config = replace(net.config, num_classes=classes)
+    same = skeleton(config).net
+    return config if repr(same) == repr(net) and shapes(same) == shapes(net) else None
+
+
+def shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}
 
 
 def skeleton(config: ModelConfig, origin: Origin | None = None) -> PackedModel:
     """The packed network of a configuration with tensors on the meta device: only names and shapes."""
     with torch.device("meta"):
-        return PackedModel(build(config), origin)
+        return PackedModel(packed_copy(build(config)), config, origin)
 
 
-def load_packed(path: str | Path, device: str | torch.device = "cpu") -> PackedModel:
+def load_packed(
+    path: str | Path, device: str | torch.device = "cpu", *, net: nn.Module | None = None
+) -> PackedModel:  # fmt: skip
     """Read what `PackedModel.save` wrote: a network at time 0 on `device`. The name of the file may end in anything.
 
-    Raises FileNotFoundError, or ValueError with one sentence for a file that is truncated, altered, of a newer version
-    or something else altogether. Nothing of a file is used before its checksum was found right.
+    `net`: for a network that is not one of `empf.models`, one of its class, not packed: the file holds the parts, the
+    class holds the wiring. It is left as it is.
+    Raises FileNotFoundError, or ValueError with one sentence for a file that is truncated, altered, of another version
+    or something else altogether, or does not fit `net`. Nothing of a file is used before its checksum was found right.
     """
     about, arrays = packed_file.read(path)
     try:
-        model = skeleton(ModelConfig.from_dict(about["model"]), Origin.from_dict(about["origin"]))
-        state = packed_file.decode(arrays, model.state_dict(), model.packed_weights())
+        origin, wrong = Origin.from_dict(about["origin"]), None
+        if net is not None:
+            made = packed_copy(net)
+            model = PackedModel(made, described(made), origin)
+            wrong = misfit(about, made, model.config)
+        elif "model" in about:
+            model = skeleton(ModelConfig.from_dict(about["model"]), origin)
+        else:
+            wrong = f"holds a network of your own: call load_packed(path, net={about['network']}(...))"
+        if wrong is None:
+            state = packed_file.decode(arrays, model.net.state_dict(), model.packed_weights())
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a network of this version ({error}): pack it again") from error
-    model.load_state_dict(state, assign=True)
+    if wrong is not None:
+        raise ValueError(f"{path} {wrong}")
+    model.net.load_state_dict(state, assign=True)
     model.packed_as = fingerprint(state)
     return model.to(device)
 
@@ -205,7 +276,7 @@ def verify(model: SpikingNetwork, packed: PackedModel, batches: Iterable[tuple[T
     if not count:
         raise ValueError("there are no images to compare the logits on: give at least one batch")
     difference = torch.tensor(differences).max().item()  # unlike Python's, it does not lose a NaN
-    rounded = packed.config.spike_bits is not None or packed.config.neuron == "lif"
+    rounded = any(isinstance(m, PackedNeuron) and m.spike_bits is not None for m in packed.modules())
     if count - same > max(1, 0.001 * count) if rounded else not difference <= 1e-4:
         raise ValueError(
             f"the packed network is not the model: logits differ by {difference:.1e}, {same} of {count} classes agree; "
@@ -225,67 +296,8 @@ def pack_to_file(model: SpikingNetwork, path: str | Path, batches: Iterable[tupl
     unchecked = path.with_name(f"{path.name}.unchecked")
     pack(model).save(unchecked)
     try:
-        checked = verify(model, load_packed(unchecked, model.head.weight.device), batches)
+        checked = verify(model, load_packed(unchecked, next(model.parameters()).device), batches)
         unchecked.replace(path)
     finally:
         unchecked.unlink(missing_ok=True)
     return {"file": str(path), "file_mb": path.stat().st_size / 1e6, **checked}
-
-
-@torch.no_grad()
-def unpack(packed: PackedModel) -> SpikingNetwork:
-    """A `SpikingNetwork` in eval mode with the logits of `packed`, for everything that looks into a model.
-
-    The folded scales stand in the batch norms, and the latent weights are -1, 0 and 1.
-    """
-    model = build(packed.config)
-
-    def norm(bn: StepBatchNorm, gain: Tensor | float, shift: Tensor) -> None:
-        bn.running_mean.zero_()
-        bn.running_var.fill_(1 - bn.eps)
-        bn.weight.copy_(torch.as_tensor(gain).expand_as(bn.weight))
-        bn.bias.copy_(shift)
-
-    def synapse(layer: nn.Module, bn: StepBatchNorm | None, source: PackedSynapse) -> None:
-        sign = signs(source.weight)
-        if bn is None:  # its scale is positive, no norm was folded in
-            layer.weight.copy_(sign * source.scale[:, None])
-        else:
-            layer.weight.copy_(sign)
-            norm(bn, source.scale, source.bias)
-
-    def neuron(target: nn.Module, source: PackedNeuron) -> None:
-        if source.lif:
-            return
-        target.threshold_logit.copy_(source.threshold.logit())
-        if not source.parallel:
-            target.leak_logit.copy_(source.leak.logit())
-        if source.gain is not None:
-            target.alpha.zero_()
-            target.beta.fill_(1)
-            norm(target, source.gain, source.shift)
-
-    def layer(target: SpikingConv, source: PackedLayer) -> None:
-        neuron(target.neuron, source.neuron)
-        synapse(target.conv, target.bn, source.synapse)
-        if source.seca is not None:
-            target.seca.conv.weight.copy_(source.seca)
-
-    model.stem.conv.weight.copy_(packed.stem.weight)
-    norm(model.stem.bn, 1.0, packed.stem.bias)
-    model.head.load_state_dict(packed.body.head.state_dict())
-    if isinstance(model, ResNet):
-        for target, source in zip(model.blocks, packed.body.blocks, strict=True):
-            layer(target.conv1, source.conv1)
-            layer(target.conv2, source.conv2)
-            if target.shortcut is not None:
-                synapse(target.shortcut["conv"], target.shortcut["bn"], source.shortcut)
-        if model.hidden is not None:
-            neuron(model.hidden["before"], packed.body.before)
-            synapse(model.hidden["linear"], None, packed.body.hidden)
-            neuron(model.hidden["neuron"], packed.body.neuron)
-    else:
-        for target, source in zip(model.layers, packed.body.layers, strict=True):
-            layer(target, source)
-        neuron(model.neuron, packed.body.neuron)
-    return model.eval()

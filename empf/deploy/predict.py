@@ -36,7 +36,7 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
     cropped = origin.dataset in DATASETS and DATASETS[origin.dataset].streamed
     pixels = read_picture(picture, c.in_channels, c.image_size, cropped)  # C H W
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (origin.mean, origin.std))
-    image = ((pixels / 255 - mean) / std).unsqueeze(0).to(packed.stem.weight.device)
+    image = ((pixels / 255 - mean) / std).unsqueeze(0).to(next(packed.buffers()).device)
     packed.reset()
     found = packed(image).mean(0).softmax(-1)[0].topk(min(k, c.num_classes))  # classes
     packed.reset()

@@ -83,7 +83,7 @@ def example(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     packed = pack(trained(neuron="mem_bn", width=0.0625, T=2)[0])
     other = pack(trained(neuron="mem_bn", width=0.0625, T=2, weights="ternary")[0])
-    return folder, packed.to_bytes(), packed.state_dict(), other.to_bytes()
+    return folder, packed.to_bytes(), packed.net.state_dict(), other.to_bytes()
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
@@ -124,7 +124,7 @@ def test_a_corrupt_file_is_an_error_and_never_another_network(example, how, at, 
     path = folder / "broken.safetensors"
     path.write_bytes(broken)
     if broken == data:
-        found = load_packed(path).state_dict()
+        found = load_packed(path).net.state_dict()
         assert all(torch.equal(found[name], value) for name, value in state.items())
         return
     with pytest.raises(ValueError) as error:
