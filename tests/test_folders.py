@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from empf.data.folders import TEST_SPLITS, files_below, is_data, subfolder, subfolders
+from empf.data.folders import files_below, is_data, subfolder, subfolders
+from empf.data.sets import TEST_SPLITS
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "._cat.png", ".ipynb_checkpoints", "__MACOSX"])

@@ -133,6 +133,7 @@ def test_the_first_picture_of_several(kind):
         assert np.asarray(converted(image, 3)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 63
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_damaged_files_raise_what_is_caught():
     rng, seen = np.random.default_rng(0), set()
     picture = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8))

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_data import STREAMED, image_folder, stream_folder
 
-from empf.data import load as data
-from empf.data import shards
+from empf.data import find, shards
 from empf.data.load import load_data
 from empf.data.sets import DATASETS
 
@@ -84,9 +83,9 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
     def resolve(address):
         return SimpleNamespace(repo_id="r", path_in_repo=address[7:], repo_type="dataset", revision="main")
 
-    monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
-    monkeypatch.setattr(data, "hf_hub_download", fetch)
-    monkeypatch.setattr(data, "HfFileSystem", lambda: SimpleNamespace(resolve_path=resolve))
+    monkeypatch.setattr(find.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(find, "hf_hub_download", fetch)
+    monkeypatch.setattr(find, "HfFileSystem", lambda: SimpleNamespace(resolve_path=resolve))
     train, test = load_data("streamed")
     assert asked == ["ILSVRC/imagenet-1k"]
     names = [file.name for file in sorted(folder.glob("*")) if not file.name.startswith("test")]
@@ -117,7 +116,7 @@ def test_imagenet_needs_a_token_and_a_network(monkeypatch, error, message):
     def builder(hub_id):
         raise error
 
-    monkeypatch.setattr(data.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(find.datasets, "load_dataset_builder", builder)
     with pytest.raises(FileNotFoundError, match=rf"cannot get ILSVRC/imagenet-1k .*{message}"):
         load_data("imagenet1k", streaming=True)
 

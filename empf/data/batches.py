@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from empf.data.sets import ImageSet
-from empf.data.shards import StreamSet
+from empf.data.stream_set import StreamSet
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class ImageBatches(ABC):
     def _cut_out(self, images: Tensor, y: Tensor, x: Tensor) -> None:
         """A square at the centres `y, x` [B] of each image becomes the mean colour."""
         cutout = self.augment.cutout
-        offset = torch.arange(images.shape[-1], device=images.device) + cutout // 2
-        distance = [offset - centre[:, None] for centre in (y, x)]  # B H, B W
+        offset = [torch.arange(side, device=images.device) + cutout // 2 for side in images.shape[-2:]]
+        distance = [o - centre[:, None] for o, centre in zip(offset, (y, x), strict=True)]  # B H, B W
         inside_y, inside_x = ((d >= 0) & (d < cutout) for d in distance)
         images.masked_fill_((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0)
 
@@ -129,16 +129,16 @@ class ImageBatches(ABC):
         self, images: Tensor, targets: Tensor, mates: Tensor, mate_targets: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """One share, or one box, for the whole batch."""
-        augment, side = self.augment, self.data.spec.image_size
+        augment, size = self.augment, np.array(self.data.spec.size)
         cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
         alpha = augment.cutmix if cutmix else augment.mixup
         share = float(rng.beta(alpha, alpha))
         if cutmix:
-            half = int(side * (1 - share) ** 0.5) // 2
-            centre = rng.integers(0, side, 2)
-            (top, left), (bottom, right) = (centre - half).clip(0), (centre + half).clip(max=side)
+            half = (size * (1 - share) ** 0.5).astype(np.int64) // 2
+            centre = rng.integers(0, size)
+            (top, left), (bottom, right) = (centre - half).clip(0), (centre + half).clip(max=size)
             images[:, :, top:bottom, left:right] = mates[:, :, top:bottom, left:right]
-            share = 1 - int((bottom - top) * (right - left)) / side**2
+            share = 1 - int((bottom - top) * (right - left)) / int(size.prod())
         else:
             images = torch.lerp(mates, images, share)
         return images, torch.lerp(mate_targets, targets, share)
@@ -174,11 +174,11 @@ class Batches(ImageBatches):
 
     def _train_batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """This rank's part of the joined batch `rows`; the random numbers are drawn for the joined batch."""
-        spec, augment, side = self.data.spec, self.augment, self.data.spec.image_size
+        spec, augment = self.data.spec, self.augment
         shifts = 2 * spec.crop_padding + 1
         # per image: row, crop y, crop x, flip, cutout y, cutout x; all are drawn even if unused, so that switching one
         # of them on leaves the others as they are
-        drawn = rng.integers(0, (shifts, shifts, 2, side, side), (len(rows), 5))
+        drawn = rng.integers(0, (shifts, shifts, 2, *spec.size), (len(rows), 5))
         drawn = np.concatenate((rows[:, None], drawn), axis=1)
         first, last = self._share(len(rows))
         images, labels = self._augmented(drawn[first:last])
@@ -195,11 +195,11 @@ class Batches(ImageBatches):
     def _augmented(self, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
         """Crop, flip, normalise and cut out the images that `drawn` [B, 6] names; with their labels."""
         spec, augment = self.data.spec, self.augment
-        side, padding = spec.image_size, spec.crop_padding
+        (height, width), padding = spec.size, spec.crop_padding
         rows, y, x, flip, *hole = torch.from_numpy(drawn.T.copy()).to(self.data.images.device)
         images = self.data.images[rows]  # B C H W
         if augment.crop:
-            windows = F.pad(images, (padding,) * 4).unfold(2, side, 1).unfold(3, side, 1)  # B C 2P+1 2P+1 H W
+            windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # B C 2P+1 2P+1 H W
             images = windows[torch.arange(len(rows), device=rows.device), :, y, x]
         if augment.flip and spec.flip:
             images = torch.where(flip[:, None, None, None] > 0, images.flip(3), images)

@@ -22,8 +22,8 @@ from torch import Tensor
 from empf.data.batches import Batches
 from empf.data.event_cache import FrameCache, default_folder
 from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
-from empf.data.folders import TEST_SPLITS, TRAIN_SPLITS, files_below, subfolder, subfolders
-from empf.data.sets import DATASETS, DataSpec
+from empf.data.folders import files_below, subfolder, subfolders
+from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
 
@@ -49,6 +49,11 @@ class EventSet:
     @property
     def device(self) -> torch.device:
         return self.frames.device
+
+    def chosen(self, rows: np.ndarray) -> "EventSet":
+        """Only the recordings of these numbers."""
+        rows = torch.from_numpy(rows).to(self.device)
+        return replace(self, frames=self.frames[rows], labels=self.labels[rows])
 
     @property
     def images(self) -> Tensor:

@@ -7,10 +7,6 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-# names of the splits, the first that exists
-TRAIN_SPLITS = ("train", "training")
-TEST_SPLITS = ("test", "validation", "valid", "val", "testing")
-
 
 def is_data(name: str) -> bool:
     """Whether a file or folder of this name belongs to the data."""

@@ -1,36 +1,32 @@
-"""Reading image datasets from the Hub or a local folder.
+"""The door to the data: `load_data` reads a data set, `hold_out` keeps a part of it, `make_batches` makes batches.
 
-Sets that fit in memory become one uint8 tensor, decoded once (`ImageSet`); of the others (`StreamSet`) only the place
-of each image is read, see `empf/data/shards.py`. Events are read by `empf/data/events.py`.
+Images that fit in memory become one uint8 tensor, decoded once (`ImageSet`); of the others (`StreamSet`) only the place
+of each image is read. Events become frames (`EventSet`), see `empf/data/events.py`.
 """
 
-import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
-from huggingface_hub import HfFileSystem, hf_hub_download
-from PIL import Image
-from torch import Tensor
 
 from empf.data.batches import Augment, Batches
-from empf.data.event_frames import EventSettings
+from empf.data.classes import Classes, is_missing, plain
+from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
 from empf.data.events import EventAugment, EventBatches, EventSet, load_events
-from empf.data.images import BROKEN, converted, is_grey, one_line, open_image
-from empf.data.sets import DATASETS, DataSpec, ImageSet
-from empf.data.shards import ImageFolder, ParquetFiles, StreamSet, read_schema
+from empf.data.find import Place, in_folder, on_hub
+from empf.data.folders import files_below
+from empf.data.images import BROKEN, IMAGE_SUFFIXES, mismatch, open_image, stored_pixels
+from empf.data.own import own_spec
+from empf.data.rows import Row, Source, one_line, read_rows
+from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, both
+from empf.data.sources import Columns
+from empf.data.stream_set import StreamSet
 from empf.data.streaming import StreamBatches
 
-_IMAGE_COLUMNS = ("img", "image")
-_LABEL_COLUMNS = ("fine_label", "label")
-_SPLITS = ("train", "test")
+IN_MEMORY = 4 << 30  # bytes of pixels of a set of one's own, which is streamed where it has more
 
 
 def load_data(
@@ -41,54 +37,105 @@ def load_data(
     device: str | torch.device = "cpu",
     seed: int = 0,
     streaming: bool = False,
+    images: ImageSettings | None = None,
     events: EventSettings | None = None,
 ) -> tuple[ImageSet, ImageSet] | tuple[StreamSet, StreamSet] | tuple[EventSet, EventSet]:
-    """The training and the test set of a dataset of `DATASETS`, for `make_batches` on `device`.
+    """The training and the test set of a data set, for `make_batches` on `device`.
 
-    Without `path` the dataset comes from the Hugging Face Hub (the digits from scikit-learn). `path` is a local folder
-    with the same columns: parquet files (`train-*.parquet`, `train/*.parquet`), an image folder (`train/<class>/*.png`)
-    or, for sets that fit in memory, what `save_to_disk` wrote. The test split may also be called validation, valid or
-    val. Grey images become RGB where the dataset has three channels.
+    `name` is one of `DATASETS`, a folder, or the id of a data set on the Hugging Face Hub (owner/name). Without `path`
+    a named set comes from the Hub, the digits from scikit-learn; `path` is a local folder with a copy.
 
-    Images are decoded once and lie on `device`, but for imagenet1k, which is read while it is used, from local files or
-    from the Hub: with `streaming` over the network all the time, without it after one download of 150 GB.
+    A folder holds parquet files (`train-*.parquet`, `train/*.parquet`), class folders (`train/<class>/*.png`), tables
+    of file names and labels (`train.csv`) or what `save_to_disk` wrote; the test split may also be called validation,
+    valid or val. Of a data set of one's own, number and names of the classes, channels and image size are found out,
+    mean and standard deviation are those of its training images. Images of several sizes are cropped and resized to
+    `images.size`. Where there is no test split, or nothing is divided, a stratified part of the training images is
+    kept apart for testing; a test split without labels is passed over. `images` names what differs.
 
-    `limit` keeps so many images of each split; the others are not decoded. Where the classes follow one another, as in
-    an image folder and in Tiny-ImageNet, it takes one image of each class in turn, so that all classes are seen; where
-    they are mixed, the first images. Of imagenet1k it takes the first of about 100 row groups.
+    Images decoded once lie on `device`. ImageNet, images that are resized, what does not fit in memory and all with
+    `streaming` are read while they are used, from local files or, with `streaming`, from the Hub. Grey images become
+    RGB where the others have colours; all are turned as their EXIF says.
 
-    `seed` draws the stratified 80/20 split of the digits. It is not the seed of a training run: results on the digits
-    compare only at the same split, so leave it alone.
+    `limit` keeps so many images of each split; the others are not decoded. Where the classes follow one another, it
+    takes one image of each class in turn, so that all classes are seen; where they are mixed, the first images. Of what
+    is streamed it takes the first of about 100 row groups.
 
-    dvs-cifar10 needs a `path` with recordings; `events` says how they become frames, see `load_events`.
+    `seed` draws what is held out, and the stratified 80/20 split of the digits. It is not the seed of a training run:
+    results compare only at the same split, so leave it alone.
+
+    A folder of recordings by class, and dvs-cifar10, whose recordings need a `path`, are read as `events` says, see
+    `load_events`.
 
     Raises ValueError or FileNotFoundError with one sentence that says what is wrong and what to do.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}: leave it out to use all images")
-    spec = DATASETS[name]
-    if streaming and not spec.streamed:
-        raise ValueError(f"{name} fits in memory and is not streamed: leave --streaming out")
-    if name == "dvs-cifar10":
-        if path is None:
-            raise ValueError(
-                "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data"
-            )
-        return load_events(path, events, limit=limit, device=device, seed=seed)
-    if path is None and spec.hub_id is None:
+    spec, settings = DATASETS.get(name), images or ImageSettings()
+    folder = path if path is not None else name if spec is None and Path(name).is_dir() else None
+    if spec is None and folder is None and "/" not in name.strip("/."):
+        raise ValueError(
+            f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, a folder, or OWNER/NAME of the Hub"
+        )
+    if spec is not None and spec.channels == 2 and folder is None:
+        raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
+    if spec is not None and spec.channels == 2 or spec is None and folder is not None and _has_recordings(Path(folder)):
+        return load_events(folder, events, limit=limit, device=device, seed=seed)
+    if folder is None and spec is not None and spec.hub_id is None:
+        if streaming or settings.size is not None and both(settings.size) != spec.size:
+            raise ValueError(f"the {name} lie in memory as they are: leave --streaming and --image-size out")
         return tuple(part.to(device) for part in _digits(spec, limit, seed))
-    origin = str(path or spec.hub_id)
-    if spec.streamed:
-        find = partial(_find, Path(path)) if path is not None else partial(_find_on_hub, _hub_files(spec), streaming)
-        train, test = (_stream(spec, find(spec, part), limit, f"{part} of {origin}") for part in _SPLITS)
+    columns = Columns(settings.image_column, settings.label_column)
+    if folder is not None:
+        place = in_folder(Path(folder), columns, settings.config)
     else:
-        read = partial(_read_folder, Path(path)) if path is not None else partial(_read_splits, _download(spec), origin)
-        train, test = (_decode(spec, read(spec, part, limit), f"{part} of {origin}") for part in _SPLITS)
-    if train.class_names != test.class_names:
-        raise ValueError(f"train and test of {origin} name their classes differently: use the same classes in both")
-    return train.to(device), test.to(device)
+        by_file = streaming or spec is not None and spec.streamed
+        hub_id = name if spec is None else spec.hub_id
+        place = on_hub(hub_id, columns, settings.config, streaming=streaming, by_file=by_file)
+    train, test, split = _splits(place, spec, settings)
+    origin, own = f"train of {place.origin}", spec is None
+    if own:
+        classes = Classes.found(train.labels(), origin) if train.names is None else Classes(train.names)
+        spec = own_spec(name, train, classes, settings.size, origin)
+    else:
+        classes = _known_classes(spec, train.names, origin)
+        if settings.size is not None and both(settings.size) != spec.size:
+            spec = replace(spec, image_size=settings.size, resized=True)
+    many = train.blocks()[:, 3].sum() * spec.channels * np.prod(spec.size) > IN_MEMORY
+    make = _streamed if streaming or spec.streamed or spec.resized or own and many else _decoded
+    sets = [make(spec, train, classes, limit, "train", origin)]
+    if test is None:
+        rest, held = hold_out(sets[0], settings.hold_out, seed)
+        return rest.to(device), held.to(device)
+    where = f"{split} of {place.origin}"
+    if not own:
+        _known_classes(spec, test.names, where)
+    sets.append(make(spec, test, classes.of(test.names, where), limit, split, where))
+    return tuple(part.to(device) for part in sets)
+
+
+def hold_out(
+    train: ImageSet | StreamSet | EventSet, share: float, seed: int = 0
+) -> tuple[ImageSet | StreamSet | EventSet, ImageSet | StreamSet | EventSet]:
+    """Keep a stratified part of a training set apart: what is left to train on, and the part, for choosing or testing.
+
+    Of each class the share is rounded, at least one image is taken and one is left; `seed` draws which. ValueError for
+    a share outside 0..1, and for a class with a single image.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"hold_out is a share and must lie between 0 and 1, got {share}")
+    labels = np.asarray(train.labels() if isinstance(train, StreamSet) else train.labels.cpu())
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        if len(own) < 2 and label >= 0:
+            raise ValueError(
+                f"class {train.class_names[label]!r} has a single image, of which none can be held out: add images, or "
+                "give a test split"
+            )
+        count = min(max(round(share * len(own)), 1), len(own) - 1)
+        held[np.random.default_rng((seed, int(label) + 1)).permutation(own)[:count]] = True
+    part = f"{share:.3g} of the training data, held out with seed {seed}"
+    return train.chosen(np.flatnonzero(~held)), replace(train.chosen(np.flatnonzero(held)), split=part)
 
 
 def make_batches(
@@ -124,6 +171,38 @@ def make_batches(
     return EventBatches(data, batch_size, **options)
 
 
+def _has_recordings(folder: Path) -> bool:
+    return bool(files_below(folder, RECORDINGS + ARRAYS)) and not files_below(folder, IMAGE_SUFFIXES)
+
+
+def _splits(place: Place, spec: DataSpec | None, settings: ImageSettings) -> tuple[Source, Source | None, str]:
+    """What to train and what to test on, and the name of the latter; None where there is nothing to test on."""
+    train_names = TRAIN_SPLITS if settings.train_split is None else (settings.train_split,)
+    test_names = TEST_SPLITS if spec is None else spec.test_splits
+    test_names = test_names if settings.test_split is None else (settings.test_split,)
+    found = next(filter(None, map(place.find, train_names)), None)
+    train = place.whole() if found is None and spec is None and settings.train_split is None else found and found()
+    if train is None:
+        raise place.missing(train_names[0])
+    _check_not_empty(train, f"train of {place.origin}")
+    tests = [(name, found) for name in test_names if name not in train_names and (found := place.find(name))]
+    for at, (name, found) in enumerate(tests):
+        test = found()
+        _check_not_empty(test, f"{name} of {place.origin}")
+        unlabelled = (spec is None or len(tests) > 1) and all(is_missing(plain(label)) for label in test.labels())
+        if not unlabelled:
+            return train, test, name
+        if settings.test_split is not None:
+            raise ValueError(f"{name} of {place.origin} has no labels: name another split with --test-split")
+        instead = tests[at + 1][0] if at + 1 < len(tests) else "images that are held out of the training set"
+        warnings.warn(
+            f"{name} of {place.origin} has no labels: testing on {instead}; --test-split decides", stacklevel=3
+        )
+    if spec is not None or settings.test_split is not None:
+        raise place.missing(test_names[0])
+    return train, None, ""
+
+
 def _digits(spec: DataSpec, limit: int | None, seed: int) -> tuple[ImageSet, ImageSet]:
     """The 1,797 digits of scikit-learn, 80/20 within each class; values 0..16 become round(v * 255 / 16)."""
     try:
@@ -142,127 +221,43 @@ def _digits(spec: DataSpec, limit: int | None, seed: int) -> tuple[ImageSet, Ima
     return train, test
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """Images still compressed, as `{"bytes": ..., "path": ...}` with either of them set."""
-
-    images: list[dict[str, Any]]
-    labels: list[Any]
-    class_names: list[str] | None
-
-
-def _download(spec: DataSpec) -> datasets.DatasetDict:
-    try:
-        return datasets.load_dataset(spec.hub_id)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise _no_hub(spec, error) from error
-
-
-def _hub_files(spec: DataSpec) -> dict[str, list[str]]:
-    """The addresses of the parquet files of each split."""
-    try:
-        files = datasets.load_dataset_builder(spec.hub_id).config.data_files
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise _no_hub(spec, error) from error
-    return {split: [str(file) for file in found] for split, found in files.items()}
-
-
-def _no_hub(spec: DataSpec, error: Exception) -> FileNotFoundError:
-    problem = one_line(error)
-    if "gated" in problem or "401" in problem or "403" in problem:
-        advice = (
-            f"accept its terms at https://huggingface.co/datasets/{spec.hub_id}, then log in with `hf auth login` or "
-            "set HF_TOKEN to a token with read access"
-        )
-    else:
-        advice = "check the network"
-    return FileNotFoundError(
-        f"cannot get {spec.hub_id} from the Hugging Face Hub ({problem}): {advice}, or pass a local copy with "
-        "--data FOLDER"
-    )
-
-
-def _find_on_hub(files: dict[str, list[str]], streaming: bool, spec: DataSpec, split: str) -> list[str]:
-    """The parquet files of a split; downloaded, unless they are streamed."""
-    found = files[_alias(spec, split, files, spec.hub_id)]
-    if streaming:
-        return found
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(_fetch, found))
-    except OSError as error:
-        raise _no_hub(spec, error) from error
-
-
-def _fetch(address: str) -> str:
-    """The local copy of a file on the Hub, which is downloaded the first time."""
-    at = HfFileSystem().resolve_path(address)
-    return hf_hub_download(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision)
-
-
-def _aliases(spec: DataSpec, split: str) -> tuple[str, ...]:
-    return ("train",) if split == "train" else spec.test_splits
-
-
-def _alias(spec: DataSpec, split: str, splits: Iterable[str], origin: str) -> str:
-    alias = next((alias for alias in _aliases(spec, split) if alias in splits), None)
-    if alias is None:
-        raise ValueError(f"no {_aliases(spec, split)[0]} split in {origin}: it has {', '.join(splits)}")
-    return alias
-
-
-def _find(path: Path, spec: DataSpec, split: str) -> list[str] | Path:
-    """The parquet files of a split, or its image folder."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path}: check the path given with --data")
-    for alias in _aliases(spec, split):
-        for pattern in (f"{alias}.parquet", f"{alias}-*.parquet", f"{alias}/*.parquet", f"*/{alias}-*.parquet"):
-            if shards := sorted(path.glob(pattern)):
-                expected = re.search(r"-of-(\d+)", shards[0].name)
-                if expected and int(expected[1]) != len(shards):
-                    raise ValueError(
-                        f"found {len(shards)} of the {int(expected[1])} files of "
-                        f"{shards[0].parent / shards[0].name.split('-')[0]}-*.parquet: copy the missing ones"
-                    )
-                return [str(shard) for shard in shards]
-        if any(child.is_dir() for child in path.glob(f"{alias}/*")):
-            return path / alias
-    name = _aliases(spec, split)[0]
-    saved = "" if spec.streamed else " or the output of save_to_disk"
-    raise FileNotFoundError(f"no {name} split in {path}: expected {name}-*.parquet, {name}/<class>/*.png{saved}")
-
-
-def _stream(spec: DataSpec, found: list[str] | Path, limit: int | None, origin: str) -> StreamSet:
-    if isinstance(found, Path):
-        source = ImageFolder.of(found)
-        names = source.classes
-    else:
-        source, names = _parquet(found)
-    data = StreamSet(source, source.blocks(), _checked_names(spec, names, origin), spec, torch.device("cpu"))
-    if len(data) == 0:
+def _check_not_empty(source: Source, origin: str) -> None:
+    if len(source.blocks()) == 0:
         raise ValueError(f"no images in {origin}: check the folder")
+
+
+def _known_classes(spec: DataSpec, names: list[str] | None, origin: str) -> Classes:
+    if names is None:
+        return Classes([str(label) for label in range(spec.num_classes)])
+    if len(names) != spec.num_classes:
+        raise ValueError(f"{origin} has {len(names)} classes, but {spec.name} has {spec.num_classes}: check --dataset")
+    return Classes(names)
+
+
+def _streamed(
+    spec: DataSpec, source: Source, classes: Classes, limit: int | None, split: str, origin: str
+) -> StreamSet:
+    data = StreamSet(source, source.blocks(), classes, spec, split=split)
     return data if limit is None else data.limited(limit)
 
 
-def _read_folder(path: Path, spec: DataSpec, split: str, limit: int | None) -> _Encoded:
-    if (path / "dataset_dict.json").is_file():
-        try:
-            splits = datasets.load_from_disk(path)
-        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"cannot read {path} ({one_line(error)}): write it again with save_to_disk") from error
-        return _read_splits(splits, str(path), spec, split, limit)
-    found = _find(path, spec, split)
-    return _read_image_folder(found, limit) if isinstance(found, Path) else _read_parquet(found, limit)
-
-
-def _read_splits(splits: datasets.DatasetDict, origin: str, spec: DataSpec, split: str, limit: int | None) -> _Encoded:
-    alias = _alias(spec, split, splits, origin)
-    dataset = splits[alias]
-    image, label = _columns(dataset.column_names, f"{alias} of {origin}")
-    dataset = dataset.select_columns([image, label]).with_format("arrow")
-    if limit is not None:
-        dataset = dataset.select(_limited(dataset.with_format(None)[label][:], limit))
-    return _from_table(dataset[:], image, label, dataset.features)
+def _decoded(spec: DataSpec, source: Source, classes: Classes, limit: int | None, split: str, origin: str) -> ImageSet:
+    """Decode into one array, and check every image and label against `spec`."""
+    blocks = source.blocks()
+    order = np.arange(blocks[:, 3].sum()) if limit is None else np.array(_limited(source.labels(), limit))
+    images, labels = np.empty((len(order), spec.channels, *spec.size), np.uint8), np.empty(len(order), np.int64)
+    places = np.argsort(order)
+    rows = read_rows(source, blocks, order[places])
+    for place, (_, row) in zip(places.tolist(), rows, strict=True):
+        if row.problem is not None:
+            raise ValueError(f"cannot read {row.where} ({row.problem}): copy the file again")
+        where = f"image {place} of {origin}"
+        if (label := classes.label(row.label)) is None:
+            raise ValueError(
+                f"{where} has the label {row.label!r}, but {spec.name} has {classes.expected()}: check --dataset"
+            )
+        labels[place], images[place] = label, _pixels(spec, row, where)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), classes.names, spec, split)
 
 
 def _limited(labels: list[Any], limit: int) -> list[int]:
@@ -278,117 +273,16 @@ def _limited(labels: list[Any], limit: int) -> list[int]:
     return [at for _, at in sorted(order)[:limit]]
 
 
-def _read_parquet(paths: list[str], limit: int | None) -> _Encoded:
-    """Straight from the files: `datasets` would first copy them into its cache."""
-    source, names = _parquet(paths)
-    blocks = source.blocks()
-    ends = blocks[:, 3].cumsum()
-    rows = list(range(ends[-1])) if limit is None else _limited(source.labels(), limit)
-    wanted = np.zeros(ends[-1], bool)
-    wanted[rows] = True
-    found = {}
-    for block, end in zip(blocks, ends, strict=True):
-        begin = int(end - block[3])
-        inside = np.flatnonzero(wanted[begin:end])
-        if len(inside):
-            start, stop = int(inside[0]), int(inside[-1]) + 1
-            for at, row in enumerate(source.read(*block[:3], start, stop), begin + start):
-                if row.problem is not None:
-                    raise ValueError(f"cannot read {row.where} ({row.problem}): copy the file again")
-                found[at] = row
-    return _Encoded([found[at].image for at in rows], [found[at].label for at in rows], names)
-
-
-def _parquet(paths: list[str]) -> tuple[ParquetFiles, list[str] | None]:
-    """Files with the columns of the first one, and the names of the classes."""
-    schema = read_schema(paths[0])
-    image, label = _columns(schema.names, paths[0])
-    _check_image_column(schema.field(image).type, image)
-    return ParquetFiles(paths, image, label), _class_names(datasets.Features.from_arrow_schema(schema), label)
-
-
-def _check_image_column(kind: pa.DataType, column: str) -> None:
-    if not pa.types.is_struct(kind) or {"bytes", "path"} - {field.name for field in kind}:
-        raise ValueError(f"column {column} holds {kind}: store the images as datasets.Image")
-
-
-def _class_names(features: datasets.Features, label: str) -> list[str] | None:
-    return features[label].names if isinstance(features[label], datasets.ClassLabel) else None
-
-
-def _checked_names(spec: DataSpec, names: list[str] | None, origin: str) -> list[str]:
-    if names is None:
-        return [str(label) for label in range(spec.num_classes)]
-    if len(names) != spec.num_classes:
-        raise ValueError(f"{origin} has {len(names)} classes, but {spec.name} has {spec.num_classes}: check --dataset")
-    return names
-
-
-def _read_image_folder(folder: Path, limit: int | None) -> _Encoded:
-    source = ImageFolder.of(folder)
-    rows = [row for block in source.blocks()[:limit] for row in source.read(*block[:3], 0, 1)]
-    return _Encoded([row.image for row in rows], [row.label for row in rows], source.classes)
-
-
-def _from_table(table: pa.Table, image: str, label: str, features: datasets.Features) -> _Encoded:
-    _check_image_column(table[image].type, image)
-    return _Encoded(table[image].to_pylist(), table[label].to_pylist(), _class_names(features, label))
-
-
-def _columns(names: list[str], origin: str) -> tuple[str, str]:
-    """The names of the image and the label column."""
-    found = [next((a for a in aliases if a in names), None) for aliases in (_IMAGE_COLUMNS, _LABEL_COLUMNS)]
-    if None in found:
-        raise ValueError(
-            f"{origin} has the columns {', '.join(names)}: it needs one of {' | '.join(_IMAGE_COLUMNS)} for the image "
-            f"and one of {' | '.join(_LABEL_COLUMNS)} for the label"
-        )
-    return found[0], found[1]
-
-
-def _decode(spec: DataSpec, encoded: _Encoded, origin: str) -> ImageSet:
-    """Decode into one array, and check every image and label against `spec`."""
-    count = len(encoded.images)
-    if count == 0:
-        raise ValueError(f"no images in {origin}: check the folder")
-    names = _checked_names(spec, encoded.class_names, origin)
-    labels = _check_labels(spec, encoded.labels, origin)
-    images = np.empty((count, spec.channels, spec.image_size, spec.image_size), np.uint8)
-    for index, image in enumerate(encoded.images):  # threads were slower here: small images hold the interpreter lock
-        images[index] = _decode_image(spec, image, f"image {index} of {origin}")
-    return ImageSet(torch.from_numpy(images), labels, names, spec)
-
-
-def _check_labels(spec: DataSpec, labels: list[Any], origin: str) -> Tensor:
-    for index, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < spec.num_classes:
-            raise ValueError(
-                f"image {index} of {origin} has the label {label!r}, but {spec.name} has the labels "
-                f"0..{spec.num_classes - 1}: check --dataset"
-            )
-    return torch.tensor(labels, dtype=torch.int64)
-
-
-def _decode_image(spec: DataSpec, item: dict[str, Any] | None, where: str) -> np.ndarray:
-    """The image as uint8 [C, H, W]."""
-    if item is not None and item["path"] is not None:
-        where += f" ({item['path']})"
+def _pixels(spec: DataSpec, row: Row, where: str) -> np.ndarray:
+    """The image of a row as uint8 [C, H, W]."""
+    if row.image is not None and row.image["path"] is not None:
+        where += f" ({row.image['path']})"
     try:
-        with open_image(item) as image:
-            problem = _mismatch(spec, image)  # before the pixels are decoded: a broken header may announce gigabytes
-            pixels = None if problem else np.asarray(converted(image, spec.channels))  # H W (3)
+        with open_image(row.image) as image:
+            problem = mismatch(spec, image)  # before the pixels are decoded: a broken header may announce gigabytes
+            pixels = None if problem else stored_pixels(image, spec.channels)
     except BROKEN as error:
         raise ValueError(f"cannot decode {where} ({one_line(error)}): replace or remove it") from error
     if problem:
         raise ValueError(f"{where} {problem}")
-    return pixels[None] if spec.channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def _mismatch(spec: DataSpec, image: Image.Image) -> str | None:
-    side = spec.image_size
-    if image.size != (side, side):
-        width, height = image.size
-        return f"is {width}x{height} pixels, but {spec.name} has {side}x{side}: check --dataset"
-    if spec.channels == 1 and not is_grey(image):
-        return f"has the pixel format {image.mode}, but {spec.name} needs 8-bit grey: convert it"
-    return None
+    return pixels

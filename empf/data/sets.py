@@ -1,9 +1,24 @@
 """What a dataset is: the properties of each one that can be loaded, and a split that lies in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# names of the splits, of which the first that exists is taken
+TRAIN_SPLITS = ("train",)
+TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+def both(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of `size`, which is the side of a square or both already."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def named(size: int | tuple[int, int]) -> str:
+    """As it is written for people and for `--image-size`: 64x96, height first."""
+    return "x".join(map(str, both(size)))
 
 
 @dataclass(frozen=True)
@@ -11,22 +26,28 @@ class DataSpec:
     """What a dataset must look like (`channels`, `image_size`, `num_classes`) and how it is prepared for training.
 
     `mean` and `std` per channel are for pixels scaled to 0..1. `flip`: a mirrored image keeps its class.
-    `crop_padding`: pixels a random crop may shift the image by. `streamed`: the images have any size, are cropped to
-    `image_size` (see `empf/data/images.py`) and do not fit in memory. `test_splits`: names of the split to test on, the
-    first that exists.
+    `image_size`: side of square images, or (height, width). `crop_padding`: pixels a random crop may shift an image by.
+    `resized`: the images have any size and are cropped and resized to `image_size` (see `empf/data/images.py`).
+    `streamed`: they do not fit in memory. `test_splits`: names of the split to test on, the first that exists.
     """
 
     name: str
     hub_id: str | None
     channels: int
-    image_size: int
+    image_size: int | tuple[int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
     crop_padding: int
+    resized: bool = False
     streamed: bool = False
-    test_splits: tuple[str, ...] = ("test", "validation", "valid", "val")
+    test_splits: tuple[str, ...] = TEST_SPLITS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return both(self.image_size)
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,6 +72,7 @@ DATASETS = {
             *_IMAGENET,
             True,
             0,
+            resized=True,
             streamed=True,
             test_splits=("validation", "valid", "val"),  # the test images of the Hub have no labels
         ),  # fmt: skip
@@ -60,20 +82,54 @@ DATASETS = {
 
 
 @dataclass(frozen=True)
+class ImageSettings:
+    """How images of one's own are found and what they become, where that is not to be found out.
+
+    `size`: side, or (height, width); images of other sizes are cropped and resized to it. `image_column`,
+    `label_column`: of a table. `train_split`, `test_split`: names of the splits. `config`: of several configurations of
+    a data set, which lie in folders of that name. `hold_out`: share of the training images to test on where there are
+    no test images.
+    """
+
+    size: int | tuple[int, int] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    config: str | None = None
+    hold_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.size is not None and min(both(self.size)) < 1:
+            raise ValueError(f"the size of images must be at least 1, got {named(self.size)}")
+        if not 0 < self.hold_out < 1:
+            raise ValueError(f"hold_out is a share and must lie between 0 and 1, got {self.hold_out}")
+
+
+@dataclass(frozen=True)
 class ImageSet:
-    """A whole split: `images` uint8 [N, C, H, W] and `labels` int64 [N] on one device, `class_names` by label."""
+    """A whole split: `images` uint8 [N, C, H, W] and `labels` int64 [N] on one device, `class_names` by label.
+
+    `split`: which part of the data it is, for people.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: list[str]
     spec: DataSpec
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def chosen(self, rows: np.ndarray) -> "ImageSet":
+        """Only the images of these numbers."""
+        rows = torch.from_numpy(rows).to(self.device)
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     @property
     def device(self) -> torch.device:
         return self.images.device
 
     def to(self, device: str | torch.device) -> "ImageSet":
-        return ImageSet(self.images.to(device), self.labels.to(device), self.class_names, self.spec)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))

@@ -1,115 +1,78 @@
-"""Splits that do not fit in memory: what is in which file, and reading a block of encoded images at a time.
-
-A block is what is read at once: a row group of a parquet file, or one file of an image folder. The blocks in their
-stored order make up the split; `empf/data/streaming.py` shuffles and shares them.
-"""
+"""Parquet files of images: what is in which file, and reading a row group of encoded images at a time."""
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets.utils.file_utils import xopen
 
-from empf.data.folders import files_below, subfolders
-from empf.data.images import IMAGE_SUFFIXES, one_line
-from empf.data.sets import DataSpec
+from empf.data.rows import Row, one_line
 
 _READ_BYTES = 1 << 20  # of a column at once, so that a row group of a gigabyte does not have to fit in memory
 _READ_BYTES_REMOTE = 8 << 20
 _BATCH_ROWS = 16  # that are in memory at once as Python objects
-_LIMIT_BLOCKS = 100
-
-
-class Row(NamedTuple):
-    """One stored image: where it lies (to name it), `{"bytes": ..., "path": ...}` and its label; or why it is lost."""
-
-    where: str
-    image: dict[str, Any] | None = None
-    label: Any = None
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class StreamSet:
-    """A split that is read from `source` while it is used, for batches on `device`; `class_names` by label.
-
-    `blocks` int64 [blocks, 4]: file, row group, first row in the file, rows. The source reads rows `start` to `stop` of
-    one with `source.read(*block[:3], start, stop)`; where the file is damaged, it says so in place of the lost rows.
-    """
-
-    source: "ParquetFiles | ImageFolder"
-    blocks: np.ndarray
-    class_names: list[str]
-    spec: DataSpec
-    device: torch.device
-
-    def __len__(self) -> int:
-        return int(self.blocks[:, 3].sum())
-
-    def to(self, device: str | torch.device) -> "StreamSet":
-        return replace(self, device=torch.device(device))
-
-    def limited(self, limit: int) -> "StreamSet":
-        """`limit` images: the first of each of about 100 blocks that are spread evenly over the split.
-
-        Shards are often sorted by class, so the first images of the split would all be of one class. Image files, which
-        are listed one of each class in turn, are the first ones.
-        """
-        if limit >= len(self):
-            return self
-        if self.blocks[:, 3].max() == 1:
-            return replace(self, blocks=self.blocks[:limit])
-        quota = -(-limit // _LIMIT_BLOCKS)
-        while (sizes := np.minimum(self.blocks[:, 3], quota)).sum() < limit:
-            quota *= 2
-        for count in range(-(-limit // quota), len(sizes) + 1):
-            places = np.arange(count) * len(sizes) // count
-            if sizes[places].sum() >= limit:
-                break
-        blocks = self.blocks[places]
-        ends = np.minimum(sizes[places].cumsum(), limit)
-        blocks[:, 3] = np.diff(ends, prepend=0)
-        return replace(self, blocks=blocks[blocks[:, 3] > 0])
 
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files, local or at an address of fsspec, that hold images in one column and labels in another."""
+    """Parquet files, local or at an address of fsspec, that hold images in one column and labels in another.
+
+    `names`: of the classes, where the first file gives them. Another file may have them in another order: `labels_of`
+    maps the labels of such a file to those of the first. `groups`: the row groups of all files.
+    """
 
     paths: list[str]
     image: str
     label: str
+    names: list[str] | None
+    labels_of: dict[int, list[int]]
+    groups: np.ndarray
+
+    @classmethod
+    def of(cls, paths: list[str], columns: Callable[[list[str], str], tuple[str, str]]) -> "ParquetFiles":
+        """`columns(names, file)`: which columns hold image and label.
+
+        Raises ValueError for a damaged file, for one that has other columns or classes than the first, and for a
+        column without images; OSError for one that cannot be reached.
+        """
+        with ThreadPoolExecutor(16) as pool:
+            schemas, groups = zip(*pool.map(_contents, paths), strict=True)
+        image, label = columns(schemas[0].names, paths[0])
+        check_image_column(schemas[0].field(image).type, image)
+        names, labels_of = _class_names(schemas[0], label), {}
+        for number, (path, schema) in enumerate(zip(paths, schemas, strict=True)):
+            if missing := {image, label} - set(schema.names):
+                raise ValueError(f"{path} has no column {' and '.join(sorted(missing))}, which other files have")
+            own = _class_names(schema, label)
+            if own == names:
+                continue
+            if own is None or names is None or sorted(own) != sorted(names) or len(set(own)) < len(own):
+                raise ValueError(f"{path} has other classes than {paths[0]}: use files of one data set")
+            labels_of[number] = [names.index(name) for name in own]
+        blocks = [(number, *block) for number, file in enumerate(groups) for block in file]
+        return cls(paths, image, label, names, labels_of, np.array(blocks, np.int64).reshape(-1, 4))
 
     def blocks(self) -> np.ndarray:
-        """The row groups of all files; raises ValueError for a damaged file, OSError for one that cannot be reached."""
-        with ThreadPoolExecutor(16) as pool:
-            groups = list(pool.map(self._groups, self.paths))
-        return np.array([(number, *block) for number, file in enumerate(groups) for block in file], np.int64)
-
-    def _groups(self, path: str) -> list[tuple[int, int, int]]:
-        with _damage_named(path), _open_parquet(path) as file:
-            missing = {self.image, self.label} - set(file.schema_arrow.names)
-            if missing:
-                raise ValueError(f"{path} has no column {' and '.join(sorted(missing))}, which other files have")
-            rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        first = np.cumsum([0, *rows])
-        return [(group, int(first[group]), count) for group, count in enumerate(rows) if count]
+        return self.groups
 
     def labels(self) -> list[Any]:
         """Of all rows in their order, without reading the images."""
         found = []
-        for path in self.paths:
+        for number, path in enumerate(self.paths):
             with _damage_named(path), _open_parquet(path) as file:
-                found += file.read([self.label], use_threads=False)[self.label].to_pylist()
+                stored = file.read([self.label], use_threads=False)[self.label].to_pylist()
+            found += [self._mapped(number, label) for label in stored]
         return found
+
+    def _mapped(self, number: int, label: Any) -> Any:
+        known = self.labels_of.get(number)
+        return label if known is None or label is None or not 0 <= label < len(known) else known[label]
 
     def read(self, number: int, group: int, first: int, start: int, stop: int) -> Iterator[Row]:
         """Rows `start` to `stop` of a row group that begins at row `first` of its file."""
@@ -123,7 +86,7 @@ class ParquetFiles:
                     part = batch.slice(at - begin, min(end, stop) - at) if at < end else batch[:0]
                     images, labels = (part[name].to_pylist() for name in columns)
                     for image, label in zip(images, labels, strict=True):
-                        yield Row(f"row {first + at} of {path}", image, label)
+                        yield Row(f"row {first + at} of {path}", image, self._mapped(number, label))
                         at += 1
                     if at == stop:
                         return
@@ -137,36 +100,26 @@ class ParquetFiles:
             yield Row(where, problem=problem)
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder of image files for each class, in the order of the labels; `files[label]` are bytes, to save memory."""
-
-    folder: str
-    classes: list[str]
-    files: list[np.ndarray]
-
-    @classmethod
-    def of(cls, folder: Path) -> "ImageFolder":
-        classes = [child.name for child in subfolders(folder)]
-        found = ([os.fsencode(file) for file in files_below(folder / name, IMAGE_SUFFIXES)] for name in classes)
-        return cls(str(folder), classes, [np.array(sorted(files), np.bytes_) for files in found])
-
-    def blocks(self) -> np.ndarray:
-        """One for each file, one of each class in turn, so that the first are of all classes."""
-        label = np.repeat(np.arange(len(self.files)), [len(names) for names in self.files])
-        turn = np.concatenate([np.arange(len(names)) for names in self.files]) if self.files else np.arange(0)
-        order = np.lexsort((label, turn))
-        label, turn = label[order], turn[order]
-        return np.stack((label, turn, np.zeros_like(label), np.ones_like(label)), axis=1)
-
-    def read(self, label: int, turn: int, first: int, start: int, stop: int) -> Iterator[Row]:
-        path = os.path.join(self.folder, self.classes[label], os.fsdecode(bytes(self.files[label][turn])))
-        yield Row(path, {"bytes": None, "path": path}, int(label))
-
-
-def read_schema(path: str) -> pa.Schema:
+def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int, int]]]:
+    """The schema of a file, and of each row group with rows: its number, its first row in the file, its rows."""
     with _damage_named(path), _open_parquet(path) as file:
-        return file.schema_arrow
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        schema = file.schema_arrow
+    first = np.cumsum([0, *rows])
+    return schema, [(group, int(first[group]), count) for group, count in enumerate(rows) if count]
+
+
+def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
+    if label not in schema.names:
+        return None
+    feature = datasets.Features.from_arrow_schema(schema)[label]
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def check_image_column(kind: pa.DataType, column: str) -> None:
+    """Raise ValueError unless a column of this type holds images as `datasets` stores them."""
+    if not pa.types.is_struct(kind) or {"bytes", "path"} - {field.name for field in kind}:
+        raise ValueError(f"column {column} holds {kind}: store the images as datasets.Image")
 
 
 _DAMAGE = (UnicodeDecodeError, pa.ArrowException, OSError)

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from empf.data.batches import Augment, ImageBatches
-from empf.data.images import BROKEN, centre_crop, one_line, open_image, random_crop
-from empf.data.shards import Row, StreamSet
+from empf.data.images import BROKEN, centre_crop, mismatch, open_image, random_crop, stored_pixels
+from empf.data.rows import Row, one_line
+from empf.data.stream_set import StreamSet
 
 LANES = 16
 BUFFER = 8192  # about 1 GB of ImageNet
@@ -35,16 +36,17 @@ TOO_MANY_BROKEN = 0.01
 class StreamBatches(ImageBatches):
     """Batches of a `StreamSet`, as (images float32 [B, C, H, W] normalised, targets), on the device of the set.
 
-    Training: blocks and images in random order, random resized crop and flip where `augment` asks for `crop` and
-    `flip`; cutout, mixup and cutmix on whole batches, with partners from the same rank. All ranks have the same number
-    of batches; what is left over differs from epoch to epoch. Everything drawn is a pure function of (seed, epoch,
-    rank, number of the batch), so `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly, and
-    without reading the blocks that are done with. Where another number of processes had begun the epoch,
-    `iterate(start=k, begun_by=processes)` gives each rank its part of their joined batches: it reads for all the ranks
-    that it takes over, and holds the buffers of all, until the end of this epoch.
+    Training: blocks and images in random order; where `augment` asks for `crop`, a random resized crop if the set is
+    `resized`, else a shift as in `empf.data.batches.Batches`; flip; cutout, mixup and cutmix on whole batches, with
+    partners from the same rank. All ranks have the same number of batches; what is left over differs from epoch to
+    epoch. Everything drawn is a pure function of (seed, epoch, rank, number of the batch), so `set_epoch(e)` and
+    `iterate(start=k)` continue an interrupted epoch exactly, and without reading the blocks that are done with. Where
+    another number of processes had begun the epoch, `iterate(start=k, begun_by=processes)` gives each rank its part of
+    their joined batches: it reads for all the ranks that it takes over, and holds the buffers of all, until the end of
+    this epoch.
 
-    Test: the centre crop of every image, in exactly one batch of one rank. Ranks may differ by one in their number of
-    batches: reduce over processes after the loop, not inside it.
+    Test: every image, its centre crop if the set is `resized`, in exactly one batch of one rank. Ranks may differ by
+    one in their number of batches: reduce over processes after the loop, not inside it.
 
     `workers`: processes that read and decode, of which 1, 2, 4, 8 or 16 are used; 0 reads in this process. They are
     not forked from it, so a script that asks for them needs `if __name__ == "__main__":`. `buffer`: encoded images that
@@ -125,9 +127,9 @@ class StreamBatches(ImageBatches):
 
     def _prepared(self, images: Tensor, labels: Tensor, rank: int, number: int) -> tuple[Tensor, Tensor]:
         """Cut out and mix batch `number` of a rank."""
-        augment, side = self.augment, self.data.spec.image_size
+        augment, (height, width) = self.augment, self.data.spec.size
         rng = np.random.default_rng((self.seed, self.epoch, 2, rank, number))
-        holes = rng.integers(0, side, (2, len(images)))
+        holes = rng.integers(0, [[height], [width]], (2, len(images)))
         if augment.cutout:
             self._cut_out(images, *torch.from_numpy(holes).to(images.device))
         targets = self._targets(labels) if augment.soft_targets else labels
@@ -227,18 +229,18 @@ class _MadeBatches(IterableDataset):
             inside = np.flatnonzero(wanted[max(begin, 0) : begin + int(sizes[block])]) + max(begin, 0)
             if len(inside):
                 start, stop = int(inside[0]) - begin, int(inside[-1]) + 1 - begin
-                for at, row in enumerate(self.data.source.read(*self.data.blocks[block, :3], start, stop), start):
+                for at, row in enumerate(self.data.read(int(block), start, stop), start):
                     if wanted[begin + at]:
                         yield begin + at, int(in_split[block]) + at, row
 
     def _batch(self, rows: list[tuple[int, Row]]) -> _Batch:
-        side, classes = self.data.spec.image_size, self.data.spec.num_classes
-        images = np.empty((len(rows), 3, side, side), np.uint8)
+        spec, classes = self.data.spec, self.data.classes
+        images = np.empty((len(rows), spec.channels, *spec.size), np.uint8)
         labels, broken = [], []
         for place, row in rows:
-            problem = row.problem
-            if problem is None and not (isinstance(row.label, int) and 0 <= row.label < classes):
-                problem = f"the label is {row.label!r}, but {self.data.spec.name} has the labels 0..{classes - 1}"
+            problem, label = row.problem, None
+            if problem is None and (label := classes.label(row.label)) is None:
+                problem = f"the label is {row.label!r}, but {spec.name} has {classes.expected()}"
             if problem is None:
                 try:
                     with open_image(row.image) as image:
@@ -246,7 +248,7 @@ class _MadeBatches(IterableDataset):
                 except BROKEN as error:
                     problem = one_line(error)
             if problem is None:
-                labels.append(row.label)
+                labels.append(label)
             else:
                 broken.append((row.where, problem))
         images, labels = torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
@@ -256,12 +258,23 @@ class _MadeBatches(IterableDataset):
         return _Batch(images, labels, broken)
 
     def _cropped(self, image: Image.Image, place: int) -> np.ndarray:
-        side = self.data.spec.image_size
-        if not self.train:
-            return centre_crop(image, side)
-        rng = np.random.default_rng((*self.drawn, 3, place))
-        flip = self.augment.flip and self.data.spec.flip
-        return random_crop(image, side, rng, crop=self.augment.crop, flip=flip)
+        spec, rng = self.data.spec, np.random.default_rng((*self.drawn, 3, place))
+        flip = self.augment.flip and spec.flip
+        if spec.resized:
+            if not self.train:
+                return centre_crop(image, spec.size, spec.channels)
+            return random_crop(image, spec.size, rng, crop=self.augment.crop, flip=flip, channels=spec.channels)
+        if problem := mismatch(spec, image):
+            raise ValueError(f"it {problem}")
+        pixels = stored_pixels(image, spec.channels)
+        if self.train:
+            mirrored, shifts = rng.random() < 0.5, rng.integers(0, 2 * spec.crop_padding + 1, 2)
+            if self.augment.crop:
+                padded = np.pad(pixels, ((0, 0), *[(spec.crop_padding,) * 2] * 2))
+                (top, left), (height, width) = shifts, spec.size
+                pixels = padded[:, top : top + height, left : left + width]
+            pixels = pixels[:, :, ::-1] if flip and mirrored else pixels
+        return pixels
 
 
 def _shuffled(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
