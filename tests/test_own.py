@@ -69,16 +69,12 @@ def write(folder: Path, layout: str, splits: dict[str, list], labels: str = "nam
     return folder
 
 
-def test_images(batches) -> dict[bytes, int]:
+def images_of(batches) -> dict[bytes, int]:
     """The images of all batches, with their labels."""
-    return {
-        image.numpy().tobytes(): int(label)
-        for images, labels in batches
-        for image, label in zip(images, labels, strict=True)
-    }
+    pairs = [pair for images, labels in batches for pair in zip(images, labels.tolist(), strict=True)]
+    return {image.numpy().tobytes(): label for image, label in pairs}
 
 
-test_images.__test__ = False
 LAYOUTS = ("folders", "parquet", "saved", "table")
 
 
@@ -97,7 +93,7 @@ def test_every_layout_in_memory_and_streamed(tmp_path, layout, sizes):
         assert spec.size == (settings.size or SIZES[sizes][0]) and spec.resized == (sizes == "mixed")
         assert isinstance(spec.image_size, int) == (sizes == "square")
         assert isinstance(test, StreamSet if streaming or spec.resized else ImageSet)
-        parts = [test_images(make_batches(part, 4, train=False)) for part in (train, test)]
+        parts = [images_of(make_batches(part, 4, train=False)) for part in (train, test)]
         assert [len(part) for part in parts] == [24, 9]
         seen.append((spec, *parts))
         augment = Augment(crop=True, flip=True, cutout=3, mixup=0.5, cutmix=1.0, label_smoothing=0.1)
@@ -130,8 +126,8 @@ def test_without_a_test_split_a_part_of_every_class_is_held_out(tmp_path, layout
     both = [{image.numpy().tobytes() for image in part.images} for part in (train, test)]
     assert len(both[0] | both[1]) == 60
     streamed = load_data(folder, streaming=True)
-    assert [sorted(test_images(make_batches(part, 7, train=False))) for part in streamed] == [
-        sorted(test_images(make_batches(part, 7, train=False))) for part in (train, test)
+    assert [sorted(images_of(make_batches(part, 7, train=False))) for part in streamed] == [
+        sorted(images_of(make_batches(part, 7, train=False))) for part in (train, test)
     ]
     more = load_data(folder, images=ImageSettings(hold_out=0.5))[1]
     assert more.labels.bincount().tolist() == [10] * 3
@@ -239,7 +235,7 @@ def test_grey_images_have_one_channel(tmp_path, streaming):
         Image.fromarray(np.asarray(Image.open(sixteen)).astype(np.uint16) * 257).save(sixteen)
     train, test = load_data(str(folder), streaming=streaming)
     assert (train.spec.channels, len(train.spec.mean)) == (1, 1)
-    seen = [test_images(make_batches(part, 5, train=False)) for part in (train, test)]
+    seen = [images_of(make_batches(part, 5, train=False)) for part in (train, test)]
     assert seen[0] == seen[1] and len(seen[0]) == 12  # 16 bits are scaled to 8
     Image.new("RGB", (16, 16), (9, 0, 0)).save(folder / "train" / "bee" / "x.png")
     assert load_data(str(folder), streaming=streaming)[0].spec.channels == 3
@@ -267,7 +263,7 @@ def test_files_of_every_kind_turned_and_hidden(tmp_path, streaming):
     (folder / "train" / ".DS_Store").write_bytes(b"damaged")
     train, test = load_data(str(folder), streaming=streaming)
     assert train.class_names == list(CLASSES)
-    assert test_images(make_batches(train, 5, train=False)) == test_images(make_batches(test, 5, train=False))
+    assert images_of(make_batches(train, 5, train=False)) == images_of(make_batches(test, 5, train=False))
 
 
 def test_faults_are_one_sentence(tmp_path):
