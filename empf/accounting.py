@@ -13,7 +13,8 @@ reshaping, concatenation, sums of spikes or multiplication by something make of 
 is fed with something else, or a readout: full-precision weights behind which there is no neuron and no synapse.
 
 A synapse is a convolution or linear layer of torch, or a module with `effective_weight()` (C_out, C_in / groups, ...),
-`kind` "binary" | "ternary", `bias`, and for a convolution `stride, padding, dilation, groups`. Products of matrices
+`kind` "binary" | "ternary", `bias`, and for a convolution `stride, padding, dilation, groups`. Spikes of a packed
+network that are still integers are a tensor with `codes`. Products of matrices
 outside of them (attention, `F.linear`) are not counted, but named with their MACs under "not_counted".
 """
 
@@ -64,10 +65,21 @@ def spike_bits(neuron: nn.Module) -> int:
     return 1 if isinstance(neuron, LIFNeuron) else getattr(neuron, "spike_bits", None) or 32
 
 
+def codes(tensor):
+    """The integers of spikes that are kept as such, else the same."""
+    return getattr(tensor, "codes", tensor)
+
+
+def memory(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
 def apply(synapse: nn.Module, x: Tensor, weight: Tensor, groups: int) -> Tensor:
     """The product of a synapse with other numbers in its place, without the bias."""
     if weight.dim() == 2:
         return F.linear(x, weight)
+    if x.dim() > weight.dim():  # with a time axis
+        x = x.flatten(0, x.dim() - weight.dim())
     padding = synapse.padding
     if getattr(synapse, "padding_mode", "zeros") != "zeros":
         x, padding = F.pad(x, synapse._reversed_padding_repeated_twice, mode=synapse.padding_mode), 0
@@ -136,13 +148,16 @@ class Watch(TorchDispatchMode):
     def __init__(self, net: nn.Module, counting: bool):
         super().__init__()
         self.net, self.counting = net, counting
-        self.names = {module: name for name, module in net.named_modules()}
+        inner = net
+        while len(only := list(inner.children())) == 1 and list(only[0].children()):  # a wrapper has no name in it
+            inner = only[0]
+        self.names = dict.fromkeys(net.modules(), "") | {module: name for name, module in inner.named_modules()}
         self.synapses = {m: 1 << k for k, m in enumerate(filter(is_synapse, self.names))}
         self.layers = {m: Layer() for m in self.synapses}
         self.sizes: dict[nn.Module, tuple[int, int]] = {}
         self.fired: dict[str, list[int]] = {}
         self.loose: dict[str, int] = {}
-        self.weights = {StorageWeakRef(p.untyped_storage()): p for p in net.parameters()}
+        self.weights = {memory(p): p for p in net.parameters()}
         self.loose_weights: dict[int, Tensor] = {}
         self.seen: dict[StorageWeakRef, Seen] = {}
         self.running: list[nn.Module] = []
@@ -175,25 +190,24 @@ class Watch(TorchDispatchMode):
         reset(self.net)
 
     def look(self, tensor) -> Seen:
-        known = isinstance(tensor, Tensor) and self.seen.get(StorageWeakRef(tensor.untyped_storage()))
-        return known or Seen()
+        return isinstance(tensor, Tensor) and self.seen.get(memory(tensor)) or Seen()
 
     def mark(self, tensor, spikes: int | None, synapses: int) -> None:
         if isinstance(tensor, Tensor):
-            self.seen[StorageWeakRef(tensor.untyped_storage())] = Seen(spikes, synapses)
+            self.seen[memory(tensor)] = Seen(spikes, synapses)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.running.append(module)
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         self.running.pop()
-        x = next(iter([*args, *kwargs.values()]), None)
+        x = codes(next(iter([*args, *kwargs.values()]), None))
         neuron = isinstance(module, StatefulNeuron)
         if neuron or module in self.synapses and not any(m in self.synapses for m in self.running):
             for synapse, digit in self.synapses.items():
                 self.layers[synapse].last &= not self.look(x).synapses & digit
             self.watching = False  # not what is counted here
-            self.at_neuron(module, output) if neuron else self.at_synapse(module, x, output)
+            self.at_neuron(module, codes(output)) if neuron else self.at_synapse(module, x, output)
             self.watching = True
 
     def at_neuron(self, neuron: nn.Module, spikes: Tensor) -> None:
@@ -224,14 +238,14 @@ class Watch(TorchDispatchMode):
         if not self.watching:
             return out
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.follow(name, func._schema.is_mutable, given, out)
+        self.follow(name, func._schema.is_mutable, args, given, out)
         if (count := product_macs(name, args, out)) is not None:
             self.at_product(name, count, given)
         return out
 
-    def follow(self, name: str, changes: bool, given: list[Tensor], out) -> None:
+    def follow(self, name: str, changes: bool, args: tuple, given: list[Tensor], out) -> None:
         """Note of the results of an operation what they are; `changes`: it writes into what it is given."""
-        sources = {StorageWeakRef(t.untyped_storage()) for t in given}
+        sources = {memory(t) for t in given}
         values = [self.look(t) for t in given if t.is_floating_point() or t.dtype in (torch.uint8, torch.int8)]
         spikes = None
         if name in ZEROS:
@@ -240,13 +254,13 @@ class Watch(TorchDispatchMode):
             first = values[:1] if name.startswith("div") else values
             spikes = max((v.spikes for v in first if v.spikes), default=None)
         elif name in KEEP_SPIKES and values and all(v.spikes is not None for v in values):
-            shifted = name in ("add", "add_", "sub") and len(given) < 2  # by a number
+            shifted = name in ("add", "add_", "sub") and any(isinstance(a, int | float) and a for a in args[1:2])
             spikes = None if shifted else max(v.spikes for v in values)
         synapses = 0
         for value in values:
             synapses |= value.synapses
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (changes or StorageWeakRef(tensor.untyped_storage()) not in sources):
+            if isinstance(tensor, Tensor) and (changes or memory(tensor) not in sources):
                 self.mark(tensor, spikes, synapses)
 
     def at_product(self, name: str, count: int, given: list[Tensor]) -> None:
@@ -256,7 +270,7 @@ class Watch(TorchDispatchMode):
         at = f"{self.names[self.running[-1]]}: {name}".removeprefix(": ") if self.running else name
         self.loose[at] = self.loose.get(at, 0) + count
         for tensor in given:
-            if (weight := self.weights.get(StorageWeakRef(tensor.untyped_storage()))) is not None:
+            if (weight := self.weights.get(memory(tensor))) is not None:
                 self.loose_weights[id(weight)] = weight
 
 

@@ -180,6 +180,7 @@ def test_a_synapse_that_is_used_twice_counts_twice():
     assert counted["sops"] == sops > 0
     assert counted["macs"] == 3 * (6 * 8 + 8 * 4)  # the first layer sees no spikes, the last is the readout
     assert counted["energy_mj"] == pytest.approx(sops * 0.9e-9) and counted["not_counted"] == {}
+    assert empf.spike_account(nn.Sequential(model), [(x, None)]) == counted  # a wrapper changes no name
     assert list(counted["density"]) == ["neurons.0", "neurons.1", "neurons.2"] and counted["neurons"] == 24
     assert counted["nops"] == 24 * 9
     weights = 8 * (6 * 8 + 8 + 8 * 4 + 4) * 4
@@ -283,7 +284,7 @@ def test_what_is_fed_by_spikes_is_seen():
         lambda s, x: s, lambda s, x: s.transpose(-1, -2), lambda s, x: s + s.flip(-1), lambda s, x: s * gate,
         lambda s, x: s * x, lambda s, x: torch.stack([s, s]).sum(0), lambda s, x: F.pad(s, (1, 1, 1, 1)),
         lambda s, x: torch.cat([s, torch.zeros_like(s)], -1), lambda s, x: torch.stack(list(s)).clone() / 2,
-        lambda s, x: F.max_pool2d(s.flatten(0, 1), 2).unflatten(0, (2, 3)), lambda s, x: s.double().float(),
+        lambda s, x: F.max_pool2d(s.flatten(0, 1), 2).unflatten(0, (2, 3)), lambda s, x: sum([s, s]),
         lambda s, x: F.adaptive_avg_pool2d(s.flatten(0, 1), 2).unflatten(0, (2, 3)), lambda s, x: torch.relu(s),
         lambda s, x: F.interpolate(s.flatten(0, 1), scale_factor=2).unflatten(0, (2, 3)),
     ]  # fmt: skip
