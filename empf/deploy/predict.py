@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from empf.data.event_frames import event_frames_of_file
-from empf.data.images import BROKEN, centre_crop, converted, one_line
+from empf.data.images import BROKEN, centre_crop, converted
+from empf.data.rows import one_line
 from empf.data.sets import DATASETS
 from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel
