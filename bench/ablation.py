@@ -23,13 +23,16 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
@@ -39,9 +42,9 @@ from empf.data.batches import Augment, Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
-from empf.figures import BLUE, GREY, ORANGE, WIDTH, pyplot, save_figure
+from empf.figures import BLUE, GREY, ORANGE, WIDTH, has_matplotlib, pyplot, save_figure
 from empf.files import write_atomic
-from empf.runs import has_matplotlib
+from train import updates
 
 OUT = Path(__file__).parent / "results" / "ablation"
 
@@ -139,6 +142,12 @@ def shrink(images: ImageSet, count: int, size: int) -> ImageSet:
     return ImageSet(pixels, images.labels[:count], images.class_names, spec)
 
 
+def in_layout(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, images in the layout of the weights."""
+    for images, target in batches:
+        yield images.contiguous(memory_format=torch.channels_last), target
+
+
 def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet]) -> dict:
     """One run: accuracy (%) after each time step on the test images, loss of each epoch, CPU seconds."""
     settings = {**DEFAULT, **changes}
@@ -152,23 +161,21 @@ def train(study: Study, changes: dict, seed: int, sets: tuple[ImageSet, ImageSet
         model.parameters(), lr=study.lr, momentum=0.9, nesterov=True, weight_decay=study.weight_decay
     )
     batches = Batches(sets[0], study.batch_size, train=True, seed=seed, augment=Augment(crop=True, flip=True))
-    updates, done, losses = study.epochs * len(batches), 0, []
+    number, losses = study.epochs * len(batches), []
+
+    def rate(done: int) -> float:
+        warm_up = min(1.0, (done + 1) / (study.warmup * number))
+        return study.lr * (warm_up * 0.5 * (1 + math.cos(math.pi * done / number)))
+
     start = time.process_time()
     for epoch in range(study.epochs):
         model.train()
         batches.set_epoch(epoch)
-        total = 0.0
-        for images, target in batches:
-            rate = min(1.0, (done + 1) / (study.warmup * updates)) * 0.5 * (1 + math.cos(math.pi * done / updates))
-            for group in optimizer.param_groups:
-                group["lr"] = study.lr * rate
-            steps = empf.draw_steps(settings["T"], k, seed, done)
-            images = images.contiguous(memory_format=torch.channels_last)
-            loss, _ = empf.online_backward(model, images, target, F.cross_entropy, learning=learning, steps=steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            done, total = done + 1, total + float(loss)
-        losses.append(total / len(batches))
+        epoch_of = updates(
+            model, in_layout(batches), optimizer, epoch * len(batches), len(batches),
+            draw=partial(empf.draw_steps, settings["T"], k, seed), rate=rate, learning=learning,
+        )  # fmt: skip
+        losses.append(sum(float(batch.loss) for batch in epoch_of) / len(batches))
     seconds = time.process_time() - start
     ordered = Batches(sets[0], 250, train=False)
     empf.calibrate(model, (images for images, _ in islice(ordered, 20)))

@@ -69,7 +69,7 @@ def prepare(folder: Path, config: ModelConfig) -> dict[str, Path]:
         empf.reset(model)
         paths[name] = folder / name
         runs.save_config(paths[name], model.config, {"seed": 0}, [], (), ())
-        runs.save_results(paths[name], model, [{"epoch": 1, "loss": 0.0, "accuracy": [0.0] * config.T}], name)
+        runs.save_results(paths[name], model, [{"epoch": 1, "loss": 0.0, "accuracy": [0.0] * config.T}])
     paths["packed"] = folder / "packed.safetensors"
     pack(runs.load(paths["model"])).save(paths["packed"])
     return paths

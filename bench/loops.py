@@ -18,7 +18,7 @@ from empf.neuron import StatefulNeuron, neuron_step
 from empf.synapse import QuantizedWeight
 from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
-from empf.training.session import make_optimizer
+from empf.training.optimizers import make_optimizer
 
 AUTHORS = ("authors-order", "authors-loop")
 ONE_STEP = ("random", "kept", *AUTHORS)  # those that draw a step

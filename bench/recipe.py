@@ -17,29 +17,31 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
 import empf
-from bench.ablation import shrink
+from bench.ablation import in_layout, shrink
 from bench.machine import machine
-from bench.record import epochs, train
+from bench.record import train
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
 from empf.files import write_atomic
 from empf.neuron import EMPFNeuron, logit
+from empf.runs import read_metrics
 from empf.synapse import QuantizedWeight
 from empf.training.config import Parser, TrainConfig
-from empf.training.session import learning_rate, make_optimizer
+from empf.training.optimizers import learning_rate, make_optimizer
+from train import updates
 
 OUT = Path(__file__).parent / "results" / "recipe"
 IMAGE_SIZE, IMAGES = 16, 20_000
@@ -179,23 +181,20 @@ def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet], number: in
     optimizer = optimizer_of(model, config, decay, adam)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
     batches = Batches(sets[0], config.batch_size, train=True, seed=seed, augment=config.augment())
-    done, losses, begin = 0, [], time.process_time()
+    factor = 1 if adam is None else adam / config.lr
+    losses, begin = [], time.process_time()
     for epoch in range(config.epochs):
         model.train()
         batches.set_epoch(epoch)
-        total = 0.0
-        for images, target in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(config, done / len(batches)) * (1 if adam is None else adam / config.lr)
-            images = images.contiguous(memory_format=torch.channels_last)
-            steps = draw(config, later, done)
-            loss, _ = empf.online_backward(model, images, target, F.cross_entropy, learning="random", steps=steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        epoch_losses = []
+        for batch in updates(
+            model, in_layout(batches), optimizer, epoch * len(batches), len(batches),
+            draw=partial(draw, config, later), rate=lambda done: rate(config, done / len(batches)) * factor,
+        ):  # fmt: skip
             if config.ema:
                 average.update_parameters(model)
-            done, total = done + 1, total + float(loss)
-        losses.append(total / len(batches))
+            epoch_losses.append(float(batch.loss))
+        losses.append(sum(epoch_losses) / len(batches))
     seconds = time.process_time() - begin
     model = average.module if config.ema else model
     empf.calibrate(model, (images for images, _ in islice(Batches(sets[0], 250, train=False), 20)))
@@ -252,7 +251,7 @@ def confirm_all(
             if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left):
                 print("time is over; the same command continues")
                 return
-            history = epochs(run)
+            history = read_metrics(run)
             result = {
                 "recipe": name, "flags": flags, "seed": seed, "accuracy": history[-1]["accuracy"],
                 "minutes": round(sum(e["seconds"] for e in history) / 60, 1),

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 from bench.machine import machine
 from empf.data.sets import DATASETS
 from empf.files import write_atomic
-from empf.runs import read_config
+from empf.runs import read_config, read_metrics
 from empf.training.config import RESUME_MAY_CHANGE, Parser, from_flags
 from eval import main as eval_main
 
@@ -90,11 +90,6 @@ def call(script: str, *arguments: str, seconds: float | None = None) -> bool:
     return not asked
 
 
-def epochs(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def train(run: Path, recipe: dict, data: str | None, seconds: float | None) -> bool:
     """Train until the end or for so many seconds; returns whether the run is finished."""
     where = [] if data is None else ["--data", data]
@@ -104,12 +99,12 @@ def train(run: Path, recipe: dict, data: str | None, seconds: float | None) -> b
         other = {name: started.get(name) for name in set(wanted) - free if started.get(name) != wanted[name]}
         if other:
             raise ValueError(f"{run} was started with other settings ({other}): move it away or choose another --runs")
-        if len(epochs(run)) == recipe["epochs"]:
+        if len(read_metrics(run)) == recipe["epochs"]:
             return True
         call("train.py", "--resume", str(run), *where, seconds=seconds)
     else:
         call("train.py", *flags(recipe), "--output-dir", str(run), *where, seconds=seconds)
-    return len(epochs(run)) == recipe["epochs"]
+    return len(read_metrics(run)) == recipe["epochs"]
 
 
 def evaluate(run: Path, recipe: dict, data: str | None) -> dict:
@@ -122,7 +117,7 @@ def evaluate(run: Path, recipe: dict, data: str | None) -> dict:
         file = run / f"eval-{name}.json"
         eval_main([*arguments, *where, "--json", str(file)])
         found[name] = json.loads(file.read_text())
-    config, history, result = read_config(run), epochs(run), found["packed"]
+    config, history, result = read_config(run), read_metrics(run), found["packed"]
     return {
         "command": f"python bench/record.py --weights {recipe['weights']}",
         "recipe": recipe, "trained_with": {"commit": config["git_commit"], **config["versions"]},

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from empf.files import write_atomic
+from empf.machine import installed
 
 WIDTH = 7.2  # inches
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -88,3 +89,7 @@ def lettered(axes) -> None:
     """a, b, c ... before the titles of the panels."""
     for letter, ax in zip("abcdefghijkl", axes, strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {ax.get_title('left')}")
+
+
+def has_matplotlib() -> bool:
+    return installed("matplotlib") is not None

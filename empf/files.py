@@ -1,8 +1,19 @@
-"""Writing a file so that a crash at any moment leaves the old one or the new one, never half of it."""
+"""Files that are written whole or not at all, JSON that is read or refused, and the fingerprint of weights."""
 
+import hashlib
+import json
 import os
+import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from empf.terminal import shown
+
+RUN_FILES = {"config.json", "model.safetensors", "metrics.jsonl", "curves.png", "log.txt", "state.pt"}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -28,3 +39,51 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"could not write {path} ({error.strerror}): make room or choose another folder; what was saved before is "
             "intact"
         ) from error
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write where a user asked for it: `-` is standard output, a link is followed, a device or a pipe is written to.
+
+    Raises ValueError for a file of a run, and OSError with one sentence where writing fails.
+    """
+    if str(path) == "-":
+        print(text, end="")
+        return
+    path = path.resolve()
+    run = path.parent.parent if path.parent.name == "state" else path.parent
+    if path.name in RUN_FILES and (run / "config.json").exists():
+        raise ValueError(f"{path} is a file of the run {run}: choose another name for the result")
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        try:
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(text)
+        except OSError as error:
+            raise OSError(f"could not write {path} ({error.strerror}): choose another place") from error
+    else:
+        write_atomic(path, text.encode())
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds. Raises ValueError with one sentence if it is damaged."""
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
+
+
+def parse_json(data: bytes | str) -> object:
+    """`json.loads`, with a ValueError of one short line for everything that it can meet."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(shown(error, 100)) from error
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A checksum of names, types and numbers."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 VERSION = "0.1.0"  # of this code, whether it was installed or not; pyproject.toml says the same
@@ -59,6 +60,20 @@ def cpu_threads(threads: int, processes: int = 1) -> int:
     if threads > cores:
         raise ValueError(f"{threads} threads are more than the {cores} cores of this process: use --threads 0")
     return threads or max(1, cores // processes)
+
+
+def check_workers(workers: int) -> None:
+    """Raise ValueError for more processes that decode than this machine could run."""
+    if not 0 <= workers <= (most := 8 * (os.cpu_count() or 1)):
+        raise ValueError(f"workers must lie in 0..{most} on this machine, got {workers}")
+
+
+def check_memory(needed: int, device: str | torch.device, remedy: str) -> None:
+    """Raise ValueError where `needed` bytes are more than are free on a device; `remedy`: what to do."""
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on {device.type}: {remedy}")
 
 
 def keep_freed_memory() -> None:

@@ -2,34 +2,40 @@
 
     config.json         everything needed to rebuild the model: settings, class names, normalisation, commit, versions
     model.safetensors   the weights to evaluate (their moving average where --ema is on)
-    metrics.jsonl       one line per epoch
+    metrics.jsonl       one line per epoch; the last one has the fingerprint of the weights that it measured
     curves.png          loss and accuracy
+    log.txt             what was said
     state/state.pt      everything needed to continue: weights, optimizer, position, random state, history
+    state/lock, owner   who trains it now
 
 Each file is written beside its place, flushed to the disk and renamed, so it is whole or the old one. `state.pt` alone
 decides where a resumed run continues; the other files follow from it.
 """
 
 import json
+import math
+import os
 import pickle
 import platform
-from contextlib import suppress
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from empf.files import write_atomic
+from empf.files import fingerprint, parse_json, read_json, write_atomic
 from empf.machine import VERSION, git_commit, installed
 from empf.models import ModelConfig, SpikingNetwork, build
-
-if TYPE_CHECKING:
-    from empf.training.config import TrainConfig
+from empf.terminal import shown
 
 FORMAT = 1
 Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
@@ -40,6 +46,34 @@ def remove_leftovers(run: Path) -> None:
     for folder in (run, run / "state"):
         for temporary in folder.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Context in which no other process trains into this folder. Raises ValueError that says who does.
+
+    The system frees the lock of a process that has died.
+    """
+    owner = run / "state" / "owner"
+    lock = FileLock(run / "state" / "lock", timeout=0)
+    try:
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        who = shown(owner.read_text(), 100) if owner.is_file() else "another process"
+        raise ValueError(
+            f"{run} is being trained by {who}: wait for its end, stop it, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks, or a full one
+        pass
+    try:
+        with suppress(OSError):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink()
+        lock.release()
 
 
 def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple) -> None:
@@ -65,18 +99,25 @@ def read_config(run: str | Path) -> dict:
         raise FileNotFoundError(
             f"{run} is not a run folder, it has no config.json: give the folder that train.py wrote"
         )
-    try:
-        config = json.loads(path.read_text())
-        found, parts = config["format"], (config["model"], config["train"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
-    if found != FORMAT:
+    config = read_json(path)
+    if not isinstance(config, dict) or "format" not in config:
+        raise ValueError(f"{path} is damaged (it names no format): restore it from a copy of the run")
+    if config["format"] != FORMAT:
         raise ValueError(
-            f"{path} has format {found}, this version reads format {FORMAT}: use the version that wrote it"
+            f"{path} has format {shown(config['format'], 20)}, this version reads format {FORMAT}: "
+            "use the version that wrote it"
         )
-    if not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(config.get(part), dict) for part in ("model", "train")):
         raise ValueError(f"{path} is damaged (model and train must be objects): restore it from a copy of the run")
+    norm = config.get("normalisation", {})
+    numbers = [norm.get(name, []) for name in ("mean", "std")] if isinstance(norm, dict) else [None]
+    if not (is_list(config.get("classes", []), str) and all(is_list(part, int | float) for part in numbers)):
+        raise ValueError(f"{path} is damaged (classes or normalisation): restore it from a copy of the run")
     return config
+
+
+def is_list(value: object, kind) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
 def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings:
@@ -84,20 +125,31 @@ def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings
     try:
         return kind.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{Path(run) / 'config.json'}: {error}; use the version that wrote it") from error
+        raise ValueError(f"{Path(run) / 'config.json'}: {shown(error)}; use the version that wrote it") from error
 
 
-def training_of(config: dict, run: str | Path) -> "TrainConfig":
-    """The settings of the training that the config.json of a run folder names.
+def read_metrics(run: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl, one for each epoch; none where there is no such file. ValueError for a damaged one."""
+    path, records = Path(run) / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if not is_record(record):
+            raise ValueError(f"{path}, line {number} is damaged: restore it from a copy of the run")
+        records.append(record)
+    return records
 
-    Raises ValueError with one sentence for a setting that is not known, and where there are none: in a model's folder
-    of the Hub, if no run was known.
-    """
-    from empf.training.config import TrainConfig  # it imports the data sets, which are cached by means of this module
 
-    if not {"dataset", "seed"} <= config["train"].keys():
-        raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
-    return settings_of(TrainConfig, config["train"], run)
+def is_record(record: object) -> bool:
+    """Is it a line of metrics.jsonl?"""
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        return False
+    health = record.get("health", {})
+    return is_list(record.get("accuracy", []), int | float) and (
+        isinstance(health, dict) and is_list(health.get("warnings", []), str)
+    )
 
 
 def save_state(run: Path, state: dict) -> None:
@@ -108,7 +160,10 @@ def save_state(run: Path, state: dict) -> None:
 
 
 def load_state(run: Path) -> dict:
-    """Read state/state.pt; only tensors and plain values are unpickled. Raises with one sentence."""
+    """Read state/state.pt; only tensors and plain values are unpickled. Raises with one sentence.
+
+    Its parts are of their kinds: `at`, `history`, `processes`, `rng`, and dicts or None of `model` and all others.
+    """
     path = Path(run) / "state" / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint in {run}, {path} is missing: start the run anew")
@@ -118,55 +173,121 @@ def load_state(run: Path) -> dict:
         if broken is not None:
             raise BadZipFile(broken)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): restore it from a copy or start anew") from error
+    except (BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise damaged(run, type(error).__name__) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version (format {FORMAT}): use the version that wrote it")
+    at, history = state.get("at"), state.get("history")
+    fits = {
+        "at": is_position(at),
+        "history": is_list(history, dict) and all(map(is_record, history)),
+        "processes": is_count(state.get("processes"), 1),
+        "rng": unlike(state.get("rng"), torch.get_rng_state()) is None,
+        **{name: isinstance(state.get(name), dict) for name in ("model", "optimizer")},
+        **{name: isinstance(state.get(name), dict | None) for name in ("average", "health")},
+    }
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        raise damaged(run, wrong[0])
+    if len(history) != at["epoch"]:
+        raise damaged(run, "history")
     return state
 
 
-def save_results(run: Path, model: SpikingNetwork, history: list[dict], title: str, draw: bool = True) -> None:
-    """Write model.safetensors, metrics.jsonl and, to `draw` and where matplotlib is installed, curves.png."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
-    if draw and has_matplotlib():
-        from empf.training.curves import plot_curves  # it needs this module
+def damaged(run: Path, what: str) -> ValueError:
+    path = Path(run) / "state" / "state.pt"
+    return ValueError(f"{path} is damaged ({shown(what, 100)}): restore it from a copy or start anew")
 
-        plot_curves(run, history, title)
+
+def is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def is_position(at: object) -> bool:
+    """Where a training stopped: batches and seconds of the epoch, its sums, the processes that began it."""
+    return (
+        isinstance(at, dict)
+        and is_count(at.get("epoch"))
+        and is_count(at.get("batch"))
+        and is_count(at.get("begun_by", 1), 1)
+        and is_list(at.get("sums"), float) and len(at["sums"]) == 3 and all(map(math.isfinite, at["sums"]))
+        and isinstance(at.get("seconds"), float) and 0 <= at["seconds"] < math.inf
+    )  # fmt: skip
+
+
+def unlike(found: object, wanted: object, where: str = "") -> str | None:
+    """The first place at which two nested values differ in kind, keys, length, or the shape and type of a tensor."""
+    kinds = [
+        next((k for k in (bool, Tensor, dict, list, int | float) if isinstance(value, k)), type(value))
+        for value in (found, wanted)
+    ]
+    if kinds[0] != kinds[1]:
+        return where or "kind"
+    if isinstance(wanted, Tensor):
+        return None if (found.shape, found.dtype) == (wanted.shape, wanted.dtype) else where or "shape"
+    if isinstance(wanted, list):
+        found, wanted = (dict(enumerate(value)) for value in (found, wanted))
+    if not isinstance(wanted, dict):
+        return None
+    if found.keys() != wanted.keys():
+        return f"{where} {min(map(str, found.keys() ^ wanted.keys()))}"
+    places = (unlike(found[name], wanted[name], f"{where} {name}") for name in wanted)
+    return next(filter(None, places), None)
+
+
+def begun(run: Path) -> bool:
+    """Whether a folder holds a run that has made an update, or that cannot be read."""
+    if not (run / "config.json").exists():
+        return False
+    try:
+        at = load_state(run)["at"]
+    except (ValueError, OSError):
+        return True
+    return (at["epoch"], at["batch"]) != (0, 0)
+
+
+def save_results(run: Path, model: SpikingNetwork, history: list[dict]) -> None:
+    """Write model.safetensors and metrics.jsonl, whose last line names the weights by their fingerprint."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    records = [*history[:-1], *(record | {"weights": fingerprint(tensors)} for record in history[-1:])]
+    write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
     """Rebuild the trained model of a run folder, in eval mode.
 
     Raises FileNotFoundError or ValueError with one sentence if the folder is incomplete, damaged or belongs to another
-    architecture than its config.json says.
+    architecture than its config.json says; nothing is built before that is known.
     """
     path = Path(run) / "model.safetensors"
-    model = build(settings_of(ModelConfig, read_config(run)["model"], run))
+    config = settings_of(ModelConfig, read_config(run)["model"], run)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train for at least one epoch, or give another run folder")
     try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_fits(config, shapes, path)
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from error
-    check_fits(model, tensors, path)
+        raise ValueError(f"{path} is damaged ({shown(error, 100)}): restore it from a copy of the run") from error
+    model = build(config)
     model.load_state_dict(tensors)
     model.run = Path(run)
     return model.eval().to(device)
 
 
-def check_fits(model: SpikingNetwork, tensors: dict, source: Path) -> None:
-    """Raise a ValueError that names the first difference unless the state dict fits the model exactly."""
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        here, there = (tuple(d[name].shape) if name in d else None for d in (wanted, tensors))
+def check_fits(config: ModelConfig, found: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Raise a ValueError that names the first difference unless tensors of these shapes are those of the network."""
+    with torch.device("meta"):  # shapes without memory
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        here, there = wanted.get(name), found.get(name)
         if here != there:
             what = "is missing in it" if there is None else "is not part of the model" if here is None else "differs"
-            shapes = f" (model {here}, file {there})" if here and there else ""
+            shapes = "" if here is None or there is None else f" (model {here}, file {there})"
             raise ValueError(
-                f"{source} belongs to another architecture than the configured {model.config.arch}: {name} {what}"
-                f"{shapes}; give the run folder it was written to"
+                f"{source} belongs to another architecture than the configured {config.arch}: {shown(name, 100)} {what}"
+                f"{shown(shapes, 200)}; give the run folder it was written to"
             )
 
 
@@ -177,7 +298,3 @@ def new_folder(base: Path) -> Path:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-
-
-def has_matplotlib() -> bool:
-    return installed("matplotlib") is not None

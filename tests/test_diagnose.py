@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     train = TrainConfig(dataset="digits", width=0.0625, T=2, limit=64, seed=3, output_dir=str(folder))
     model = empf.build(train.model())
-    runs.save_results(folder, model, [{"epoch": 7}], "", draw=False)
+    runs.save_results(folder, model, [{"epoch": 7}])
     runs.save_config(folder, train.model(), train.to_dict(), [str(d) for d in range(10)], (0.3,), (0.4,))
     return folder
 
@@ -102,7 +102,7 @@ def test_command_on_a_run_of_events(tmp_path, monkeypatch):
         orientation="mirrored",
     )  # fmt: skip
     folder = tmp_path / "run"
-    runs.save_results(folder, empf.build(train.model()), [], "", draw=False)
+    runs.save_results(folder, empf.build(train.model()), [])
     runs.save_config(folder, train.model(), train.to_dict(), ["class0", "class1"], (0.0, 0.0), (1.0, 1.0))
     seen = []
 

@@ -44,7 +44,7 @@ def run(tmp_path_factory) -> Path:
     model, _ = trained(neuron="mem_bn", weights="ternary")
     train = {"dataset": "digits", "data": None, "seed": 0, "mixed_precision": "no"}
     save_config(folder, model.config, train, [f"digit {i}" for i in range(10)], (0.3054,), (0.376,))
-    save_results(folder, model, [{"epoch": 1, "loss": 1.0, "accuracy": [50.0] * 3}], "test")
+    save_results(folder, model, [{"epoch": 1, "loss": 1.0, "accuracy": [50.0] * 3}])
     return folder
 
 

@@ -28,7 +28,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model, _ = trained(neuron="mem_bn", seca=1)
     save_config(folder, model.config, {"dataset": "digits", "data": None, "seed": 0}, CLASSES, (0.25,), (0.5,))
-    save_results(folder, model, HISTORY, "test")
+    save_results(folder, model, HISTORY)
     return folder
 
 

@@ -22,11 +22,12 @@ from empf.diagnose import figures as diagnose_figures
 from empf.diagnose.figures import number
 from empf.diagnose.memory import STEPS, training_memory
 from empf.diagnose.separability import measure_separability
+from empf.figures import has_matplotlib
 from empf.files import write_atomic
 from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
-from empf.training.config import Parser, check_device
+from empf.training.config import Parser, check_device, training_of
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
 FIGURES = (".png", ".pdf", ".svg")
@@ -37,14 +38,14 @@ def load_model(run: Path, untrained: bool, device: str) -> SpikingNetwork:
     if not untrained:
         return runs.load(run, device)
     config = runs.read_config(run)
-    torch.manual_seed(runs.training_of(config, run).seed)  # the weights with which the run began
+    torch.manual_seed(training_of(config, run).seed)  # the weights with which the run began
     return build(ModelConfig.from_dict(config["model"])).to(device)
 
 
 def trained_by(run: Path) -> dict:
     """What trained a run, for a file that stands for itself: settings, epochs done, commit, versions. No paths."""
     config = runs.read_config(run)
-    train, metrics = runs.training_of(config, run), run / "metrics.jsonl"
+    train, metrics = training_of(config, run), run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     try:
         epochs = json.loads(lines[-1])["epoch"] if lines else 0
@@ -59,7 +60,7 @@ def separability(
     run: Path, *, data: str | None, split: str, batch_size: int, seed: int, untrained: bool, device: str
 ) -> tuple[dict, dict]:
     """What `measure_separability` finds on a run, with what it was found on; and the samples."""
-    train = runs.training_of(runs.read_config(run), run)
+    train = training_of(runs.read_config(run), run)
     model = load_model(run, untrained, device)
     pool = min(train.limit or POOL, POOL)
     sets = load_data(
@@ -269,7 +270,7 @@ def diagnose(args) -> None:
         raise ValueError(f"--T takes numbers of time steps from 1 on, got {min(args.T)}")
     if args.figure is not None and args.figure.suffix not in FIGURES:
         raise ValueError(f"--figure must end with {', '.join(FIGURES)}, got {args.figure.name}")
-    if args.figure is not None and not runs.has_matplotlib():
+    if args.figure is not None and not has_matplotlib():
         raise ValueError("--figure needs matplotlib: pip install 'empf[plot]'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -289,7 +290,7 @@ def diagnose(args) -> None:
     print(text)
     if args.json is not None:
         write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    if figure is not None and runs.has_matplotlib():
+    if figure is not None and has_matplotlib():
         draw()
         print(f"\nfigure: {figure}")
 

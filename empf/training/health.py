@@ -8,10 +8,9 @@
 Nothing is read from the device while the epoch runs. In training by several processes the first one looks, at its own
 part of the batches.
 
-    python -m empf.health RUN    all warnings of a run, by epoch
+    python -m empf.training.health RUN    all warnings of a run, by epoch
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from empf.neuron import EMPFNeuron, StatefulNeuron
+from empf.runs import read_metrics, unlike
 from empf.synapse import quantize_weight
+from empf.terminal import shown, steady_output
 
 LOOKS, IMAGES = 4, 16  # batches per epoch, and at most every twentieth; images of them whose spikes are counted
 SPARSE, DENSE = 1e-3, 0.98  # shares of non-zero spikes
@@ -109,10 +110,17 @@ class Health:
         return {"states": self.states, "seen": seen, "stateful": self.stateful}
 
     def load_state_dict(self, state: dict | None) -> None:
-        """After the model's; None where the run so far went without: it begins to look here."""
+        """After the model's; None where the run so far went without: it begins to look here. ValueError unless it fits."""
         if state is None:
             self.states = self.weight_states()
             return
+        layers = {"density": self.neurons, "gradient": self.synapses}
+        wanted = {
+            "states": self.states, "stateful": {name: state["stateful"][name] for name in state["stateful"]},
+            "seen": {w: {n: [0.0, 1] for n in state["seen"][w] if n in layers[w]} for w in layers},
+        }  # fmt: skip
+        if (place := unlike(state, wanted, "health")) is not None:
+            raise ValueError(place)
         device = next(self.model.parameters()).device
         self.states = {name: tensor.to(device) for name, tensor in state["states"].items()}
         self.seen, self.stateful = state["seen"], dict(state["stateful"])
@@ -226,26 +234,20 @@ def rounded(values: dict) -> dict:
 
 def listed(run: Path) -> list[str]:
     """All warnings of a run folder, one line each. Raises FileNotFoundError, or ValueError for a damaged file."""
-    lines = []
-    for number, line in enumerate((run / "metrics.jsonl").read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            lines += [f"epoch {record['epoch']}: {w}" for w in record.get("health", {}).get("warnings", [])]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{run / 'metrics.jsonl'}, line {number} is damaged: restore it from a copy") from error
-    return lines
+    if not (run / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"{run} has no metrics.jsonl: give a run folder that train.py wrote")
+    return [f"epoch {r['epoch']}: {w}" for r in read_metrics(run) for w in r.get("health", {}).get("warnings", [])]
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0].startswith("-"):
-        sys.exit("error: give one run folder: python -m empf.health RUN")
-    try:
-        print("\n".join(listed(Path(argv[0]))) or "no warnings")
-    except FileNotFoundError:
-        sys.exit(f"error: {argv[0]} has no metrics.jsonl: give a run folder that train.py wrote")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: give one run folder: python -m empf.training.health RUN")
+    with steady_output():
+        try:
+            print("\n".join(map(shown, listed(Path(argv[0])))) or "no warnings")
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {shown(error)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SGD whose updates of matrices are orthogonal (Muon): for the latent weights of low-bit synapses.
+"""Optimizer and schedule; with them SGD whose updates of matrices are orthogonal (Muon), for latent weights.
 
     M <- momentum * M + (1 - momentum) * G                  average of the gradients, G (out, in) or (out, in, kh, kw)
     D  = orthogonal((1 - momentum) * G + momentum * M)      nearest semi-orthogonal (out, in * kh * kw), approximately
@@ -15,7 +15,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from empf.synapse import FullConv2d, QuantizedWeight
+from empf.training.config import TrainConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, again and again, takes singular values to 0.7..1.2
 ITERATIONS = 5
@@ -75,3 +78,40 @@ class Muon(torch.optim.SGD):
                 for p in group["params"]:
                     p.clamp_(-group["limit"], group["limit"])
         return loss
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
+    synapses get orthogonal updates at the same learning rate.
+
+    On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
+    convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
+    """
+    for p in model.parameters():
+        if p.device.type != "cpu":
+            p.grad = torch.zeros_like(p)
+    decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    hidden = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight | FullConv2d)}
+    orthogonal = hidden if config.optimizer == "muon" else set()
+    groups = [
+        {"params": [p for p in model.parameters() if p in decayed - orthogonal], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
+    ]
+    if not orthogonal:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    groups.append(
+        {
+            "params": [p for p in model.parameters() if p in orthogonal], "weight_decay": config.weight_decay,
+            "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
+            "limit": math.inf if config.weights == "full" else 1.0,
+        }
+    )  # fmt: skip
+    return Muon(groups, lr=config.lr, momentum=0.9, nesterov=True)
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Linear warm-up from 0.01 lr, then cosine to 0; progress in epochs."""
+    if progress < config.warmup_epochs:
+        return config.lr * (0.01 + 0.99 * progress / config.warmup_epochs)
+    rest = (progress - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))

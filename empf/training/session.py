@@ -1,72 +1,255 @@
-"""The parts of the training loop in train.py: optimizer and schedule, when it stops, what it counts."""
+"""What is around the loop of train.py: the run folder, the position, what is counted and said, when it stops."""
 
 import math
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
 
+from empf import runs
 from empf.accounting import account
-from empf.data.batches import Batches
-from empf.models import SpikingNetwork
-from empf.synapse import FullConv2d, QuantizedWeight
-from empf.training.config import TrainConfig
-from empf.training.optimizers import Muon
+from empf.data.batches import ImageBatches
+from empf.data.sets import ImageSet
+from empf.figures import has_matplotlib
+from empf.kernels import backend
+from empf.machine import check_memory
+from empf.models import ModelConfig, SpikingNetwork, build
+from empf.training.config import TrainConfig, batch_per_process
+from empf.training.curves import plot_curves
+from empf.training.optimizers import learning_rate
+from empf.training.processes import total
 
+DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
+READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
 SHOWN = 5  # warnings per epoch
+START = {"epoch": 0, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
-    synapses get orthogonal updates at the same learning rate.
+class Batch(NamedTuple):
+    """A batch that was trained on: the loss, logits (N, classes), target, time steps, and was it followed by an update.
 
-    On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
-    convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
+    With gradient accumulation several batches share an update.
     """
-    for p in model.parameters():
-        if p.device.type != "cpu":
-            p.grad = torch.zeros_like(p)
-    decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    hidden = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight | FullConv2d)}
-    orthogonal = hidden if config.optimizer == "muon" else set()
-    groups = [
-        {"params": [p for p in model.parameters() if p in decayed - orthogonal], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
-    ]
-    if not orthogonal:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
-    groups.append(
-        {
-            "params": [p for p in model.parameters() if p in orthogonal], "weight_decay": config.weight_decay,
-            "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
-            "limit": math.inf if config.weights == "full" else 1.0,
-        }
-    )  # fmt: skip
-    return Muon(groups, lr=config.lr, momentum=0.9, nesterov=True)
+
+    loss: Tensor
+    logits: Tensor
+    target: Tensor
+    steps: Sequence[int]
+    update: bool
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Linear warm-up from 0.01 lr, then cosine to 0; progress in epochs."""
-    if progress < config.warmup_epochs:
-        return config.lr * (0.01 + 0.99 * progress / config.warmup_epochs)
-    rest = (progress - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
+class Session:
+    """One call of train.py.
+
+        with Session(accelerator, config, run) as session:      run: a folder to continue, or None
+            session.begin(train_set, test_set, evaluated, model=..., optimizer=..., average=..., health=...)
+            for epoch in session.epochs(batches):
+                for batch in ...:                               those from number `session.at["batch"]` on
+                    if session.count(batch):                    saved in the middle of the epoch, to stop
+                        break
+                else:
+                    session.record(accuracy)
+
+    Every process has one, the first of them writes and speaks. `at` is the position that is saved with the parts: the
+    epoch and the batches done in it, with their sums and seconds. Raises ValueError or OSError with one sentence.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, run: Path | None):
+        self.accelerator, self.config, self.run = accelerator, config, run
+        self.processes, self.first = accelerator.num_processes, accelerator.is_main_process
+        self.closing = ExitStack()
+        if run is not None:
+            self.hold()
+        self.state = None if run is None else runs.load_state(run)
+        self.started_with = self.processes if self.state is None else self.state["processes"]
+        self.batch_size = batch_per_process(config.batch_size * self.started_with, self.processes)
+        self.at: dict[str, Any] = START if self.state is None else self.state["at"]
+        self.history: list[dict] = [] if self.state is None else self.state["history"]
+        self.updates, self.drawn, self.stopping = 0, -math.inf, False
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.closing.close()
+
+    def hold(self) -> None:
+        if self.first:
+            self.closing.enter_context(runs.held(self.run))
+
+    # ---- the run folder
+
+    def begin(self, train_set: ImageSet, test_set: ImageSet, evaluated: SpikingNetwork, **parts: Any) -> None:
+        """Make the run folder, or put the parts (things with a state dict, or None) where the last call stopped."""
+        self.evaluated, self.parts = evaluated, parts
+        model = parts["model"]
+        self.write_config = partial(
+            runs.save_config, model=model.config, train=self.config.to_dict(), classes=train_set.class_names,
+            mean=train_set.spec.mean, std=train_set.spec.std,
+        )  # fmt: skip
+        if self.state is None:
+            folder = self.config.output_dir
+            if folder is None and self.first:
+                folder = str(runs.new_folder(Path("runs") / f"{self.config.dataset}-{self.config.arch}"))
+            self.run = Path(broadcast_object_list([folder])[0])
+            self.hold()
+            if self.first:
+                (self.run / "config.json").unlink(missing_ok=True)  # of a run without an update, see train.py
+            self.save()
+        else:
+            runs.check_fits(model.config, {n: tuple(t.shape) for n, t in self.state["model"].items()}, self.run)
+            restore(parts, self.state, self.run)
+            torch.set_rng_state(self.state["rng"])
+            self.state = None  # its memory
+            if self.first:
+                runs.remove_leftovers(self.run)
+            if self.history and self.at["batch"] == 0:  # the last call may have died between the two
+                self.save_results(draw=True)
+        if self.config.tracker:
+            self.accelerator.project_configuration.logging_dir = str(self.run)
+            settings = {name: value for name, value in self.config.to_dict().items() if value is not None}
+            self.accelerator.init_trackers("empf", config=settings)
+        device = self.accelerator.device
+        threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+        self.say(f"{headline(model)}; {len(train_set)} training, {len(test_set)} test images")
+        self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
+        for line in without_effect(self.config, self.processes, in_memory=not train_set.spec.streamed):
+            self.say(line)
+
+    def save(self) -> None:
+        """Write the checkpoint, and config.json where it is missing: a folder that has one can be resumed."""
+        state = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+        if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+            raise ValueError(
+                f"training diverged, a weight is not finite: lower --lr; the last good checkpoint is in {self.run}"
+            )
+        rest = {"rng": torch.get_rng_state(), "at": self.at, "history": self.history, "processes": self.started_with}
+        if self.first:
+            runs.save_state(self.run, state | rest)
+            if not (self.run / "config.json").exists():
+                self.write_config(self.run)
+        self.last_save = time.monotonic()
+
+    def save_results(self, draw: bool) -> None:
+        if self.first:
+            runs.save_results(self.run, self.evaluated, self.history)
+            if draw and has_matplotlib():
+                c, accuracy = self.config, self.history[-1]["accuracy"][-1]
+                title = f"{c.dataset}: {c.arch} x{c.width:g}, {c.weights} weights, T = {c.T}: {accuracy:.2f} %"
+                plot_curves(self.run, self.history, title)
+
+    # ---- the loop
+
+    def epochs(self, batches: ImageBatches) -> Iterator[int]:
+        """The epochs that are left, until one is stopped. From here on signals are asked, not obeyed."""
+        self.batches, self.stop = batches, Stop()
+        device = self.accelerator.device
+        self.read_every = 1 if self.processes == 1 and device.type == "cpu" else READ_EVERY
+        while self.at["epoch"] < self.config.epochs and not self.stopping:
+            epoch, self.number = self.at["epoch"], self.at["batch"]
+            if self.number >= len(batches):
+                raise runs.damaged(self.run, f"batch {self.number} of {len(batches)}")
+            self.began = time.monotonic() - self.at["seconds"]
+            self.begun_by = self.at.get("begun_by", self.started_with) if self.number else self.processes
+            self.meter = Meter(device, self.at["sums"] if self.first else START["sums"])  # so that they count once
+            batches.set_epoch(epoch)
+            with tqdm(
+                total=len(batches), initial=self.number, desc=f"epoch {epoch + 1}/{self.config.epochs}", leave=False,
+                disable=not self.first, dynamic_ncols=True,
+            ) as self.bar:  # fmt: skip
+                yield epoch
+        if self.at["epoch"] < self.config.epochs:
+            self.say(f"stopped and saved; continue with: train.py --resume {self.run}")
+        else:
+            self.say(f"finished; evaluate it with: eval.py {self.run}")
+            if not has_matplotlib():
+                self.say("no curves.png without matplotlib: pip install 'empf[plot]'")
+
+    def count(self, batch: Batch) -> bool:
+        """Count a batch; now and then look at the sums, show them, save. Returns whether to stop within this epoch."""
+        self.number += 1
+        self.meter.add(batch.loss, batch.logits, batch.target)
+        self.bar.update()
+        if not batch.update:
+            return False
+        self.updates += 1
+        last, every = self.updates == self.config.max_steps, self.read_every * self.config.accumulate
+        self.stop.asked |= last
+        within = self.number < len(self.batches)
+        if within and not last and self.number % every:
+            return False
+        self.sums, self.stopping = self.meter.read(self.stop.asked)
+        loss_sum, correct, images = self.sums
+        if not math.isfinite(loss_sum):
+            raise divergence(self.batches, self.number, self.meter.losses, self.run)
+        self.seconds = time.monotonic() - self.began
+        drawn = ",".join(map(str, batch.steps)) if self.config.learning == "random" else self.config.learning
+        shown = {"loss": f"{loss_sum / images:.3f}", "accuracy": f"{100 * correct / images:.1f}%"}
+        self.bar.set_postfix({**shown, "images/s": f"{images / self.seconds:.0f}", "t": drawn}, refresh=False)
+        due = time.monotonic() - self.last_save >= 60 * self.config.save_minutes
+        if within and (self.stopping or due):
+            self.at = {
+                "epoch": self.at["epoch"], "batch": self.number, "sums": self.sums, "seconds": self.seconds,
+                "begun_by": self.begun_by,
+            }  # fmt: skip
+            self.save()
+        return within and self.stopping
+
+    def record(self, accuracy: list[float]) -> None:
+        """End an epoch with `accuracy` on the test set, in % after each time step: record it, save, say it."""
+        epoch, (loss_sum, correct, images) = self.at["epoch"] + 1, self.sums
+        rates = [learning_rate(self.config, epoch), learning_rate(self.config, epoch - 1)]
+        record = {
+            "epoch": epoch, "loss": loss_sum / images, "train_accuracy": 100 * correct / images, "accuracy": accuracy,
+            "lr": rates[0], "images_per_s": images / self.seconds, "seconds": self.seconds,
+        }  # fmt: skip
+        if self.parts["health"] is not None:
+            record["health"] = self.parts["health"].report(min(rates) / self.config.lr)
+        self.history.append(record)
+        self.at = {**START, "epoch": epoch}
+        self.save()
+        draw = self.stopping or epoch == self.config.epochs or time.monotonic() - self.drawn > DRAW_SECONDS
+        self.save_results(draw)
+        self.last_save = time.monotonic()
+        self.drawn = self.last_save if draw else self.drawn
+        if self.config.tracker:
+            self.accelerator.log(scalars(record), step=epoch)
+        for line in [epoch_line(record), *warning_lines(record)]:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line, and keep it in log.txt."""
+        if self.first:
+            print(line, flush=True)
+            with suppress(OSError), open(self.run / "log.txt", "a", encoding="utf-8", errors="replace") as log:
+                log.write(f"{line}\n")
 
 
 class Stop:
-    """Asked for by Ctrl-C, SIGTERM or --max-steps: finish the update, save, leave. A second Ctrl-C ends at once.
+    """Asked for by Ctrl-C, SIGTERM, SIGHUP or --max-steps: finish the update, save, leave. A second Ctrl-C ends at once.
 
     The system ends it then: a process that waits for another one would not come to a handler of Python. Not so with
-    SIGTERM, which a launcher passes on to processes that a scheduler has sent it to already.
+    SIGTERM, which a launcher passes on to processes that a scheduler has sent it to already. A signal that is ignored,
+    as nohup does it, stays so; and a thread that is not the first gets none.
     """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame) -> None:
         self.asked = True
@@ -74,25 +257,14 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
 
 
-def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
-    """A line for each flag that was given in vain, for people; the data lie `in_memory`, or are read while training."""
-    alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
-    found = {
-        f"--sync-bn {alone}": config.sync_bn and processes == 1,
-        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
-        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
-    }
-    return [f"note: {line}" for line, holds in found.items() if holds]
-
-
 class Meter:
     """[loss, correct predictions, images] of an epoch, summed on the device until they are read.
 
-    `total` sums a tensor over all processes. `sums`: what a resumed epoch starts with, for one of the processes.
+    `sums`: what a resumed epoch starts with, for one of the processes.
     """
 
-    def __init__(self, total: Callable[[Tensor], Tensor], sums: list[float]):
-        self.total = total
+    def __init__(self, device: torch.device, sums: list[float]):
+        self.device = device
         self.sums = torch.tensor(sums, dtype=torch.float64)
         self.unread: list[Tensor] = []
 
@@ -110,25 +282,18 @@ class Meter:
         self.unread.clear()
         self.losses = (seen[:, 0] / seen[:, 2]).tolist()
         self.sums += seen.sum(0)
-        *sums, stops = self.total(torch.tensor([*self.sums, stop], dtype=torch.float64)).tolist()
+        *sums, stops = total(torch.tensor([*self.sums, stop], dtype=torch.float64, device=self.device)).tolist()
         return sums, stops > 0
 
 
-def average_norms(model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
-    """Give every process the mean of the running statistics, so that all evaluate one and the same network."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mean(buffer))
+def check_size(config: ModelConfig, train: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError before anything is built where weights, gradients, momentum and average do not fit in memory."""
+    with torch.device("meta"):  # shapes without memory
+        weights = sum(4 * p.numel() for p in build(config).parameters())
+    check_memory((3 + (train.ema > 0)) * weights, device, "use a smaller --width, or fewer classes or steps")
 
 
-def group(number: int, accumulate: int, batches: int) -> tuple[int, bool]:
-    """Size of the group of batches with one update that batch `number` (from 1) is in; whether it is the last of it."""
-    first = (number - 1) // accumulate * accumulate
-    size = min(accumulate, batches - first)
-    return size, number == first + size
-
-
-def divergence(batches: Batches, number: int, losses: list[float], run: Path) -> ValueError:
+def divergence(batches: ImageBatches, number: int, losses: list[float], run: Path) -> ValueError:
     """What to say when a loss is not finite: `losses` are those of the batches up to `number`."""
     bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
     number += bad + 1 - len(losses)
@@ -140,18 +305,23 @@ def divergence(batches: Batches, number: int, losses: list[float], run: Path) ->
     return ValueError(f"training diverged, the loss is not finite in {where}: lower --lr; {good}")
 
 
-def snapshot(parts: dict[str, Any], run: Path) -> dict:
-    """The state dicts of all parts of the training, for `restore`; ValueError unless the model's are finite."""
-    state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise ValueError(f"training diverged, a weight is not finite: lower --lr; the last good checkpoint is in {run}")
-    return state
-
-
-def restore(parts: dict[str, Any], state: dict) -> None:
+def restore(parts: dict[str, Any], state: dict, run: Path) -> None:
+    """Give the parts their states of a checkpoint. Raises ValueError where they are not those of such parts."""
     for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state.get(name))
+        found = state[name]
+        if part is None:
+            continue
+        try:
+            if name != "health":  # it looks for itself, and the run so far may have gone without
+                wanted = part.state_dict()
+                if name == "optimizer":  # a new one has no momenta: tensors like the parameters
+                    like = dict(enumerate(p for group in part.param_groups for p in group["params"]))
+                    wanted["state"] = {i: dict.fromkeys(momenta, like[i]) for i, momenta in found["state"].items()}
+                if (place := runs.unlike(found, wanted, name)) is not None:
+                    raise ValueError(place)
+            part.load_state_dict(found)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise runs.damaged(run, str(error)) from error
 
 
 def headline(model: SpikingNetwork) -> str:
@@ -161,6 +331,17 @@ def headline(model: SpikingNetwork) -> str:
         f"{config.arch}, {config.weights} weights, T = {config.T}: {size['params_mb']:.2f} MB "
         f"({size['params_full_mb']:.2f} MB full)"
     )
+
+
+def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
+    """A line for each flag that was given in vain, for people; the data lie `in_memory`, or are read while training."""
+    alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
+    found = {
+        f"--sync-bn {alone}": config.sync_bn and processes == 1,
+        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
+        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
+    }
+    return [f"note: {line}" for line, holds in found.items() if holds]
 
 
 def scalars(record: dict) -> dict[str, float]:
@@ -183,4 +364,4 @@ def warning_lines(record: dict) -> list[str]:
     warnings = record.get("health", {}).get("warnings", [])
     lines = [f"warning: {warning}" for warning in warnings[:SHOWN]]
     more = len(warnings) - len(lines)
-    return lines + [f"warning: {more} more: python -m empf.health RUN"] if more else lines
+    return lines + [f"warning: {more} more: python -m empf.training.health RUN"] if more else lines
