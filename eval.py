@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -31,10 +32,11 @@ from empf.data.load import load_data, make_batches
 from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
 from empf.evaluate import correct_per_step
-from empf.files import write_atomic
+from empf.files import check_result, write_result
 from empf.kernels import backend
-from empf.machine import VERSION, machine, use_cpu
-from empf.training.config import Parser, TrainConfig, check_device
+from empf.machine import VERSION, check_workers, machine, use_cpu
+from empf.terminal import shown, steady_output
+from empf.training.config import Parser, TrainConfig, check_device, training_of
 
 
 def evaluate(
@@ -50,7 +52,7 @@ def evaluate(
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
     else:
-        train, training = runs.training_of(runs.read_config(run), run), record_of(run)
+        train, training = training_of(runs.read_config(run), run), record_of(run)
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
         streaming, events = train.streaming, train.events()
@@ -104,12 +106,8 @@ def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
 
 def record_of(run: Path) -> dict:
     """Settings, versions and commit of a run, and its epochs; folders are named without their place."""
-    config, metrics = runs.read_config(run), run / "metrics.jsonl"
-    try:
-        epochs = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{metrics} is damaged ({error}): restore it from a copy of the run") from error
-    return {name: part for name, part in config.items() if name not in ("model", "classes")} | {"epochs": epochs}
+    config = {name: part for name, part in runs.read_config(run).items() if name not in ("model", "classes")}
+    return config | {"epochs": runs.read_metrics(run)}
 
 
 def without_places(value):
@@ -178,40 +176,49 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the result to FILE; -: print it, not the table"
+    )
     arguments = sys.argv[1:] if argv is None else argv
     args = p.parse_args(arguments)
+    with steady_output():
+        try:
+            answer(args, shlex.join(without_places(["python", "eval.py", *arguments])))
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {shown(error, 1000)}")
+
+
+def answer(args: Namespace, command: str) -> None:
+    """Do what the flags say, after checking them."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if min(args.batch_size, args.count_batches) < 1 or min(args.threads, args.workers) < 0:
-            raise ValueError(
-                "--batch-size and --count-batches must be at least 1, --threads and --workers at least 0, "
-                f"got {args.batch_size}, {args.count_batches}, {args.threads} and {args.workers}"
-            )
-        check_device(device)
-        use_cpu(args.threads)
-        if args.image is not None or args.stream is not None:
-            left = {"--pack": args.pack, "--json": args.json, "--stream": args.image and args.stream}
-            if wrong := [name for name, value in left.items() if value is not None]:
-                raise ValueError(f"--image and --stream only print what they find: leave out {' and '.join(wrong)}")
-        if args.image is not None:
-            classify(args.run, args.image, device)
-            return
-        if args.stream is not None:
-            stream(args.run, args.stream, device)
-            return
-        if args.pack is not None and args.run.is_file():
-            raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
+    if min(args.batch_size, args.count_batches) < 1 or min(args.threads, args.workers) < 0:
+        raise ValueError(
+            "--batch-size and --count-batches must be at least 1, --threads and --workers at least 0, "
+            f"got {args.batch_size}, {args.count_batches}, {args.threads} and {args.workers}"
+        )
+    check_device(device)
+    check_workers(args.workers)
+    use_cpu(args.threads)
+    if args.image is not None or args.stream is not None:
+        left = {"--pack": args.pack, "--json": args.json, "--stream": args.image and args.stream}
+        if wrong := [name for name, value in left.items() if value is not None]:
+            raise ValueError(f"--image and --stream only print what they find: leave out {' and '.join(wrong)}")
+    if args.image is not None:
+        classify(args.run, args.image, device)
+    elif args.stream is not None:
+        stream(args.run, args.stream, device)
+    elif args.pack is not None and args.run.is_file():
+        raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
+    else:
+        check_result(args.json)
         result = evaluate(
             args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers
         )  # fmt: skip
         if args.json is not None:  # first: it is kept where nobody reads what is printed
-            command = shlex.join(without_places(["python", "eval.py", *arguments]))
             written = {"command": command, **without_places(result)}
-            write_atomic(args.json, (json.dumps(written, indent=1) + "\n").encode())
-        print(table(result))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+            write_result(args.json, json.dumps(written, indent=1) + "\n")
+        if str(args.json) != "-":
+            print(table(result))
 
 
 def classify(file: Path, image: Path, device: str) -> None:
@@ -219,19 +226,14 @@ def classify(file: Path, image: Path, device: str) -> None:
     if file.is_dir():
         raise ValueError(f"--image takes a packed file, and {file} is a folder: make the file with --pack")
     for name, probability in top_classes(load_packed(file, device), image):
-        print(f"{100 * probability:6.2f} %  {printable(name)}")
-
-
-def printable(name: str) -> str:
-    """A class name of a file that may come from anywhere, without what a terminal would obey or cannot write."""
-    return "".join(c if c.isprintable() else "?" for c in name)
+        print(f"{100 * probability:6.2f} %  {shown(name)}")
 
 
 def stream(run: Path, recording: Path, device: str) -> None:
     """Print the prediction after each frame: the class with the largest sum of logits so far."""
     net = load_packed(run, device) if run.is_file() else empf.load(run, device)
     for t, (name, share, seconds) in enumerate(follow_recording(net, recording), 1):
-        print(f"frame {t:3d}  {100 * share:6.2f} %  {printable(name)}  ({1e3 * seconds:.1f} ms)", flush=True)
+        print(f"frame {t:3d}  {100 * share:6.2f} %  {shown(name)}  ({1e3 * seconds:.1f} ms)", flush=True)
 
 
 if __name__ == "__main__":

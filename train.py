@@ -29,11 +29,11 @@ from empf.data.load import load_data, make_batches
 from empf.evaluate import correct_per_step
 from empf.terminal import shown, steady_output
 from empf.training.capture import CapturedBackward
-from empf.training.config import TrainConfig, of_call
+from empf.training.config import TrainConfig
 from empf.training.health import Health
 from empf.training.optimizers import learning_rate, make_optimizer
 from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
-from empf.training.session import Batch, Session, check_size
+from empf.training.session import Batch, Session, check_size, of_call
 from empf.training.sync_norm import sync_norms
 
 CALIBRATION = 20  # batches of training images as they are, from which Mem-BN takes its statistics before a test
@@ -47,7 +47,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
         # data, resident on the device; each process has its share of every batch
         train_set, test_set = load_data(
             config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming,
-            **config.frames(),
+            events=config.events(),
         )  # fmt: skip
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=config.workers)
         of_train = partial(make_batches, train_set, session.batch_size, train=True, seed=config.seed, **share)
@@ -116,11 +116,11 @@ def updates(
     """
     backward = Tensor.backward if accelerator is None else accelerator.backward
     no_sync = nullcontext if accelerator is None else partial(accelerator.no_sync, model)
-    for done, (images, target) in enumerate(batches, done):
-        number = done % length + 1
+    for before, (images, target) in enumerate(batches, done):
+        number = before % length + 1
         size = min(accumulate, length - (number - 1) // accumulate * accumulate)  # batches that share the update
         update = number % accumulate == 0 or number == length
-        steps = draw(done)
+        steps = draw(before)
         with health.watch(number) if health else nullcontext(), nullcontext() if update else no_sync():
             if captured is not None and not (health and number in health.looked_at):
                 loss, logits = captured(images, target, steps=steps, divisor=size)
@@ -131,7 +131,7 @@ def updates(
                 )  # fmt: skip
         if update:
             for group in optimizer.param_groups:
-                group["lr"] = rate(done + 1 - size)
+                group["lr"] = rate(before + 1 - size)
             optimizer.step()
             optimizer.zero_grad(set_to_none=images.device.type == "cpu")  # see make_optimizer
         yield Batch(loss, logits, target, steps, update)

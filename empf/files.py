@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +40,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         ) from error
 
 
+def check_result(path: Path | None) -> None:
+    """Raise ValueError for a file of a run, which a result may not replace."""
+    if path is not None and path.resolve().name in RUN_FILES:
+        folder = path.resolve().parent
+        if any((run / "config.json").exists() for run in (folder, folder.parent)):
+            raise ValueError(f"{path} is a file of a run: choose another name for the result")
+
+
 def write_result(path: Path, text: str) -> None:
     """Write where a user asked for it: `-` is standard output, a link is followed, a device or a pipe is written to.
 
@@ -49,18 +56,16 @@ def write_result(path: Path, text: str) -> None:
     if str(path) == "-":
         print(text, end="")
         return
+    check_result(path)
     path = path.resolve()
-    run = path.parent.parent if path.parent.name == "state" else path.parent
-    if path.name in RUN_FILES and (run / "config.json").exists():
-        raise ValueError(f"{path} is a file of the run {run}: choose another name for the result")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        try:
-            with open(path, "w", encoding="utf-8") as f:
-                f.write(text)
-        except OSError as error:
-            raise OSError(f"could not write {path} ({error.strerror}): choose another place") from error
-    else:
+    if not path.exists() or path.is_file():
         write_atomic(path, text.encode())
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror}): choose another place") from error
 
 
 def read_json(path: Path) -> object:

@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 from empf.neuron import ACTIVATIONS
+from empf.terminal import shown
 
 ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
 WEIGHTS = ("binary", "ternary", "full")
 NEURONS = ("empf", "mem_bn", "lif")
 WIDEST = 64.0
+Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
 NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
 
 
@@ -101,3 +104,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings:
+    """`kind.from_dict(values)`, values being a part of config.json; what does not fit is one sentence."""
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{Path(run) / 'config.json'}: {shown(error)}; use the version that wrote it") from error

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import safetensors.torch
@@ -34,11 +33,11 @@ from torch import Tensor
 
 from empf.files import fingerprint, parse_json, read_json, write_atomic
 from empf.machine import VERSION, git_commit, installed
-from empf.models import ModelConfig, SpikingNetwork, build
+from empf.model_config import ModelConfig, settings_of
+from empf.models import SpikingNetwork, build
 from empf.terminal import shown
 
 FORMAT = 1
-Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
 
 
 def remove_leftovers(run: Path) -> None:
@@ -120,16 +119,8 @@ def is_list(value: object, kind) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
-def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings:
-    """`kind.from_dict(values)`, values being a part of config.json; what does not fit is one sentence."""
-    try:
-        return kind.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{Path(run) / 'config.json'}: {shown(error)}; use the version that wrote it") from error
-
-
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl, one for each epoch; none where there is no such file. ValueError for a damaged one."""
+    """The lines of metrics.jsonl, one for each epoch; [] without a file. ValueError for a damaged one."""
     path, records = Path(run) / "metrics.jsonl", []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:

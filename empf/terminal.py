@@ -7,7 +7,7 @@ from contextlib import suppress
 
 def shown(text: object, most: int = 300) -> str:
     """A text that may come from anywhere, on one line, what a terminal would obey as `?`, and cut to `most`."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text)[: 4 * most].split()))
+    line = "".join(c if c.isprintable() else "?" for c in str(text)[: most + 1])
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
@@ -29,7 +29,7 @@ class Steady:
         try:
             getattr(self.stream, method)(*arguments)
         except (OSError, ValueError, AttributeError):  # full, a pipe that nobody reads, closed, or None
-            silence = open(os.devnull, "w")  # noqa: SIM115: it stays
+            silence = open(os.devnull, "w")  # noqa: SIM115
             with suppress(OSError, ValueError, AttributeError):
                 os.dup2(silence.fileno(), self.stream.fileno())  # what its buffer still holds goes there at the end
             self.stream = silence

@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items):
 def python_handles_signals():
     """As in a new process: a training within this one has left its own handlers behind."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_command_on_a_run(run, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "separable" in text and "{0, 1}" in text and "blocks.7.conv2.conv.weight" in text
     assert (run / "separability.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
+    monkeypatch.setattr("empf.diagnose.__main__.has_matplotlib", lambda: False)
     diagnose.main([*flags, str(out[1])])
     diagnose.main([*flags, str(out[2]), "--untrained", "--split", "test"])
     assert not (run / "separability-untrained.png").exists()
@@ -111,7 +111,7 @@ def test_command_on_a_run_of_events(tmp_path, monkeypatch):
         return measure_separability(model, x, target)
 
     monkeypatch.setattr(diagnose, "measure_separability", measured)
-    monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
+    monkeypatch.setattr("empf.diagnose.__main__.has_matplotlib", lambda: False)
     for split in ("train", "test"):
         diagnose.main([str(folder), "--batch-size", "2", "--split", split, "--json", str(tmp_path / "result.json")])
     sets = load_events(data, EventSettings(2, split="test100", by="time", orientation="mirrored"))

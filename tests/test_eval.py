@@ -162,7 +162,7 @@ def another_architecture(run: Path) -> None:
     [
         (shutil.rmtree, [], "is not a run folder, it has no config.json"),
         (without_settings, [], "does not say on which data it was trained"),
-        (lambda run: (run / "metrics.jsonl").write_text("{"), [], "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text("{"), [], "metrics.jsonl, line 1 is damaged"),
         (another_architecture, [], "belongs to another architecture than the configured resnet18"),
         (lambda run: (run / "model.safetensors").write_bytes(b"1234"), [], "model.safetensors is damaged"),
         (lambda run: (run / "config.json").write_text("{"), [], "config.json is damaged"),

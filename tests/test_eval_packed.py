@@ -14,7 +14,8 @@ import empf
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack, pack_to_file
 from empf.runs import save_config, save_results
-from eval import main, printable
+from empf.terminal import shown
+from eval import main
 
 NUMBERS = (
     "accuracy",
@@ -164,4 +165,4 @@ def test_names_cannot_command_the_terminal(packed, tmp_path, capsys):
     run_eval(tmp_path / "odd.safetensors", "--image", tmp_path / "cat.png")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and {line.split("%  ")[1] for line in lines} <= {"?[2J", "a?b", "?", "猫 é"}
-    assert [printable(name) for name in net.origin.classes[:4]] == ["?[2J", "a?b", "?", "猫 é"]
+    assert [shown(name) for name in net.origin.classes[:4]] == ["?[2J", "a?b", "?", "猫 é"]

@@ -11,7 +11,7 @@ from train_tools import metrics, resume, run_train
 import empf
 from empf.training.config import TrainConfig
 from empf.training.health import Health, main
-from empf.training.session import make_optimizer
+from empf.training.optimizers import make_optimizer
 
 BATCHES = 12
 
@@ -238,7 +238,9 @@ def test_a_warning_is_printed_once_per_epoch_and_survives_a_resume(tmp_path, mon
     assert len(health[0]["warnings"]) >= 16
     assert printed.count("warning: blocks.0.conv1.neuron: only ") == 3  # 2 epochs, and 1
     more = len(health[0]["warnings"]) - 5
-    assert printed.count("warning: ") == 3 * 6 and f"warning: {more} more: python -m empf.health RUN" in printed
+    assert (
+        printed.count("warning: ") == 3 * 6 and f"warning: {more} more: python -m empf.training.health RUN" in printed
+    )
     assert [record["health"] for record in metrics(tmp_path / "parts")] == health
 
 

@@ -104,7 +104,7 @@ def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     called = []
     history = [{"loss": 1.0, "train_accuracy": 2.0, "accuracy": [3.0, 4.0], "seconds": 60.0}]
     monkeypatch.setattr(recipe, "train", lambda run, flags, data, seconds: called.append((run.name, flags)) or True)
-    monkeypatch.setattr(recipe, "epochs", lambda run: history)
+    monkeypatch.setattr(recipe, "read_metrics", lambda run: history)
     for _ in range(2):
         where = ["--out", str(tmp_path), "--runs", str(tmp_path)]
         recipe.main(["confirm", "--only", "old", "--epochs", "7", "--threads", "2", "--seeds", "0", "5", *where])

@@ -15,7 +15,6 @@ from train_tools import undisturbed
 import eval as eval_script
 import train
 from bench import record
-from empf import runs
 from empf.training import config as settings
 
 SLEEP = """
@@ -97,7 +96,7 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(record, "call", call)
     monkeypatch.setattr(record, "eval_main", evaluate)
-    monkeypatch.setattr(runs, "has_matplotlib", lambda: False)
+    monkeypatch.setattr("empf.training.session.has_matplotlib", lambda: False)
     monkeypatch.setattr(record, "SMOKE", {**record.SMOKE, "T": 2, "limit": 40, "batch_size": 20})
     command = ["--smoke", "--weights", "ternary", "--minutes", "9", "--runs"]
     record.main([*command, str(tmp_path / "here")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from train_tools import TINY, leftovers, resume, run_train, trace
 
 import train
@@ -170,7 +171,7 @@ def test_processes_that_cannot_share_the_batch_are_refused(uninterrupted, tmp_pa
     """Another number of processes keeps the joined batch, here 32 images (see test_distributed.py)."""
     run = tmp_path / "run"
     run_train("--output-dir", run, "--max-steps", "1")
-    monkeypatch.setattr(train.Accelerator, "num_processes", 5)
+    monkeypatch.setattr(Accelerator, "num_processes", 5)
     with pytest.raises(SystemExit, match="error: the run has 32 images .* 5 processes cannot share: .*8, 16 or 32"):
         resume(run)
     monkeypatch.undo()

@@ -17,6 +17,7 @@ import empf
 from empf import runs
 from empf.files import write_atomic
 from empf.machine import git_commit
+from empf.training.config import training_of
 from empf.training.curves import plot_curves
 
 
@@ -211,10 +212,10 @@ def test_a_damaged_model_is_one_sentence(run, name):
 def test_the_training_of_a_run_or_one_sentence(run, change, sentence):
     """Without a training: a folder of the Hub."""
     config = runs.read_config(run)
-    assert runs.training_of(config, run).to_dict() == config["train"]
+    assert training_of(config, run).to_dict() == config["train"]
     change(config)
     with pytest.raises(ValueError) as error:
-        runs.training_of(config, run)
+        training_of(config, run)
     assert sentence in str(error.value)
 
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import empf
-import train
 from bench import cluster, scaling
 from bench.cluster import Links, Work, all_reduce, buckets, count, powersgd_bytes, predict
 from empf.accounting import macs
 from empf.models import ModelConfig, build
-from empf.training import sync_norm
+from empf.training import processes, session, sync_norm
 
 TINY = ModelConfig(width=0.0625, T=3, image_size=8)
 
@@ -55,8 +54,8 @@ def test_bytes_of_synchronised_norms(work, monkeypatch):
 
 
 def test_assumptions_are_those_of_train():
-    assert cluster.READ_EVERY == train.READ_EVERY
-    assert train.COMPRESSION["powersgd"][1]["matrix_approximation_rank"] == cluster.POWERSGD_RANK
+    assert cluster.READ_EVERY == session.READ_EVERY
+    assert processes.COMPRESSION["powersgd"][1]["matrix_approximation_rank"] == cluster.POWERSGD_RANK
 
 
 def test_powersgd_sends_factors_of_large_matrices():

@@ -220,7 +220,7 @@ def test_tracker_writes_into_the_run_folder(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "get_available_trackers", list)
+    monkeypatch.setattr("empf.training.processes.get_available_trackers", list)
     with pytest.raises(SystemExit, match="error: tracker 'wandb' is .* not installed: install it .* installed: none"):
         run_train("--tracker", "wandb", "--output-dir", tmp_path / "run")
 

@@ -12,7 +12,9 @@ from accelerate.state import AcceleratorState
 
 import train
 from empf import runs
+from empf.training import session
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TINY = ["--width", "0.0625", "--T", "2", "--epochs", "2", "--limit", "96", "--batch-size", "32"]  # 3 batches
 TINY += ["--warmup-epochs", "0", "--threads", "1"]
 
@@ -20,7 +22,7 @@ TINY += ["--warmup-epochs", "0", "--threads", "1"]
 @contextmanager
 def undisturbed():
     """Give back what train.py sets for its whole process: signal handlers, threads, Accelerate's state."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = torch.get_num_threads()
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -34,13 +36,13 @@ def undisturbed():
 
 def run_train(*flags: str | Path, curves: bool = False) -> None:
     """`train.py TINY flags`; without the drawing of curves.png, which would take most of the time."""
-    with undisturbed(), patch.object(runs, "has_matplotlib", return_value=curves):
+    with undisturbed(), patch.object(session, "has_matplotlib", return_value=curves):
         train.main([*TINY, *map(str, flags)])
 
 
 def resume(run: Path, *flags: str) -> None:
     """`train.py --resume run flags`."""
-    with undisturbed(), patch.object(runs, "has_matplotlib", return_value=False):
+    with undisturbed(), patch.object(session, "has_matplotlib", return_value=False):
         train.main(["--resume", str(run), *flags])
 
 
@@ -78,6 +80,14 @@ def trace(run: Path) -> tuple:
 
 def leftovers(run: Path) -> list[str]:
     """Everything in the run folder that a finished run does not have."""
-    expected = {"config.json", "model.safetensors", "metrics.jsonl", "curves.png", "state/state.pt"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "curves.png",
+        "log.txt",
+        "state/state.pt",
+        "state/lock",
+    }
     found = {os.path.relpath(Path(folder) / name, run) for folder, _, names in os.walk(run) for name in names}
     return sorted(found - expected)

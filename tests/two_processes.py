@@ -18,6 +18,7 @@ from empf import runs
 from empf.data.batches import Augment, Batches
 from empf.data.load import load_data
 from empf.training import config as settings
+from empf.training import processes, session
 from empf.training.sync_norm import sync_norms
 
 # 2 epochs of 10 joined batches of 32 images, the same for any number of processes
@@ -116,7 +117,7 @@ class Spy:
 
 
 def main(folder: Path) -> None:
-    runs.has_matplotlib = lambda: False  # drawing the curves would take most of the time
+    session.has_matplotlib = lambda: False  # drawing the curves would take most of the time
     flags = partial(settings.parser().parse_args)
     accelerator = train.make_accelerator(settings.from_flags(vars(flags(TINY))))
     found = {"gradients": {name: compare_gradients(accelerator, *case) for name, case in CASES.items()}}
@@ -151,7 +152,7 @@ def main(folder: Path) -> None:
         run("two then one", *SYNC, "--max-steps", "14")
         resume("one then two")  # the test has begun it
 
-    train.COMPRESSION["powersgd"][1]["start_powerSGD_iter"] = 2
+    processes.COMPRESSION["powersgd"][1]["start_powerSGD_iter"] = 2
     compressing = train.make_accelerator(settings.from_flags(vars(flags([*TINY, "--grad-compression", "powersgd"]))))
     spy.heads.clear()
     run("compressed", "--grad-compression", "powersgd", engine=compressing)

@@ -11,10 +11,9 @@ from empf.data.aedat import ORIENTATIONS
 from empf.data.batches import Augment
 from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
 from empf.data.sets import DATASETS, DataSpec
-from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types
+from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
-from empf.runs import begun, read_config, settings_of
 
 OPTIMIZERS = ("sgd", "muon")
 COMPRESSIONS = ("none", "bf16", "powersgd")
@@ -249,20 +248,3 @@ def training_of(config: dict, run: str | Path) -> TrainConfig:
     if not {"dataset", "seed"} <= config["train"].keys():
         raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
     return settings_of(TrainConfig, config["train"], run)
-
-
-def of_call(argv: list[str] | None) -> tuple[TrainConfig, Path | None]:
-    """The configuration that the command line of train.py asks for, and the run that it continues, if any.
-
-    Raises ValueError or OSError with one sentence.
-    """
-    given = vars(parser().parse_args(argv))
-    if (resumed := given.pop("resume", None)) is not None:
-        return for_resume(training_of(read_config(resumed), resumed).to_dict(), given), Path(resumed)
-    config = from_flags(given)
-    if config.output_dir is not None and begun(Path(config.output_dir)):
-        raise ValueError(
-            f"{config.output_dir} already holds a run: continue it with --resume {config.output_dir} or choose "
-            "another --output-dir"
-        )
-    return config, None

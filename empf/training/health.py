@@ -110,7 +110,7 @@ class Health:
         return {"states": self.states, "seen": seen, "stateful": self.stateful}
 
     def load_state_dict(self, state: dict | None) -> None:
-        """After the model's; None where the run so far went without: it begins to look here. ValueError unless it fits."""
+        """After the model's; None where the run went without so far. Raises ValueError unless it fits."""
         if state is None:
             self.states = self.weight_states()
             return

@@ -148,7 +148,7 @@ def average_norms(model: nn.Module) -> None:
 
 
 def what_to_do(error: RuntimeError) -> str | None:
-    """A sentence about an error of torch that is none of the code, or None: another process has gone, memory is full."""
+    """A sentence about an error that is not the code's: another process has gone, memory is full. Else None."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has died; what was saved is intact, continue with --resume"
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):

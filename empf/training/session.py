@@ -24,7 +24,7 @@ from empf.figures import has_matplotlib
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
-from empf.training.config import TrainConfig, batch_per_process
+from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of
 from empf.training.curves import plot_curves
 from empf.training.optimizers import learning_rate
 from empf.training.processes import total
@@ -33,6 +33,23 @@ DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
 SHOWN = 5  # warnings per epoch
 START = {"epoch": 0, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
+
+
+def of_call(argv: list[str] | None) -> tuple[TrainConfig, Path | None]:
+    """The configuration that the command line of train.py asks for, and the run that it continues, if any.
+
+    Raises ValueError or OSError with one sentence.
+    """
+    given = vars(parser().parse_args(argv))
+    if (resumed := given.pop("resume", None)) is not None:
+        return for_resume(training_of(runs.read_config(resumed), resumed).to_dict(), given), Path(resumed)
+    config = from_flags(given)
+    if config.output_dir is not None and runs.begun(Path(config.output_dir)):
+        raise ValueError(
+            f"{config.output_dir} already holds a run: continue it with --resume {config.output_dir} or choose "
+            "another --output-dir"
+        )
+    return config, None
 
 
 class Batch(NamedTuple):
@@ -152,7 +169,7 @@ class Session:
 
     def epochs(self, batches: ImageBatches) -> Iterator[int]:
         """The epochs that are left, until one is stopped. From here on signals are asked, not obeyed."""
-        self.batches, self.stop = batches, Stop()
+        self.batches, self.stop, self.last_save = batches, Stop(), time.monotonic()
         device = self.accelerator.device
         self.read_every = 1 if self.processes == 1 and device.type == "cpu" else READ_EVERY
         while self.at["epoch"] < self.config.epochs and not self.stopping:
@@ -236,7 +253,7 @@ class Session:
 
 
 class Stop:
-    """Asked for by Ctrl-C, SIGTERM, SIGHUP or --max-steps: finish the update, save, leave. A second Ctrl-C ends at once.
+    """Asked for by Ctrl-C, SIGTERM, SIGHUP or --max-steps: finish the update, save, leave. A second Ctrl-C: end.
 
     The system ends it then: a process that waits for another one would not come to a handler of Python. Not so with
     SIGTERM, which a launcher passes on to processes that a scheduler has sent it to already. A signal that is ignored,

@@ -227,7 +227,9 @@ def test_a_dead_process_stops_the_job_and_loses_nothing(tmp_path):
     before = metrics(run)
     assert 1 <= len(before) < 5
     resume(run)
-    assert leftovers(run) == [] and len(metrics(run)) == 5 and metrics(run)[: len(before)] == before
+    assert leftovers(run) == [] and len(metrics(run)) == 5
+    del before[-1]["weights"]  # named in the last line
+    assert metrics(run)[: len(before)] == before
 
 
 # ---- the launcher
@@ -268,12 +270,14 @@ def test_configuration_files_are_those_of_accelerate(file):
 def test_nothing_is_started_unasked_or_twice(monkeypatch, environment):
     monkeypatch.setattr(launch.os, "environ", environment)
     monkeypatch.setattr(launch.os, "execv", pytest.fail)
-    monkeypatch.setattr(launch, "launcher", pytest.fail)
+    monkeypatch.setattr(launch, "launcher", lambda: ["bash", "accelerate.sh"])
+    monkeypatch.setattr(launch, "end_with_launcher", pytest.fail)
     launch.start_processes(["train.py"])
 
 
 def test_an_unknown_number_of_processes_is_one_sentence(monkeypatch):
     monkeypatch.setattr(launch.os, "environ", {"MASTER_PORT": "1", "ACCELERATE_USE_CPU": "True"})
     monkeypatch.setattr(launch, "launcher", lambda: ["accelerate", "launch", "train.py"])
+    monkeypatch.setattr(launch, "end_with_launcher", lambda: None)
     with pytest.raises(ValueError, match="starts one process only on CPUs: .* torchrun --nproc-per-node N train.py"):
         launch.start_processes(["train.py"])

@@ -5,8 +5,7 @@ import torch
 
 import empf
 from empf.training.config import TrainConfig
-from empf.training.optimizers import Muon, orthogonal
-from empf.training.session import make_optimizer
+from empf.training.optimizers import Muon, make_optimizer, orthogonal
 
 SHAPES = [(16, 8, 3, 3), (32, 16, 1, 1), (24, 24), (5, 64), (1, 7)]
 
