@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench import aot
 from bench.kernel_cases import Case, cases
+from empf.figures import BLUE, GREY, ORANGE, WIDTH, plain_log, pyplot, save_figure
 from empf.kernels import tune
 from empf.kernels.dispatch import HAVE_TRITON, triton
 
@@ -175,25 +176,21 @@ def origin(device: str) -> dict:
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Speed-up of ours over every rival, one bar each; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bars = [(f"{row['case']}: {row['contender']} / {rival}", ratio) for row in rows if row.get("share")
-            for rival, ratio in row["speedup"].items() if not rival.startswith("ours")]  # fmt: skip
-    if not bars:
+    """Speed-up of ours over every rival, a dot each; needs matplotlib."""
+    found = [(f"{row['case']}: {row['contender']} / {rival}", ratio) for row in rows if row.get("share")
+             for rival, ratio in row["speedup"].items() if not rival.startswith("ours")]  # fmt: skip
+    if not found:
         return
-    figure, axes = plt.subplots(figsize=(10, 0.24 * len(bars) + 1), layout="constrained")
-    labels, ratios = zip(*reversed(bars), strict=True)
-    axes.barh(labels, ratios, color=["tab:blue" if ratio >= 1 else "tab:red" for ratio in ratios])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast", title=title)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.margins(y=0.01)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    labels, ratios = zip(*reversed(found), strict=True)
+    with pyplot() as plt:
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.14 * len(found) + 1), layout="constrained")
+        axes.axvline(1, color=GREY, linewidth=0.8)
+        axes.scatter(ratios, labels, s=12, color=[BLUE if ratio >= 1 else ORANGE for ratio in ratios])
+        axes.set(xlabel="times as fast", title=title)
+        axes.tick_params(axis="y", labelsize=5)
+        axes.margins(y=0.03)
+        plain_log(axes.xaxis)
+        save_figure(plt, figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -343,3 +343,33 @@ def test_errors():
         empf.spike_account(model, [])
     with pytest.raises(ValueError, match="needs an example input"):
         empf.account(Twice())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        dict(), dict(weights="ternary", spike_bits=4), dict(neuron="mem_bn", parallel=0.5, seca=2), dict(neuron="lif"),
+        dict(arch="resnet19"), dict(arch="vgg_snn", in_channels=2, image_size=16, spike_bits=4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_packed_network_counts_as_its_model(network):
+    torch.manual_seed(0)
+    model = empf.build(empf.ModelConfig(**{**dict(num_classes=3, image_size=8, width=0.0625, T=3), **network}))
+    x = torch.randn(3, 4, 2, 16, 16) if model.config.in_channels == 2 else torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(10):  # running statistics with which the neurons fire
+            empf.reset(model)
+            model(x)
+    packed = empf.pack(model.eval())
+    counted = empf.spike_account(model, [(x, None)])
+    assert counted["sops"] > 1000 and empf.spike_account(packed, [(x, None)]) == counted
+    assert empf.account(packed) == empf.account(model)
+
+
+@pytest.mark.parametrize("kind, shape", [(Twice, (6,)), (PlainNorms, (1, 6, 6))])
+def test_a_packed_network_of_ones_own_counts_as_the_network(kind, shape):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(3, 4, *shape)
+    counted, packed = empf.spike_account(model, [(x, None)]), empf.spike_account(empf.pack(model), [(x, None)])
+    assert packed == counted and counted["sops"] > 0
