@@ -45,9 +45,10 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
     if run.is_file():
-        model, precision, streaming = load_packed(run, device), "no", False
+        model, precision = load_packed(run, device), "no"
         whole, dataset = model.net, model.origin.dataset
-        events = EventSettings(model.config.T, split=model.origin.split or TrainConfig.split, **model.origin.frames())
+        split = model.origin.split or TrainConfig.split
+        reading = {"events": EventSettings(model.config.T, split=split, **model.origin.frames())}
         if dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
@@ -55,8 +56,8 @@ def evaluate(
         train, training = training_of(runs.read_config(run), run), record_of(run)
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
-        streaming, events = train.streaming, train.events()
-    _, test = load_data(dataset, data, limit=limit, device=device, streaming=streaming, events=events)
+        reading = train.reading()
+    _, test = load_data(dataset, data, limit=limit, device=device, **reading)
     check_classes(model.origin.classes if run.is_file() else runs.read_config(run).get("classes", ()), test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once

@@ -46,9 +46,8 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
 
         # data, resident on the device; each process has its share of every batch
         train_set, test_set = load_data(
-            config.dataset, config.data, limit=config.limit, device=device, streaming=config.streaming,
-            events=config.events(),
-        )  # fmt: skip
+            config.dataset, config.data, limit=config.limit, device=device, **config.reading()
+        )
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=config.workers)
         of_train = partial(make_batches, train_set, session.batch_size, train=True, seed=config.seed, **share)
         batches, plain_batches = of_train(augment=config.augment()), of_train()

@@ -35,7 +35,9 @@ def test_is_frozen():
 # A value of each field that is neither the default nor that of a recipe, as on the command line; of learning the
 # default, without which there are no steps per batch.
 VALUES = {
-    "dataset": "dvs-cifar10", "data": "folder", "streaming": True, "workers": "2", "split": "random",
+    "dataset": "dvs-cifar10", "data": "folder", "image_size": "64x96", "image_column": "photo",
+    "label_column": "kind", "train_split": "big", "test_split": "exam", "config": "plain", "hold_out": "0.2",
+    "streaming": True, "workers": "2", "split": "random",
     "frames_by": "time", "orientation": "mirrored", "resize": "8bit",
     "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
@@ -104,7 +106,7 @@ WRONG = [
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["--lr", "1,0"], "argument --lr: invalid float value: '1,0'"),
-    (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
+    (["--dataset", "mnist"], "unknown dataset 'mnist': choose one of digits, "),
     (["--neuron", "hh"], "argument --neuron: invalid choice: 'hh'"),
     (["--mixed-precision", "fp16"], "argument --mixed-precision: invalid choice: 'fp16'"),
     (["--seca", "3"], "argument --seca: invalid choice: 3"),

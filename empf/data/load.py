@@ -14,11 +14,10 @@ import torch
 
 from empf.data.batches import Augment, Batches
 from empf.data.classes import Classes, is_missing, plain
-from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
-from empf.data.events import EventAugment, EventBatches, EventSet, load_events
+from empf.data.event_frames import EventSettings
+from empf.data.events import EventAugment, EventBatches, EventSet, has_recordings, load_events
 from empf.data.find import Place, in_folder, on_hub
-from empf.data.folders import files_below
-from empf.data.images import BROKEN, IMAGE_SUFFIXES, mismatch, open_image, stored_pixels
+from empf.data.images import BROKEN, mismatch, open_image, stored_pixels
 from empf.data.own import own_spec
 from empf.data.rows import Row, Source, one_line, read_rows
 from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, both
@@ -78,7 +77,7 @@ def load_data(
         )
     if spec is not None and spec.channels == 2 and folder is None:
         raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
-    if spec is not None and spec.channels == 2 or spec is None and folder is not None and _has_recordings(Path(folder)):
+    if spec is not None and spec.channels == 2 or spec is None and folder is not None and has_recordings(Path(folder)):
         return load_events(folder, events, limit=limit, device=device, seed=seed)
     if folder is None and spec is not None and spec.hub_id is None:
         if streaming or settings.size is not None and both(settings.size) != spec.size:
@@ -169,10 +168,6 @@ def make_batches(
         kept = dict(flip=augment.flip, roll=augment.roll, label_smoothing=augment.label_smoothing)
         options["augment"] = EventAugment(crop=crop, **kept)
     return EventBatches(data, batch_size, **options)
-
-
-def _has_recordings(folder: Path) -> bool:
-    return bool(files_below(folder, RECORDINGS + ARRAYS)) and not files_below(folder, IMAGE_SUFFIXES)
 
 
 def _splits(place: Place, spec: DataSpec | None, settings: ImageSettings) -> tuple[Source, Source | None, str]:

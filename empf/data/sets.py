@@ -16,6 +16,14 @@ def both(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def parsed(size: str) -> int | tuple[int, int]:
+    """The size that `--image-size` names: the side of a square, or HEIGHTxWIDTH."""
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"image_size must be the side of a square or HEIGHTxWIDTH, such as 64 or 64x96, got {size!r}")
+    return int(sides[0]) if len(set(map(int, sides))) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def named(size: int | tuple[int, int]) -> str:
     """As it is written for people and for `--image-size`: 64x96, height first."""
     return "x".join(map(str, both(size)))

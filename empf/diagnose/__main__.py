@@ -63,9 +63,7 @@ def separability(
     train = training_of(runs.read_config(run), run)
     model = load_model(run, untrained, device)
     pool = min(train.limit or POOL, POOL)
-    sets = load_data(
-        train.dataset, data or train.data, limit=pool, device=device, streaming=train.streaming, events=train.events()
-    )
+    sets = load_data(train.dataset, data or train.data, limit=pool, device=device, **train.reading())
     images = sets[split == "test"]
     x, target = next(iter(make_batches(images, batch_size, train=True, seed=seed)))  # drawn, not augmented
     result, samples = measure_separability(model, x, target)

@@ -10,7 +10,8 @@ import torch
 from empf.data.aedat import ORIENTATIONS
 from empf.data.batches import Augment
 from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
-from empf.data.sets import DATASETS, DataSpec
+from empf.data.events import has_recordings
+from empf.data.sets import DATASETS, DataSpec, ImageSettings, parsed
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.neuron import ACTIVATIONS
 from empf.online import LEARNING
@@ -48,9 +49,16 @@ def setting(default, help: str, choices: tuple | None = None):
 class TrainConfig:
     """Every field is a flag of train.py, with dashes: `label_smoothing` is `--label-smoothing`."""
 
-    dataset: str = setting("digits", "data set", tuple(DATASETS))
+    dataset: str = setting("digits", f"{', '.join(DATASETS)}, a FOLDER of your own, or OWNER/NAME of the Hub")
     data: str | None = setting(None, "local folder of the data set instead of the Hugging Face Hub")
-    streaming: bool = setting(False, "read imagenet1k over the network while training, instead of a download before")
+    image_size: str | None = setting(None, "side, or HEIGHTxWIDTH; images of other sizes are cropped and resized to it")
+    image_column: str | None = setting(None, "of a table, where it has another name than img or image")
+    label_column: str | None = setting(None, "of a table, where it has another name than label, fine_label, ...")
+    train_split: str | None = setting(None, "name of the split to train on, where it is not train")
+    test_split: str | None = setting(None, "name of the split to test on; default: test, validation, valid or val")
+    config: str | None = setting(None, "which of several configurations of a data set")
+    hold_out: float = setting(0.1, "share of the training images to test on where there are no test images")
+    streaming: bool = setting(False, "read images while training; from the Hub: without a download before")
     workers: int = setting(0, "processes that read and decode what does not fit in memory; 0: training itself does")
     split: str = setting("first900", "which recordings of dvs-cifar10 are for testing", tuple(SPLITS))
     frames_by: str = setting("count", "what the T frames of a recording share equally: its events or its time", BINS)
@@ -126,29 +134,40 @@ class TrainConfig:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
         if self.steps_per_batch > 1 and self.learning != "random":
             raise ValueError(f"steps_per_batch is for the learning mode random, not for {self.learning}: leave it out")
-        if DATASETS[self.dataset].channels != 2:
+        if self.dataset in DATASETS and DATASETS[self.dataset].channels != 2:
             for name in ("split", "frames_by", "orientation", "resize"):
                 if getattr(self, name) != getattr(TrainConfig, name):
                     flag = name.replace("_", "-")
                     raise ValueError(f"{name} is for events, not for the images of {self.dataset}: leave --{flag} out")
-        self.model()  # checks the flags of the network before the data are read
+        self.images(), self.model()  # checks these flags before the data are read
 
     def augment(self) -> Augment:
         """What is done to the training images."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(Augment)}
         return Augment(**{name: getattr(self, name) for name in shared})
 
+    def reading(self) -> dict:
+        """What `load_data` is told of a data set besides its name and its place."""
+        return dict(streaming=self.streaming, images=self.images(), events=self.events())
+
+    def images(self) -> ImageSettings:
+        """How images of one's own are found and what they become."""
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(ImageSettings)}
+        size = None if self.image_size is None else parsed(self.image_size)
+        return ImageSettings(size, **{name: getattr(self, name) for name in shared})
+
     def events(self) -> EventSettings:
         """How recordings of events become frames, and which are for testing."""
-        frames = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
-        return EventSettings(self.T, split=self.split, **frames)
+        frames = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize, split=self.split)
+        size = DATASETS["dvs-cifar10"].image_size if self.image_size is None else parsed(self.image_size)
+        return EventSettings(self.T, size, **frames)
 
     def model(self, spec: DataSpec | None = None) -> ModelConfig:
         """The configuration of the network that fits the data set; `spec`: as it was found, if not as it is known."""
-        spec = spec or DATASETS[self.dataset]
+        spec = spec or DATASETS.get(self.dataset, DATASETS["cifar10"])  # of one's own it is not known beforehand
         shape = dict(num_classes=spec.num_classes, in_channels=spec.channels, image_size=spec.image_size)
         shared = {f.name for f in fields(self)} & {f.name for f in fields(ModelConfig)}
-        return ModelConfig(**shape, **{name: getattr(self, name) for name in shared})
+        return ModelConfig(**{**{name: getattr(self, name) for name in shared}, **shape})
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -212,8 +231,9 @@ def from_flags(given: dict) -> TrainConfig:
     Warm-up takes a tenth of the epochs at most, unless it is given. ValueError where it would never end.
     """
     dataset = given.get("dataset", TrainConfig.dataset)
+    kind = "dvs-cifar10" if Path(dataset).is_dir() and has_recordings(Path(dataset)) else dataset
     short = dataset in ("cifar10", "cifar100") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
-    values = {**(SHORT if short else RECIPES.get(dataset, {})), **given}
+    values = {**(SHORT if short else RECIPES.get(kind, {})), **given}
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
     if "warmup_epochs" not in given:
         values["warmup_epochs"] = min(warm_up, max(epochs, 0) / 10)

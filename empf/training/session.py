@@ -117,7 +117,7 @@ class Session:
         if self.state is None:
             folder = self.config.output_dir
             if folder is None and self.first:
-                folder = str(runs.new_folder(Path("runs") / f"{self.config.dataset}-{self.config.arch}"))
+                folder = str(runs.new_folder(Path("runs") / f"{Path(self.config.dataset).name}-{self.config.arch}"))
             self.run = Path(broadcast_object_list([folder])[0])
             self.hold()
             if self.first:
@@ -139,6 +139,8 @@ class Session:
         device = self.accelerator.device
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         self.say(f"{headline(model)}; {len(train_set)} training, {len(test_set)} test images")
+        if "held out" in test_set.split:
+            self.say(f"tested on {test_set.split}")
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
         for line in without_effect(self.config, self.processes, in_memory=not train_set.spec.streamed):
             self.say(line)
