@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import empf
-from empf import recompute
+from empf import layer
 from empf.models import ModelConfig, StepBatchNorm, build
 
 BUCKETS = (2**20, 25 * 2**20)  # bytes of the first and of the other buckets of DDP
@@ -88,7 +88,7 @@ def count(config: ModelConfig, batch_size: int) -> Work:
         for t in range(1, config.T + 1):
             start = counter.get_total_flops()
             done.clear()
-            with recompute.enabled(False):  # what is made again in the backward pass is no work for the arithmetic
+            with layer.enabled(False):  # what is made again in the backward pass is no work for the arithmetic
                 empf.online_backward(model, x, target, F.cross_entropy, steps=[t], backward=backward)
             after = counter.get_total_flops() - before
             totals.append(before - start)

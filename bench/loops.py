@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import empf
-from empf import recompute
+from empf import layer
 from empf.data.batches import Augment, Batches
 from empf.data.sets import DATASETS, ImageSet
-from empf.neuron import StatefulNeuron, neuron_step
+from empf.kernels.neuron import neuron_step
+from empf.neuron import StatefulNeuron
 from empf.synapse import QuantizedWeight
 from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
@@ -22,7 +23,7 @@ from empf.training.optimizers import make_optimizer
 
 AUTHORS = ("authors-order", "authors-loop")
 ONE_STEP = ("random", "kept", *AUTHORS)  # those that draw a step
-PLAIN = ("kept", *AUTHORS)  # those without what the authors do not have: empf.recompute
+PLAIN = ("kept", *AUTHORS)  # those without what the authors do not have: empf.layer
 IMAGES = 2048  # in the synthetic data set
 AUGMENT = Augment(crop=True, flip=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 LAYOUT_OPS = {"clone", "copy_", "_to_copy", "contiguous"}
@@ -141,7 +142,7 @@ class Loop:
             lap("backward")
 
         learning = "random" if variant in ONE_STEP else variant
-        with recompute.enabled(variant not in PLAIN):
+        with layer.enabled(variant not in PLAIN):
             if variant in AUTHORS:
                 return authors_order(self.net, x, target, criterion, t, backward)
             return empf.online_backward(
@@ -165,7 +166,7 @@ class Loop:
         if variant not in self.captured:
             learning = "random" if variant in ONE_STEP else variant
             self.captured[variant] = CapturedBackward(self.model, F.cross_entropy, learning=learning)
-        with recompute.enabled(variant not in PLAIN):
+        with layer.enabled(variant not in PLAIN):
             self.captured[variant](x, target, steps=[t])
 
 
@@ -176,12 +177,12 @@ def write_out(neuron: StatefulNeuron) -> None:
         steps, spikes = neuron.advance(current), []
         v = torch.zeros((), dtype=current.dtype, device=current.device) if neuron.v is None else neuron.v
         for t, current_t in zip(range(steps.start, steps.stop), current, strict=True):
-            s, v = neuron_step(current_t, v.detach(), neuron.leak[t], neuron.threshold[t], F.relu)
+            s, v = neuron_step(current_t, v.detach(), neuron.leak[t], neuron.threshold[t])
             spikes.append(s)
         neuron.v = v.detach()
         return spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.stack(spikes)
 
-    neuron.forward, neuron.takes = forward, lambda norm, x: False
+    neuron.forward = forward
 
 
 def authors_order(model: nn.Module, x: Tensor, target: Tensor, criterion, t: int, backward=Tensor.backward) -> Tensor:

@@ -5,7 +5,7 @@
     python bench/train.py --threads 1 --cpu-time --repeats 3               on a busy machine: counts CPU seconds
 
     random          our loop: the steps before t* as one folded batch without gradient, stem and synapses formed once
-    kept            the same, but no activation is made again in the backward pass (empf.recompute switched off)
+    kept            the same, but no activation is made again in the backward pass (empf.layer switched off)
     authors-order   as kept, but in the authors' order: one time step after another through the whole network, stem and
                     synapses anew in each; in our memory layout and with our modules
     authors-loop    that order as the authors run it: in torch's default layout (N, C, H, W), the neuron in plain
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 import empf
 from bench.loops import ONE_STEP, PLAIN, Loop, Setting, Stopwatch, Watch
 from bench.machine import machine, spread
-from empf import recompute
+from empf import layer
 from empf.diagnose.memory import saved_for_backward
 from empf.files import write_atomic
 from empf.machine import cpu_threads, keep_freed_memory
@@ -197,7 +197,7 @@ def saved(loop: Loop, variant: str) -> dict[str, int]:
     run = {"past": 0, "steps": T} if through_time else {"past": T - 1, "steps": 1}
     empf.set_online(loop.model, not through_time)
     try:
-        with recompute.enabled(variant not in PLAIN):
+        with layer.enabled(variant not in PLAIN):
             counted = saved_for_backward(loop.model, x, **run)
     finally:
         empf.set_online(loop.model, True)

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from empf import recompute
-from empf.attention import SECA
-from empf.fire import check_count, stacked
+from empf.layer import SECA, Current, StepBatchNorm, hooked, over_steps, plus
 from empf.model_config import ModelConfig
-from empf.neuron import EMPFNeuron, LIFNeuron
+from empf.neuron import EMPFNeuron, LIFNeuron, spikes_of, spiking_layer
 from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d
 
 RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
@@ -30,50 +28,6 @@ RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
     "resnet34": ([3, 4, 6, 3], [64, 128, 256, 512], None),
 }
 VGG = [64, 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"]
-
-
-class StepBatchNorm(nn.Module):
-    """Batch norm of (k, N, C, H, W) over the batch of one time step: statistics per step while training.
-
-    Gain and bias (C,) and the running statistics are shared by the steps. A static image is encoded once but used in k
-    steps: with `repeat` = k the running statistics move by the momentum 1 - (1 - momentum)^k, as k passes would do it.
-    Raises ValueError in training where a channel has a single value per step.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.frozen_norm = False  # True: training uses the running statistics and leaves them alone
-
-    def forward(self, x: Tensor, repeat: int = 1, rest: Tensor | None = None, again=None) -> Tensor:
-        """`rest`: a current that is added. `again`: makes x once more, so that it need not be kept for backward."""
-        stats = (self.running_mean, self.running_var, self.weight, self.bias)
-        if not self.training or self.frozen_norm:
-            y = over_steps(lambda folded: F.batch_norm(folded, *stats, eps=self.eps), x)
-            return y if rest is None else y + rest
-        check_count(x)
-        momentum = 1 - (1 - self.momentum) ** repeat
-        if recompute.active(x):
-            return recompute.batch_norm(x, self, momentum, rest, again)
-        y = stacked(
-            [F.batch_norm(step, *stats, training=True, momentum=momentum, eps=self.eps) for step in x]  # N C H W
-        )
-        return y if rest is None else y + rest
-
-
-def over_steps(layer, x: Tensor) -> Tensor:
-    """Apply a layer without state to all steps as one folded batch: (k, N, ...) -> (k, N, ...)."""
-    with recompute.saving(x):
-        y = layer(x.flatten(0, 1))  # (k N) ...
-    return y.unflatten(0, x.shape[:2])
-
-
-def fed(neuron: nn.Module, x: Tensor, norm: StepBatchNorm | None) -> Tensor:
-    """The spikes of a neuron; `norm`: x still has to go through it."""
-    return neuron(x) if norm is None else neuron(x, norm=norm)
 
 
 class Builder:
@@ -111,11 +65,8 @@ class Builder:
 class SpikingConv(nn.Module):
     """Neuron, convolution, BN and, if configured, channel attention: current (k, N, C, H, W) -> current.
 
-    `pool`: the spikes are average-pooled 2x2 on their way to the convolution.
-
-    In training, BN and the neuron behind it can be one operation, so that the current BN(y) is never stored. Where the
-    next neuron can do that (`neuron.takes(bn, y)`), `feed` hands it the raw output y of the convolution together with
-    the BN, and its forward gets them as `neuron(y, norm=bn)`; elsewhere it hands on the current, and norm is None.
+    `pool`: the spikes are average-pooled 2x2 on their way to the convolution. A tensor gives a tensor, a `Current` a
+    `Current`.
     """
 
     def __init__(self, make: Builder, c_in: int, c_out: int, stride: int = 1, pool: bool = False):
@@ -128,33 +79,44 @@ class SpikingConv(nn.Module):
         # SECA-II: the current before and after the synapse, where both have the same shape
         self.skip = make.config.seca == 2 and c_in == c_out and stride == 1 and not pool
 
-    def fire(self, x: Tensor, norm: StepBatchNorm | None = None) -> Tensor:
-        """The spikes; `norm`: x still has to go through it."""
-        spikes = fed(self.neuron, x, norm)
-        return spikes if self.pool is None else over_steps(self.pool, spikes)
-
-    def integrate(self, spikes: Tensor, x: Tensor, rest: Tensor | None = None) -> Tensor:
-        """The current that the spikes of x become, plus `rest`."""
-        return self.normalize(over_steps(self.conv, spikes), x, rest)
-
-    def normalize(self, y: Tensor, x: Tensor, rest: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Current, rest: Tensor | Current | None = None, shortcut: nn.ModuleDict | None = None):
+        """The current that the spikes of x become, plus `rest`; and that of `shortcut`, which reads the same spikes."""
+        also = () if shortcut is None else (shortcut["conv"],)
+        y, *others = spiking_layer(self.neuron, x, self.conv, *also, pool=self.pool)
         if self.seca is None:
-            return self.bn(y, rest=rest)
-        return self.seca(self.bn(y, rest=x if self.skip else None), rest)
+            current = normalised(self.bn, y, rest)
+        else:
+            current = self.seca(normalised(self.bn, y, x if self.skip else None).value, value_of(rest))
+        if shortcut is None:
+            return like(x, current)
+        return like(x, current), like(x, normalised(shortcut["bn"], others[0]))
 
-    def feed(self, neuron: nn.Module, spikes: Tensor, x: Tensor) -> tuple[Tensor, StepBatchNorm | None]:
-        """What comes to the next neuron: (current, None), or (output of the convolution, its batch norm)."""
-        y = over_steps(self.conv, spikes)
-        if self.seca is None and neuron.takes(self.bn, y):
-            return y, self.bn
-        return self.normalize(y, x), None
 
-    def forward(self, x: Tensor, norm: StepBatchNorm | None = None, rest: Tensor | None = None) -> Tensor:
-        return self.integrate(self.fire(x, norm), x, rest)
+def value_of(x: Tensor | Current | None) -> Tensor | None:
+    return None if x is None else Current.of(x).value
+
+
+def like(x: Tensor | Current, current: Tensor | Current) -> Tensor | Current:
+    """A tensor where x is one, else a `Current`."""
+    return Current.of(current) if isinstance(x, Current) else value_of(current)
+
+
+def normalised(norm: nn.Module, y: Tensor, rest: Tensor | Current | None = None, **options) -> Current:
+    """BN(y) + rest, not added up by a norm of this library, unless somebody watches it."""
+    if isinstance(norm, StepBatchNorm) and not hooked(norm):
+        return norm.current(y, rest, **options)
+    return Current(plus(norm(y), rest))
+
+
+def passed(module: nn.Module, current: Current, *args) -> Current:
+    """A layer or block called with a current; with tensors, where somebody watches it."""
+    if not hooked(module):
+        return module(current, *args)
+    return Current.of(module(current.value, *map(value_of, args)))
 
 
 class Block(nn.Module):
-    """Pre-activation residual block of two spiking convolutions."""
+    """Pre-activation residual block of two spiking convolutions. A tensor gives a tensor, a `Current` a `Current`."""
 
     def __init__(self, make: Builder, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -164,12 +126,13 @@ class Block(nn.Module):
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.ModuleDict({"conv": make.conv(c_in, c_out, 1, stride), "bn": StepBatchNorm(c_out)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        spikes = self.conv1.fire(x)
-        hidden, norm = self.conv1.feed(self.conv2.neuron, spikes, x)
-        if self.shortcut is not None:
-            x = self.shortcut["bn"](over_steps(self.shortcut["conv"], spikes))
-        return self.conv2(hidden, norm=norm, rest=x)
+    def forward(self, x: Tensor | Current) -> Tensor | Current:
+        current = rest = Current.of(x)
+        if self.shortcut is None:
+            current = passed(self.conv1, current)
+        else:
+            current, rest = self.conv1(current.value if hooked(self.conv1) else current, None, self.shortcut)
+        return like(x, passed(self.conv2, Current.of(current), rest))
 
 
 class Stem(nn.Module):
@@ -185,14 +148,18 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1) if image_size > 48 else None
 
     def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
+        return self.current(x, repeat).value
+
+    def current(self, x: Tensor, repeat: int = 1) -> Current:
+        """What `forward` returns the value of."""
         y = over_steps(self.conv, x)
         if self.pool is not None:
-            return over_steps(self.pool, self.bn(y, repeat))
+            return Current(over_steps(self.pool, self.bn(y, repeat)))
         again = None
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # in backward it would not be on
+        if not hooked(self.conv) and not torch.is_autocast_enabled(x.device.type):  # in backward it would not be on
             conv = partial(F.conv2d, weight=self.conv.weight, stride=self.conv.stride, padding=self.conv.padding)
             again = partial(over_steps, conv, x)
-        return self.bn(y, repeat, again=again)
+        return normalised(self.bn, y, repeat=repeat, again=again)
 
 
 class SpikingNetwork(nn.Module, ABC):
@@ -212,12 +179,12 @@ class SpikingNetwork(nn.Module, ABC):
     def reset(self) -> None:
         self.t = 0
 
-    def encode(self, x: Tensor, repeat: int) -> Tensor:
+    def encode(self, x: Tensor, repeat: int) -> Current:
         """Input current of the first neurons (k, N, C, H, W); k = 1 for a static image."""
-        return self.stem(x, repeat)
+        return Current(self.stem(x, repeat)) if hooked(self.stem) else self.stem.current(x, repeat)
 
     @abstractmethod
-    def body(self, current: Tensor) -> Tensor:
+    def body(self, current: Current) -> Tensor:
         """Logits (k, N, classes) of k steps with this input current."""
 
     def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
@@ -227,13 +194,14 @@ class SpikingNetwork(nn.Module, ABC):
         if static:
             current = self.encode(x, repeat=past + steps)
         if past:
+            before = current.value.detach() if static else None
             with torch.no_grad():
-                before = current.detach() if static else self.encode(x[:past], repeat=1)
-                self.body(before.expand(past, *before.shape[1:]))
+                before = self.encode(x[:past], repeat=1).value if before is None else before
+                self.body(Current(before.expand(past, *before.shape[1:])))
         if not static:
             current = self.encode(x[past:], repeat=1)
         elif steps > 1:
-            current = current.expand(steps, *current.shape[1:])
+            current = Current(current.value.expand(steps, *current.shape[1:]))
         logits = self.body(current)
         self.t += past + steps
         return logits
@@ -281,11 +249,12 @@ class ResNet(SpikingNetwork):
             self.hidden = nn.ModuleDict({"before": before, "linear": linear, "neuron": make.neuron(c_in)})
         self.head = nn.Linear(c_in, config.num_classes)
 
-    def body(self, current: Tensor) -> Tensor:
-        x = self.blocks(current)  # k N C H W
+    def body(self, current: Current) -> Tensor:
+        for block in self.blocks:
+            current = passed(block, current)
         if self.hidden is None:
-            return self.head(x.mean((-2, -1)))
-        spikes = self.hidden["before"](x).mean((-2, -1))  # k N C
+            return self.head(current.value.mean((-2, -1)))
+        spikes = spikes_of(self.hidden["before"], current).mean((-2, -1))  # k N C
         return self.head(self.hidden["neuron"](self.hidden["linear"](spikes)))
 
 
@@ -311,12 +280,10 @@ class VGGSNN(SpikingNetwork):
         self.pool = nn.AvgPool2d(2)
         self.head = nn.Linear(c_in * size * size, config.num_classes)
 
-    def body(self, current: Tensor) -> Tensor:
-        norm = None
-        neurons = [*(layer.neuron for layer in self.layers[1:]), self.neuron]
-        for layer, neuron in zip(self.layers, neurons, strict=True):
-            current, norm = layer.feed(neuron, layer.fire(current, norm), current)
-        spikes = over_steps(self.pool, fed(self.neuron, current, norm))
+    def body(self, current: Current) -> Tensor:
+        for layer in self.layers:
+            current = passed(layer, current)
+        spikes = over_steps(self.pool, spikes_of(self.neuron, current))
         return self.head(rearrange(spikes, "t n c h w -> t n (c h w)"))
 
 

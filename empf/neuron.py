@@ -13,29 +13,21 @@ leak, threshold, alpha, beta   (T,) or (T, C)    arXiv 2410.07547, sec. 4
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf import recompute
-from empf.fire import (
-    charge,
-    check_count,
-    fire,
-    folded,
-    mem_folded,
-    move,
-    move_statistics,
-    per_channel,
-    statistics,
-    step_statistics,
-    working_dtype,
-)
-from empf.kernels.neuron import neuron_update, quantize_spikes
-from empf.kernels.norm_neuron import bn_neuron, mem_bn_neuron
-from empf.kernels.steps import empty_like_steps
+from empf.kernels.neuron import NeuronParams, neuron_steps, on_kernels, plain_neuron
+from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
+from empf.kernels.neuron_engine import Running, neuron_forward
+from empf.kernels.norm_neuron import norm_neuron
+from empf.layer import Current, active, check_count, fire_into, hooked, over_steps
+from empf.synapse import BinaryConv2d, FullConv2d
 
+CONVOLUTIONS = (BinaryConv2d, FullConv2d)
 ACTIVATIONS = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
@@ -48,14 +40,6 @@ ACTIVATIONS = {
 def logit(p: float) -> float:
     """The free parameter whose sigmoid is p (`torch.logit` on the meta device would load the compiler)."""
     return math.log(p / (1 - p))
-
-
-def neuron_step(i: Tensor, v: Tensor | None, leak, threshold, activation=torch.relu, normalize=None):
-    """One time step as a pure function: (s, v) from the current and the potential (None: no state, m = I)."""
-    m = i if v is None else leak * v + i
-    mh = m if normalize is None else normalize(m)
-    s = activation(mh - threshold)
-    return s, mh - s
 
 
 class StatefulNeuron(nn.Module):
@@ -71,6 +55,7 @@ class StatefulNeuron(nn.Module):
             raise ValueError(f"T is the number of time steps and must be at least 1, got {T}")
         self.T = T
         self.online = True
+        self.observer: Callable[[Tensor], None] | None = None  # is handed the spikes of each call
         self.reset()
 
     def reset(self) -> None:
@@ -78,7 +63,7 @@ class StatefulNeuron(nn.Module):
         self.v: Tensor | None = None
         self.t = 0
 
-    def advance(self, current: Tensor) -> slice:
+    def advance(self, current: Tensor | Current) -> slice:
         """Check the k steps of `current` against time and state; return the slice of per-step parameters, move on."""
         steps = slice(self.t, self.t + current.shape[0])
         if steps.stop > self.T:
@@ -92,10 +77,6 @@ class StatefulNeuron(nn.Module):
             )
         self.t = steps.stop
         return steps
-
-    def takes(self, norm: nn.Module, x: Tensor) -> bool:
-        """Can `norm`, through which x still has to go, be left to this neuron?"""
-        return False
 
 
 class EMPFNeuron(StatefulNeuron):
@@ -162,6 +143,7 @@ class EMPFNeuron(StatefulNeuron):
             self.register_buffer("running_mean", torch.zeros(T, channels))
             self.register_buffer("running_var", torch.ones(T, channels))
         self.frozen_norm = False  # True: training uses the running statistics and leaves them alone
+        self.batch_norm = F.batch_norm  # what normalises a step in training
 
     @property
     def leak(self) -> Tensor:
@@ -180,129 +162,90 @@ class EMPFNeuron(StatefulNeuron):
         rstd = torch.rsqrt(self.running_var + self.eps)
         return mem_folded(self.alpha, self.beta, self.weight, self.bias, self.running_mean, rstd)
 
-    def takes(self, norm: nn.Module, x: Tensor) -> bool:
-        """Can `norm`, through which x still has to go, be left to this neuron?
+    def made_again(self, current: Current) -> bool:
+        """Is this a step whose spikes are not kept for the backward pass, but made again there?"""
+        one_step = torch.is_grad_enabled() and self.online and current.shape[0] == 1
+        # running statistics are left to autograd, those of several processes to their function
+        kept = self.mem_bn and not (self.batch_stats and self.batch_norm is F.batch_norm)
+        return one_step and self.activation == "relu" and not kept and active(current.y)
 
-        Not where a hook is to see the current, nor by a subclass whose own forward may not know `norm`.
-        """
-        if type(self).forward is not EMPFNeuron.forward:
-            return False
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(m, kind) for m in (self, norm) for kind in kinds)
-        simple = self.activation == "relu" and not self.mem_bn and norm.training and not norm.frozen_norm
-        return simple and not hooked and (recompute.active(x) or recompute.on_kernels(x))
+    @property
+    def batch_stats(self) -> bool:
+        """Does Mem-BN use the statistics of the batch?"""
+        return self.mem_bn and self.training and not self.frozen_norm
 
-    def forward(self, current: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, current: Tensor | Current) -> Tensor:
+        return self.outputs(Current.of(current))[0]
+
+    def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
+        """[spikes], or where they are `made_again` the outputs of the convolutions that read them (pooled)."""
         steps = self.advance(current)
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
-        leak = None if self.parallel else self.leak_logit[steps].sigmoid()
-        threshold = self.threshold_logit[steps].sigmoid()
-        if norm is not None:
-            check_count(current)
-        batch_stats = self.mem_bn and self.training and not self.frozen_norm
-        running_stats = self.mem_bn and not batch_stats  # with these, spikes cannot be made again
-        one_step = torch.is_grad_enabled() and self.online and len(current) == 1
-        if self.activation != "relu":
-            spikes, v = self.loop(current, steps, leak, threshold, batch_stats)
-        elif one_step and not running_stats and recompute.active(current):
-            spikes, v = recompute.spike(current, self, steps.start, leak, threshold, norm)
-        elif batch_stats:
-            spikes, v = self.mem_bn_steps(current, steps, leak, threshold)
-        else:
-            spikes, v = self.plain_steps(current, steps, leak, threshold, norm)
-        self.v = None if self.parallel else v
-        return spikes
-
-    def plain_steps(self, current: Tensor, steps: slice, leak, threshold, norm) -> tuple[Tensor, Tensor | None]:
-        """ReLU, and no batch statistics of the potential."""
-        options = {"bits": self.spike_bits, "step": self.spike_step}
-        fast = not torch.is_grad_enabled() and recompute.active(current) and not recompute.on_kernels(current)
-        if norm is not None and recompute.on_kernels(current):
-            spikes, v, mean, var = bn_neuron(
-                current, self.v, leak, threshold, norm.weight, norm.bias, eps=norm.eps, parallel=self.parallel,
-                detach=self.online, **options,
-            )  # fmt: skip
-            move_statistics(norm, mean, var, current)
-            return spikes, v
-        gain = shift = None
-        if norm is not None and fast:
-            gain, shift = folded(norm.weight, norm.bias, *step_statistics(current, norm))
-        elif norm is not None:
-            current = norm(current)
-        if fast and not self.mem_bn:
-            return fire(current, self.v, leak, threshold, gain=gain, shift=shift, **options)
-        gain, shift = (None if p is None else p[steps] for p in self.folded_norm())
-        return neuron_update(
-            current, self.state(current), leak, threshold, gain=gain, shift=shift, parallel=self.parallel,
-            detach=self.online, **options,
+        p = NeuronParams(
+            None if self.parallel else self.leak_logit[steps].sigmoid(), self.threshold_logit[steps].sigmoid(),
+            bits=self.spike_bits, step=self.spike_step, parallel=self.parallel, detach=self.online, eps=self.eps,
         )  # fmt: skip
+        running = None
+        if self.batch_stats:
+            check_count(current)
+            alpha, beta, weight, bias = (q[steps] for q in (self.alpha, self.beta, self.weight, self.bias))
+            p = p._replace(alpha=alpha, beta=beta, weight=weight, bias=bias)
+            running = Running(self.running_mean[steps], self.running_var[steps], self.momentum)
+        elif self.mem_bn:
+            gain, shift = self.folded_norm()
+            p = p._replace(gain=gain[steps], shift=shift[steps])
+        if self.made_again(current):
+            v = None if self.v is None else self.v.detach()
+            self.v, found = fire_into(
+                current, v, p, running=running, synapses=synapses, pool=pool, observer=self.observer
+            )  # fmt: skip
+            return found
+        spikes, v = self.kept(current, p, running, steps)
+        self.v = None if self.parallel else v
+        if self.observer is not None:
+            self.observer(spikes.detach())
+        return [spikes]
 
-    def mem_bn_steps(self, current: Tensor, steps: slice, leak, threshold) -> tuple[Tensor, Tensor]:
-        """Mem-BN with ReLU and the statistics of the batch."""
-        check_count(current)
-        options = {"bits": self.spike_bits, "step": self.spike_step}
-        own = [p[steps] for p in (self.alpha, self.beta, self.weight, self.bias)]
-        running = list(zip(self.running_mean[steps], self.running_var[steps], strict=True))
-        if recompute.on_kernels(current):
-            spikes, v, mean, var = mem_bn_neuron(
-                current, self.v, leak, threshold, *own, eps=self.eps, detach=self.online, **options
-            )
-            for running_t, mean_t, var_t in zip(running, mean, var, strict=True):
-                move(*running_t, mean_t, var_t, self.momentum, current)
+    def kept(self, current: Current, p: NeuronParams, running: Running | None, steps: slice):
+        """(spikes, v) of k steps; what backward needs is left to autograd."""
+        own = self.activation == "relu" and (running is None or self.batch_norm is F.batch_norm)
+        fast = not torch.is_grad_enabled() and active(current.y) and own and p.gain is None
+        if own and running is None and current.pending and on_kernels(current.y):
+            spikes, v, *stats = norm_neuron(current.y, self.v, current.leave_norm(p))
+            move(current.running, stats, current.y)
             return spikes, v
-        if torch.is_grad_enabled() or not recompute.active(current):
-            return self.loop(current, steps, leak, threshold, batch_stats=True)
-        spikes, v = empty_like_steps(current, current.dtype), self.v
-        for k, running_t in enumerate(running):
-            at_k = slice(k, k + 1)
-            m = charge(current[k], v, leak[k])
-            mean, var = statistics(m, running_t, self.momentum)
-            gain, shift = mem_folded(*(p[at_k] for p in own), mean, torch.rsqrt(var + self.eps))
-            spikes[k], v = fire(m[None], None, leak[at_k], threshold[at_k], gain=gain, shift=shift, **options)
-        return spikes, v
+        if fast and running is None and current.pending and not on_kernels(current.y):
+            p = current.leave_norm(p)
+            return neuron_forward(current.y, self.v, p, stats=current.stats())[:2]
+        x = current.value
+        if fast and not on_kernels(x):
+            return neuron_forward(x, self.v, p, running=running)[:2]
+        if own and running is not None and on_kernels(x):
+            spikes, v, *stats = norm_neuron(x, self.v, p)
+            move(running, stats, x)
+            return spikes, v
+        if own and running is None:
+            return plain_neuron(x, self.state(x), p)
+        normalize = None if running is None else partial(self.normalize, steps.start)
+        cut = [x[k] for k in range(len(x))]
+        spikes, v = neuron_steps(cut, self.state(x), p, normalize=normalize, activation=ACTIVATIONS[self.activation])
+        return torch.stack(spikes), v
 
-    def state(self, current: Tensor) -> Tensor | None:
+    def state(self, x: Tensor) -> Tensor | None:
         """v; where there is a gradient, v[0] = 0 as a tensor: the leak has one (zero) in the first step too."""
         if self.v is None and not self.parallel and torch.is_grad_enabled():
-            return torch.zeros_like(current[0], dtype=working_dtype(current))
+            return torch.zeros_like(x[0], dtype=working_dtype(x))
         return self.v
 
-    def loop(self, current: Tensor, steps: slice, leak, threshold, batch_stats: bool) -> tuple[Tensor, Tensor]:
-        """`neuron_step`, repeated: every activation, and Mem-BN with batch statistics."""
-        v, spikes = self.state(current), []
-        gain, shift = (None, None) if batch_stats else self.folded_norm()
-        act, dims = ACTIVATIONS[self.activation], current.dim() - 1
-        dtype = working_dtype(current)  # the potential is never kept in half precision
-        for k, t in enumerate(range(steps.start, steps.stop)):
-            if batch_stats:
-                normalize = self.batch_normalizer(t)
-            elif gain is not None:
-                g, h = per_channel(gain[t], dims), per_channel(shift[t], dims)
-                normalize = lambda m, g=g, h=h: g * m + h  # noqa: E731
-            else:
-                normalize = None
-            if v is not None and self.online:
-                v = v.detach()
-            leak_t = None if leak is None else per_channel(leak[k], dims)
-            theta = per_channel(threshold[k], dims)
-            s, v = neuron_step(current[k].to(dtype), None if self.parallel else v, leak_t, theta, act, normalize)
-            if self.spike_bits is not None:
-                s = quantize_spikes(s, self.spike_bits, self.spike_step)
-            spikes.append(s.to(current.dtype))
-        return torch.stack(spikes), v.detach() if self.online else v
-
-    def batch_normalizer(self, t: int):
-        """The function m -> mh of step t with the statistics of the batch; it updates the running statistics."""
-
-        def normalize(m: Tensor) -> Tensor:
-            check_count(m[None])
-            normed = F.batch_norm(
-                m, self.running_mean[t], self.running_var[t], self.weight[t], self.bias[t],
-                training=True, momentum=self.momentum, eps=self.eps,
-            )  # fmt: skip
-            return per_channel(self.alpha[t], m.dim()) * m + per_channel(self.beta[t], m.dim()) * normed
-
-        return normalize
+    def normalize(self, start: int, k: int, m: Tensor) -> Tensor:
+        """m -> mh of step start + k with the statistics of the batch; it moves the running statistics."""
+        t = start + k
+        check_count(m[None])
+        normed = self.batch_norm(
+            m, self.running_mean[t], self.running_var[t], self.weight[t], self.bias[t],
+            training=True, momentum=self.momentum, eps=self.eps,
+        )  # fmt: skip
+        return per_channel(self.alpha[t], m.dim()) * m + per_channel(self.beta[t], m.dim()) * normed
 
     def extra_repr(self) -> str:
         kind = "parallel" if self.parallel else "mem_bn" if self.mem_bn else "vanilla"
@@ -324,6 +267,13 @@ class TriangleSpike(torch.autograd.Function):
         return d_spike * (1 - x.abs()).clamp(min=0)
 
 
+def lif_step(i: Tensor, v: Tensor | None, leak, threshold) -> tuple[Tensor, Tensor]:
+    """One step of the LIF neuron as a pure function: (s, v) from the current and the potential (None = 0)."""
+    m = i if v is None else leak * v + i
+    s = TriangleSpike.apply(m - threshold)
+    return s, m - threshold * s
+
+
 class LIFNeuron(StatefulNeuron):
     """Leaky integrate-and-fire with binary spikes, soft reset and triangle surrogate gradient: the baseline.
 
@@ -338,16 +288,47 @@ class LIFNeuron(StatefulNeuron):
         self.register_buffer("leak", torch.full((T,), float(leak)), persistent=False)
         self.register_buffer("threshold", torch.full((T,), float(threshold)), persistent=False)
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, current: Tensor | Current) -> Tensor:
+        current = Current.of(current).value
         steps = self.advance(current)
         v, spikes, dtype = self.v, [], working_dtype(current)
         for k, t in enumerate(range(steps.start, steps.stop)):
             if v is not None and self.online:
                 v = v.detach()
-            i = current[k].to(dtype)
-            m = i if v is None else self.leak[t] * v + i
-            s = TriangleSpike.apply(m - self.threshold[t])
-            v = m - self.threshold[t] * s
+            s, v = lif_step(current[k].to(dtype), v, self.leak[t], self.threshold[t])
             spikes.append(s.to(current.dtype))
         self.v = v.detach() if self.online else v
-        return torch.stack(spikes)
+        spikes = torch.stack(spikes)
+        if self.observer is not None:
+            self.observer(spikes.detach())
+        return spikes
+
+
+def unchanged(neuron: nn.Module) -> bool:
+    """Is this neuron one of ours, with no forward of its own?"""
+    return type(neuron).forward is EMPFNeuron.forward and "forward" not in vars(neuron)
+
+
+def spikes_of(neuron: nn.Module, current: Tensor | Current) -> Tensor:
+    """The spikes (k, N, C, ...) of a neuron; one that somebody watches, or of another class, is given a tensor."""
+    current = Current.of(current)
+    return neuron(current if unchanged(neuron) and not hooked(neuron) else current.value)
+
+
+def spiking_layer(
+    neuron: nn.Module, current: Tensor | Current, *synapses: nn.Module, pool: nn.Module | None = None
+) -> list[Tensor]:  # fmt: skip
+    """y (k, N, C, ...) of each synapse that reads the spikes of `neuron`, pooled by `pool`.
+
+    What each module would give if it were called by itself; convolutions of this library and the neuron are one
+    operation where that saves memory, see `empf.layer`, unless somebody watches one of them with a hook.
+    """
+    current = Current.of(current)
+    known = unchanged(neuron) and all(type(s) in CONVOLUTIONS for s in synapses)
+    watched = any(hooked(m) for m in (neuron, *synapses, pool) if m is not None)
+    if known and not watched and neuron.made_again(current):
+        return neuron.outputs(current, synapses, pool)
+    spikes = spikes_of(neuron, current)
+    if pool is not None:
+        spikes = over_steps(pool, spikes)
+    return [over_steps(synapse, spikes) for synapse in synapses]

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from empf.models import StepBatchNorm
+from empf.layer import StepBatchNorm
 from empf.neuron import EMPFNeuron, StatefulNeuron
 
 LEARNING = ("random", "every", "stbp")

@@ -96,11 +96,35 @@ def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[in
     return F.conv2d(x, weight, None, stride, padding)
 
 
+def conv2d_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, stride, padding, for_x: bool, for_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x and weight of `conv2d`, each where it is asked for; where autocast ran it, in half precision."""
+    seen = x
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0):
+        seen, one = x[..., :: stride[0], :: stride[1]], (1, 1)
+    else:
+        one = stride
+    d_seen, d_weight, _ = torch.ops.aten.convolution_backward(
+        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, (1, 1), False, (0, 0), 1,
+        (for_x, for_weight, False),
+    )  # fmt: skip
+    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+    if d_seen is None or seen.shape == x.shape:
+        return d_seen, d_weight
+    d_x = d_seen.new_zeros(x.shape)
+    d_x[..., :: stride[0], :: stride[1]] = d_seen
+    return d_x, d_weight
+
+
 class FullConv2d(nn.Conv2d):
     """Convolution (N, C, H, W) -> (N, C_out, H', W') in full precision and without a bias; args as `nn.Conv2d`."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return conv2d(x, self.weight, self.stride, self.padding)

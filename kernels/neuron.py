@@ -13,12 +13,17 @@ gain, shift      (T, C)
 out              (T, N, C, ...)   dtype of I, or uint8 codes                      arXiv 2410.07547, sec. 4
 """
 
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .dispatch import LAUNCHES, OPS, use_triton
 from .neuron_kernels import _neuron_backward_kernel, _neuron_forward_kernel
 from .steps import (
+    cat_steps,
     channel_blocks,
     empty_like_steps,
     lay_out_like,
@@ -46,47 +51,86 @@ def spike_codes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
     return (s.detach() * (1 / step) + 0.5).floor().clamp(0, 2**bits - 1)
 
 
-def neuron_step(current: Tensor, v, leak, threshold, gain=None, shift=None) -> tuple[Tensor, Tensor]:
-    """One step of a spiking neuron: (s, v) from the current and v (None = 0, or a parallel neuron: nothing to leak)."""
+class NeuronParams(NamedTuple):
+    """What k steps of a neuron compute with.
+
+    weight, bias: batch norm with the statistics of each step, of the current (C,) or, with alpha and beta, of the
+    potential (k, C). gain, shift: that of the potential as it is folded for inference. detach: v of the step before is
+    a constant (online learning).
+    """
+
+    leak: Tensor | None  # (k,) or (k, C), as threshold, alpha and beta
+    threshold: Tensor
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    gain: Tensor | None = None  # (k, C)
+    shift: Tensor | None = None
+    bits: int | None = None
+    step: float = 0.25
+    parallel: bool = False
+    detach: bool = True
+    eps: float = 1e-5
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """leak, threshold, alpha, beta, weight, bias: those that learn."""
+        return self[:6]
+
+
+def neuron_step(current, v, leak, threshold, normalize=None, activation=torch.relu) -> tuple[Tensor, Tensor]:
+    """One step of a spiking neuron: (s, v) from the current and v (None = 0, or a parallel neuron: nothing to leak).
+
+    `normalize`: the function m -> mh, without it mh = m. Everything broadcasts.
+    """
     m = current if v is None else leak * v + current
-    mh = m if gain is None else gain * m + shift
-    s = (mh - threshold).relu()
+    mh = m if normalize is None else normalize(m)
+    s = activation(mh - threshold)
     return s, mh - s
 
 
-def neuron_update_ref(
-    current,
-    v,
-    leak,
-    threshold,
-    *,
-    gain=None,
-    shift=None,
-    bits=None,
-    step=0.25,
-    codes=False,
-    parallel=False,
-    detach=True,
-) -> tuple[Tensor, Tensor | None]:
-    """Definition of `neuron_update`: `neuron_step`, repeated, in fp32 (fp64 for an fp64 current)."""
-    dtype = torch.promote_types(current.dtype, torch.float32)
-    like_c = (-1,) + (1,) * (current.dim() - 3)  # (C,) against (N, C, ...)
-    state = None if v is None or parallel else v.to(dtype)
+def neuron_steps(
+    current: Tensor | Sequence[Tensor], v: Tensor | None, p: NeuronParams, *, normalize=None, activation=torch.relu,
+    codes: bool = False,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    """The definition of the neuron: `neuron_step`, repeated, in fp32 (fp64 for an fp64 current); its spikes and last v.
+
+    `current`: (k, N, C, ...), or its steps. `normalize(t, m)`: mh of step t; without it, gain and shift do that. weight
+    and bias of `p` are not used.
+    """
+    out_dtype, dims = current[0].dtype, current[0].dim()
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    like_c = (-1,) + (1,) * (dims - 2)  # (C,) against (N, C, ...)
+    state = None if v is None or p.parallel else v.to(dtype)
     spikes = []
-    for t, i in enumerate(current.to(dtype)):  # N C ...
-        at_t = [None if p is None else p[t].to(dtype) for p in (leak, threshold, gain, shift)]
-        at_t = [p.view(like_c) if p is not None and p.dim() else p for p in at_t]
-        if state is not None and detach:
+    for t, i in enumerate(current):  # N C ...
+        at_t = [None if q is None else q[t].to(dtype) for q in (p.leak, p.threshold, p.gain, p.shift)]
+        leak, threshold, gain, shift = (q.view(like_c) if q is not None and q.dim() else q for q in at_t)
+        to_mh = None if normalize is None else partial(normalize, t)
+        if gain is not None:
+            to_mh = lambda m, gain=gain, shift=shift: gain * m + shift  # noqa: E731
+        if state is not None and p.detach:
             state = state.detach()
-        s, state = neuron_step(i, None if parallel else state, *at_t)
+        s, after = neuron_step(i.to(dtype), state, leak, threshold, to_mh, activation)
+        state = None if p.parallel else after
         if codes:
-            s = spike_codes(s, bits, step).to(torch.uint8)
-        elif bits is not None:
-            s = quantize_spikes(s, bits, step)
-        spikes.append(s if codes else s.to(current.dtype))
-    if parallel:
-        return stack_steps(spikes, current), v
-    return stack_steps(spikes, current), state.detach() if detach else state
+            s = spike_codes(s, p.bits, p.step).to(torch.uint8)
+        elif p.bits is not None:
+            s = quantize_spikes(s, p.bits, p.step)
+        spikes.append(s if codes else s.to(out_dtype))
+    if p.parallel:
+        return spikes, v
+    return spikes, state.detach() if p.detach else state
+
+
+def neuron_update_ref(
+    current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False,
+    detach=True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Definition of `neuron_update`: `neuron_steps`, stacked."""
+    p = NeuronParams(leak, threshold, gain=gain, shift=shift, bits=bits, step=step, parallel=parallel, detach=detach)
+    spikes, v = neuron_steps(current, v, p, codes=codes)
+    return stack_steps(spikes, current), v
 
 
 def _flags(current, leak, threshold, bits, parallel):
@@ -223,6 +267,19 @@ def _backward(ctx, d_spikes, d_v_out):
 _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+def on_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take x: in fp64 everything is left to the definitions."""
+    return x.dtype != torch.float64 and use_triton(x)
+
+
+def number(value, name: str) -> float:
+    """A Python float of a number of any library; ValueError for something else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r}") from error
+
+
 def check_current(current: Tensor):
     """Raise ValueError unless it is floating point, (T, N, C, ...)."""
     if current.dim() < 3 or not current.is_floating_point():
@@ -301,27 +358,57 @@ def neuron_update(
     devices or options do not fit.
     """
     check_current(current)
+    step = number(step, "step")
     check_neuron(
         current.shape, current.device, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes,
         parallel=parallel,
     )  # fmt: skip
-    options = {"bits": bits, "step": step, "codes": codes, "parallel": parallel, "detach": detach}
-    if not use_triton(current) or current.dtype == torch.float64 or current.numel() == 0:
-        return neuron_update_ref(current, v, leak, threshold, gain=gain, shift=shift, **options)
+    options = {"gain": gain, "shift": shift, "bits": bits, "step": step, "parallel": parallel, "detach": detach}
+    return plain_neuron(current, v, NeuronParams(leak, threshold, **options), codes)
+
+
+def plain_neuron(
+    current: Tensor, v: Tensor | None, p: NeuronParams, codes: bool = False
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`neuron_update` of arguments that are known to fit."""
+    if not on_kernels(current) or current.numel() == 0:
+        spikes, v = neuron_steps(current, v, p, codes=codes)
+        return stack_steps(spikes, current), v
     if len(current) > MAX_STEPS:
-        pieces = -(-len(current) // MAX_STEPS)
-        parts = ([None] * pieces if p is None else p.chunk(pieces) for p in (current, leak, threshold, gain, shift))
-        spikes = []
-        for i, leak_i, threshold_i, gain_i, shift_i in zip(*parts, strict=True):
-            s, v = neuron_update(i, v, leak_i, threshold_i, gain=gain_i, shift=shift_i, **options)
-            spikes.append(s)
-        return torch.cat(spikes), v
-    leak, threshold, gain, shift = (None if p is None else p.contiguous() for p in (leak, threshold, gain, shift))
-    leak = None if parallel else leak
-    tensors = [p.detach() if p is not None and codes else p for p in (current, v, leak, threshold, gain, shift)]
-    wants_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors)
+        return _in_pieces(current, v, p, codes)
+    contiguous = [None if q is None else q.contiguous() for q in (p.leak, p.threshold, p.gain, p.shift)]
+    leak, threshold, gain, shift = contiguous
+    leak = None if p.parallel else leak
+    tensors = [q.detach() if q is not None and codes else q for q in (current, v, leak, threshold, gain, shift)]
+    wants_grad = torch.is_grad_enabled() and any(q is not None and q.requires_grad for q in tensors)
     run = _neuron_forward if wants_grad or torch.compiler.is_compiling() else _launch_forward  # the operator costs time
-    spikes, v_out = run(*tensors, bits or 0, float(step), codes, parallel, detach)
-    if parallel:
+    spikes, v_out = run(*tensors, p.bits or 0, float(p.step), codes, p.parallel, p.detach)
+    if p.parallel:
         return spikes, v
-    return spikes, v_out.detach() if detach else v_out
+    return spikes, v_out.detach() if p.detach else v_out
+
+
+def _in_pieces(current, v, p, codes):
+    """More time steps than a launch holds."""
+    pieces = -(-len(current) // MAX_STEPS)
+    tensors = (current, p.leak, p.threshold, p.gain, p.shift)
+    spikes = []
+    for i, leak, threshold, gain, shift in zip(
+        *([None] * pieces if q is None else q.chunk(pieces) for q in tensors), strict=True
+    ):
+        s, v = plain_neuron(i, v, p._replace(leak=leak, threshold=threshold, gain=gain, shift=shift), codes)
+        spikes.append(s)
+    return cat_steps(spikes, current), v
+
+
+def plain_neuron_backward(d_spikes: Tensor, current: Tensor, v: Tensor | None, p: NeuronParams) -> tuple:
+    """Gradients of the current and of `p.tensors()` by the kernel, v being a constant; no gain and shift."""
+    leak, threshold = None if p.parallel else p.leak.contiguous(), p.threshold.contiguous()
+    d_current, _, d_p = _neuron_backward(
+        d_spikes, None, current, v, leak, threshold, None, None, p.bits or 0, p.step, p.parallel, True, True
+    )
+    d_leak, d_threshold = (
+        None if q is None else (d if q.dim() == 2 else d.sum(1)).to(q.dtype)
+        for q, d in zip((leak, threshold), d_p, strict=True)
+    )
+    return d_current, d_leak, d_threshold, None, None, None, None

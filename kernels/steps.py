@@ -4,6 +4,8 @@ Each step x[t] (N, C, ...) may be contiguous or channels_last; consecutive steps
 one step as (A, C, B) numbers, A and B being what lies outside and inside the channel in memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,13 @@ def stack_steps(steps: list[Tensor], x: Tensor) -> Tensor:
     if is_channels_last(x):
         return torch.stack([s.movedim(1, -1) for s in steps]).movedim(-1, 2)
     return torch.stack(steps)
+
+
+def cat_steps(pieces: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(T, N, C, ...) from consecutive pieces of it, its steps laid out like those of x."""
+    if is_channels_last(x):
+        return torch.cat([p.movedim(2, -1) for p in pieces]).movedim(-1, 2)
+    return torch.cat(pieces)
 
 
 def tile_elements(x: Tensor, sums: int) -> int:

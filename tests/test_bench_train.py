@@ -10,7 +10,7 @@ import torch
 from bench import loops
 from bench import train as bench
 from bench.loops import Loop, Setting, Watch
-from empf import recompute
+from empf import layer
 
 TINY = Setting(width=0.0625, T=2, batch_size=4)
 
@@ -18,7 +18,7 @@ TINY = Setting(width=0.0625, T=2, batch_size=4)
 def test_measurement_of_a_small_network(monkeypatch):
     monkeypatch.setattr(bench, "peak", lambda setting, variant: 1_000_000)  # without five processes
     monkeypatch.setattr(bench, "largest_rate", lambda setting, clock: 1e9)
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(layer, "SMALL", 0)
     r = json.loads(json.dumps(bench.measure(TINY, repeats=1)))
     assert list(r["variants"]) == list(bench.VARIANTS) and {"cpu", "threads", "commit", "date"} <= set(r["machine"])
     assert max(r["gradients_apart"]["float64"].values()) < 1e-9
@@ -55,7 +55,7 @@ def test_no_layout_conversion_and_no_read_by_the_host(variant):
 
 
 def test_the_loop_of_the_authors_is_plain_and_in_the_default_layout(monkeypatch):
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(layer, "SMALL", 0)
     loop = Loop(TINY)
     plain, found = loop.of("authors-loop"), []
     assert plain is loop.of("authors-loop") and loop.of("authors-order") is loop

@@ -7,7 +7,7 @@ import torch
 from make_events import recordings
 
 import empf
-from empf import recompute, runs
+from empf import layer, runs
 from empf.data.event_frames import EventSettings
 from empf.data.events import load_events
 from empf.diagnose import __main__ as diagnose
@@ -124,7 +124,7 @@ def test_command_on_a_run_of_events(tmp_path, monkeypatch):
 
 
 def test_memory_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recompute, "SMALL", 0)  # made again even where they are as small as here
+    monkeypatch.setattr(layer, "SMALL", 0)  # made again even where they are as small as here
     out = tmp_path / "memory.json"
     size = ["--width", "0.125", "--image-size", "16", "--batch-size", "4", "--T", "2", "1"]
     flags = ["--memory", "--threads", "1", *size, "--json", str(out)]

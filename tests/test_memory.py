@@ -8,14 +8,14 @@ from own_networks import Grouped, PlainNorms, Twice
 from torch import nn
 
 import empf
-from empf import recompute
+from empf import layer
 from empf.diagnose.memory import example, network_memory, saved, saved_for_backward, theory, training_memory
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """Activations are made again even where they are as small as in these tests."""
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(layer, "SMALL", 0)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_theory_where_activations_are_small(monkeypatch):
     """Those of the later stages are kept as plain modules do."""
     config = empf.ModelConfig(width=0.125, image_size=16, T=2)
     whole = theory(config, 8, False)
-    monkeypatch.setattr(recompute, "SMALL", 8 * 8 * 16 * 16 - 1)
+    monkeypatch.setattr(layer, "SMALL", 8 * 8 * 16 * 16 - 1)
     model, x = example(config, 8, "cpu")
     assert whole < saved(model, x, False)["bytes"] == pytest.approx(theory(config, 8, False), rel=0.05)
     assert theory(replace(config, seca=1), 8, False) is None

@@ -7,10 +7,12 @@ import torch
 from own_networks import Grouped, PlainNorms, Twice
 
 import empf
-from empf import recompute
+from empf import layer
 from empf.diagnose import __main__ as diagnose
 from empf.diagnose.separability import factors, follow, measure_neuron, measure_separability
-from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, neuron_step
+from empf.kernels import neuron_cpu
+from empf.kernels.neuron import neuron_step
+from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
 
 SUMMARY = {
     "cosine", "norm_ratio", "sign_agreement", "temporal_share", "random_bias", "random_variance", "ds_dm_values",
@@ -30,7 +32,7 @@ def network(T=3, **config):
 
 
 def steps_of(result):
-    return [step for layer in result["neurons"].values() for step in layer]
+    return [step for steps in result["neurons"].values() for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -182,16 +184,16 @@ def test_separable_on_a_gpu(config):
 
 def test_what_is_measured_is_what_trains(monkeypatch):
     """Also where spikes are made again for the backward pass: a fault planted there is found."""
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(layer, "SMALL", 0)
     model, x, target = network()
     result = measure_separability(model, x, target)[0]
     assert result["verdict"]["separable"] and result["summary"]["factor_error"] <= 1e-5
-    right = recompute.fire_backward
+    right = neuron_cpu.fire_backward
 
     def depends_on_m(d_spikes, s, *more, **options):
         return right(d_spikes * (1 + s), s, *more, **options)
 
-    monkeypatch.setattr(recompute, "fire_backward", depends_on_m)
+    monkeypatch.setattr(neuron_cpu, "fire_backward", depends_on_m)
     result = measure_separability(model, x, target)[0]
     assert not result["verdict"]["separable"] and result["summary"]["ds_dm_dependence"] > 0.1
     assert result["summary"]["random_bias"] < 1e-9  # `every` goes the same way
@@ -217,7 +219,7 @@ class SurrogateNeuron(LIFNeuron):
         steps, spikes = self.advance(current), []
         for i, t in zip(current, range(steps.start, steps.stop), strict=True):
             v = torch.zeros_like(i) if self.v is None else self.v.detach() if self.online else self.v
-            s, self.v = neuron_step(i, v, self.leak[t], self.threshold[t], Triangle.apply)
+            s, self.v = neuron_step(i, v, self.leak[t], self.threshold[t], activation=Triangle.apply)
             spikes.append(s)
         return torch.stack(spikes)
 
@@ -263,8 +265,8 @@ class OwnNetwork(torch.nn.Module):
         self.head = torch.nn.Linear(12, 5)
 
     def forward(self, x):  # (T, N, 12) -> (T, N, 5)
-        for layer, neuron in zip(self.layers, self.neurons, strict=True):
-            current = 2 * layer(x)
+        for linear, neuron in zip(self.layers, self.neurons, strict=True):
+            current = 2 * linear(x)
             x = torch.cat([neuron(step[None]) for step in current]) if self.step_by_step else neuron(current)
         return self.head(x)
 

@@ -2,7 +2,7 @@
 
 saved              for the backward pass, counted. `random` and `every` hold that of one step, here of the last one,
                    after T - 1 steps that carry the potential: one count, so their rows are the same
-saved_plain        the same where nothing is made again in the backward pass (`recompute.enabled(False)`)
+saved_plain        the same where nothing is made again in the backward pass (`layer.enabled(False)`)
 theory             of `saved`, from the shapes of the configuration alone, see `theory`; None for a network of one's own
 potentials         membrane potentials, carried from step to step
 parameters, gradients, optimizer (SGD with momentum: one value per parameter)
@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from empf import recompute
+from empf import layer
 from empf.evaluate import restored
 from empf.models import Block, ModelConfig, SpikingNetwork, build
 from empf.neuron import EMPFNeuron, StatefulNeuron
@@ -143,11 +143,11 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
         through time   T times that
 
     |I|, |y|, |p|: numbers per image in the current of a neuron, the output of a convolution, the pooled spikes. k: see
-    `KEPT`; the second or third number online, the first through time and where N |I| is at most `recompute.SMALL`.
+    `KEPT`; the second or third number online, the first through time and where N |I| is at most `layer.SMALL`.
     The stem's y counts only if it is small or has several frames, else it is made again; that of a static image once.
     Its max-pooling, where images are large, keeps its input and 8-byte places; online also its output, and the first
     neuron then keeps its spikes (not with Mem-BN or n bits).
-    Online, a residual sum of more than `recompute.MAX_TERMS` currents is kept as well (ResNet-34).
+    Online, a residual sum of more than `layer.MAX_TERMS` currents is kept as well (ResNet-34).
     None for SECA and activations other than ReLU.
     """
     if config.seca or config.activation != "relu":
@@ -164,26 +164,26 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
         kind = "lif"
         if isinstance(neuron, EMPFNeuron):
             kind = "parallel" if neuron.parallel else "mem_bn" if neuron.mem_bn else "vanilla"
-        small = numbers(spikes) <= recompute.SMALL
+        small = numbers(spikes) <= layer.SMALL
         sizes.append(T * KEPT[kind][0 if through_time or small else 1 if config.T > 1 else 2] * numbers(spikes))
 
     def at_output(module, inputs, y) -> None:
         sizes.append(T * numbers(y))
 
     def at_stem(module, inputs, y) -> None:
-        made_again = model.stem.pool is None and numbers(y) > recompute.SMALL and not (events and T > 1)
+        made_again = model.stem.pool is None and numbers(y) > layer.SMALL and not (events and T > 1)
         sizes.append(0 if made_again else numbers(y) * (T if events else 1))
 
     def at_stem_pool(module, inputs, y) -> None:
-        online = not through_time and numbers(y) > recompute.SMALL and config.neuron != "lif"
+        online = not through_time and numbers(y) > layer.SMALL and config.neuron != "lif"
         own_spikes = online and config.neuron == "empf" and config.spike_bits is None
         sizes.append(numbers(inputs[0]) + (2 + online + own_spikes) * numbers(y))
 
     def at_block(block, inputs, x) -> None:
         nonlocal terms
         terms = 1 if block.shortcut is not None else terms
-        kept = terms == recompute.MAX_TERMS
-        sizes.append(numbers(x) if kept and not through_time and numbers(x) > recompute.SMALL else 0)
+        kept = terms == layer.MAX_TERMS
+        sizes.append(numbers(x) if kept and not through_time and numbers(x) > layer.SMALL else 0)
         terms = 0 if kept else terms + 1
 
     for module in model.modules():
@@ -205,7 +205,7 @@ def saved(model: nn.Module, x: Tensor, through_time: bool, plain: bool = False) 
     T = time_steps(model)
     set_online(model, not through_time)
     try:
-        with recompute.enabled(not plain):
+        with layer.enabled(not plain):
             return saved_for_backward(model, x, past=0 if through_time else T - 1, steps=T if through_time else 1)
     finally:
         set_online(model, True)

@@ -8,7 +8,7 @@
 
 There is one graph for each choice of steps, shape of the batch and divisor, recorded when it first comes up; all share
 their memory. The graph holds everything from the images to `.grad`, also the forming of the synapses and the moving of
-the running statistics. What Python decides (train or eval, frozen norms, `recompute.enabled`) is as it was when the
+the running statistics. What Python decides (train or eval, frozen norms, `layer.enabled`) is as it was when the
 graph was recorded; `clear()` forgets the graphs.
 """
 

@@ -12,8 +12,9 @@ part of the batches.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -65,13 +66,13 @@ class Health:
         if number not in self.looked_at:
             yield
             return
-        for name, m in self.neurons.items():  # not with hooks: a neuron that has one does not join the norm before it
-            m.forward = self.counted(name, m.forward)
+        for name, m in self.neurons.items():
+            m.observer = partial(self.count, name)
         try:
             yield
         finally:
             for m in self.neurons.values():
-                del m.forward  # the method of the class is left
+                m.observer = None
         for name, m in self.synapses.items():
             if m.weight.grad is not None:
                 self.add("gradient", name, m.weight.grad.norm() / m.weight.detach().norm().clamp(min=1e-30), 1)
@@ -79,14 +80,9 @@ class Health:
             if getattr(m, "parallel", False) and m.v is not None:
                 self.stateful[name] = list(m.v.shape)
 
-    def counted(self, name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def count(*args, **kwargs) -> Tensor:
-            spikes = forward(*args, **kwargs)
-            some = spikes.detach()[:, :IMAGES]
-            self.add("density", name, torch.count_nonzero(some), some.numel())
-            return spikes
-
-        return count
+    def count(self, name: str, spikes: Tensor) -> None:
+        some = spikes[:, :IMAGES]
+        self.add("density", name, torch.count_nonzero(some), some.numel())
 
     def add(self, what: str, name: str, value: Tensor, count: int) -> None:
         total = self.seen[what].setdefault(name, [0, 0])

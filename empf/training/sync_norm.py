@@ -6,16 +6,14 @@ One sum over the processes forward and one backward, each of 2 C numbers; every 
 others. `x` (N, C, ...) is one time step; half precision is normalised in fp32.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from empf import recompute
-from empf.models import StepBatchNorm
-from empf.neuron import EMPFNeuron, per_channel
+from empf.kernels.neuron_cpu import per_channel
+from empf.layer import StepBatchNorm
+from empf.neuron import EMPFNeuron
 
 
 def over_processes(values: Tensor) -> Tensor:
@@ -56,8 +54,9 @@ class SyncBatchNormFn(torch.autograd.Function):
 
 
 def sync_batch_norm(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, *, momentum: float, eps: float
-) -> Tensor:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, *, training: bool = True,
+    momentum: float, eps: float,
+) -> Tensor:  # fmt: skip
     """`F.batch_norm` in training, on the joined batch. The running statistics have to agree between the processes."""
     y, mean, var = SyncBatchNormFn.apply(x, running_mean.clone(), weight, bias, eps)
     count = x.numel() // x.shape[1] * dist.get_world_size()
@@ -67,47 +66,8 @@ def sync_batch_norm(
     return y
 
 
-class SyncStepBatchNorm(StepBatchNorm):
-    """`StepBatchNorm` with the statistics of the joined batch."""
-
-    def forward(self, x: Tensor, repeat: int = 1, rest: Tensor | None = None, again=None) -> Tensor:
-        if not self.training or self.frozen_norm:
-            return super().forward(x, repeat, rest, again)
-        momentum = 1 - (1 - self.momentum) ** repeat
-        stats = (self.running_mean, self.running_var, self.weight, self.bias)
-        y = torch.stack([sync_batch_norm(step, *stats, momentum=momentum, eps=self.eps) for step in x])
-        return y if rest is None else y + rest
-
-
-class SyncEMPFNeuron(EMPFNeuron):
-    """`EMPFNeuron` that leaves batch norms alone, and whose Mem-BN takes the statistics of the joined batch."""
-
-    def takes(self, norm: nn.Module, x: Tensor) -> bool:
-        return False
-
-    def forward(self, current: Tensor, norm: nn.Module | None = None) -> Tensor:
-        joined = self.mem_bn and self.training and not self.frozen_norm
-        with recompute.enabled(False) if joined else nullcontext():
-            return super().forward(current, norm)
-
-    def mem_bn_steps(self, current: Tensor, steps: slice, leak: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loop(current, steps, leak, threshold, batch_stats=True)
-
-    def batch_normalizer(self, t: int):
-        def normalize(m: Tensor) -> Tensor:
-            normed = sync_batch_norm(
-                m, self.running_mean[t], self.running_var[t], self.weight[t], self.bias[t],
-                momentum=self.momentum, eps=self.eps,
-            )  # fmt: skip
-            return per_channel(self.alpha[t], m.dim()) * m + per_channel(self.beta[t], m.dim()) * normed
-
-        return normalize
-
-
 def sync_norms(model: nn.Module) -> None:
     """Let the norms of a model share their statistics between processes; its state dict stays as it is."""
     for module in model.modules():
-        if isinstance(module, StepBatchNorm):
-            module.__class__ = SyncStepBatchNorm
-        elif isinstance(module, EMPFNeuron):
-            module.__class__ = SyncEMPFNeuron
+        if isinstance(module, StepBatchNorm | EMPFNeuron):
+            module.batch_norm = sync_batch_norm

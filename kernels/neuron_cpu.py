@@ -1,19 +1,43 @@
-"""Spikes in plain torch with few passes over memory: the engine of training on a CPU.
+"""The spiking neuron on a CPU: plain torch with few passes over memory. `neuron_engine.py` is the door to it.
 
 Same arithmetic as `neuron_step`, number by number and in the same order, but piece by piece: all operations on a piece
 of the batch run while it is in the cache. Only v is min(mh, threshold) itself, which mh - s is up to rounding. Nothing
-here is seen by autograd; see recompute.py.
+here is seen by autograd.
 
 x (k, N, C, ...)      v, one step (N, C, ...)      leak, threshold (k,) or (k, C)      gain, shift (k, C)
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from empf.kernels.neuron import spike_codes
-from empf.kernels.steps import empty_like_steps, is_channels_last
+from .neuron import NeuronParams, quantize_spikes, spike_codes
+from .steps import empty_like_steps, is_channels_last, lay_out_like
+
+Stats = tuple[Tensor, Tensor]  # mean and biased variance, each (k, C)
+Kept = tuple[Tensor, Tensor | None]
+
+
+class Term(NamedTuple):
+    """A part of a current (1, N, C, ...): y itself, or gain * y + shift with gain, shift (1, C)."""
+
+    y: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Running(NamedTuple):
+    """Running statistics that a step moves in place: (C,), those of all steps, or (k, C), one for each."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+    def of_step(self, k: int) -> "Running":
+        return self if self.mean.dim() == 1 else Running(self.mean[k], self.var[k], self.momentum)
+
 
 # Numbers of one step in a piece, for each thread; smaller ones would fit the cache better but cost calls.
 PIECE = 1 << 18
@@ -134,41 +158,27 @@ def stacked(steps: Sequence[Tensor]) -> Tensor:
     return steps[0].unsqueeze(0) if len(steps) == 1 else torch.stack(steps)
 
 
-def check_count(x: Tensor) -> None:
-    """Raise ValueError unless a step of x (k, N, C, ...) has the two values per channel that a variance needs."""
-    if x.shape[1:].numel() < 2 * x.shape[2]:
-        raise ValueError(
-            f"batch norm needs more than one value per channel to train, got a batch of shape {tuple(x.shape[1:])}: "
-            "use a larger batch (--batch-size), or larger images"
-        )
-
-
 @torch.no_grad()
-def statistics(x: Tensor, running: tuple[Tensor, Tensor], momentum: float) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of one step (N, C, ...); moves `running` (mean, variance) in place."""
-    return torch.ops.aten.batch_norm_update_stats(x, *running, momentum)
+def statistics(x: Tensor, running: Running) -> Stats:
+    """Mean and biased variance of each channel of one step (N, C, ...); moves `running`."""
+    return torch.ops.aten.batch_norm_update_stats(x, *running)
 
 
-def step_statistics(y: Tensor, norm, momentum: float | None = None) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / deviation), each (k, C), of a `StepBatchNorm` in training; its running statistics move."""
-    momentum = norm.momentum if momentum is None else momentum
-    found = [statistics(step, (norm.running_mean, norm.running_var), momentum) for step in y]
+def step_statistics(x: Tensor, running: Running) -> Stats:
+    """Those of each step of (k, N, C, ...), one after the other."""
+    found = [statistics(step, running.of_step(k)) for k, step in enumerate(x)]
     mean, var = (stacked(values) for values in zip(*found, strict=True))
-    return mean, torch.rsqrt(var + norm.eps)
+    return mean, var
 
 
 @torch.no_grad()
-def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor) -> None:
-    """Running statistics, as `F.batch_norm` moves them; var is biased, x (T, N, C, ...) what it was taken of."""
+def move(running: Running, stats: Stats, x: Tensor) -> None:
+    """Move running statistics as `F.batch_norm` does, by the (k, C) statistics of x (k, N, C, ...)."""
     count = x[0, :, 0].numel()
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var * (count / (count - 1)), momentum)
-
-
-def move_statistics(norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
-    """The running statistics of a `StepBatchNorm` after the steps of (T, C) mean and var, in their order."""
-    for mean_t, var_t in zip(mean, var, strict=True):
-        move(norm.running_mean, norm.running_var, mean_t, var_t, norm.momentum, x)
+    for k, (mean, var) in enumerate(zip(*stats, strict=True)):
+        of_mean, of_var, momentum = running.of_step(k)
+        of_mean.lerp_(mean, momentum)
+        of_var.lerp_(var * (count / (count - 1)), momentum)
 
 
 def folded(weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,15 +202,13 @@ def fire_backward(
     leak: Tensor | None,
     threshold: Tensor,
     top: float | None,
-    *,
-    in_place: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_mh, d_leak, d_threshold) of one step (N, C, ...) whose v is a constant; d_leak is that of a vanilla neuron.
 
-    s: the spikes before the quantiser; d_mh may be written over it (`in_place`). No gradient above `top`. leak,
-    threshold and their gradients: (1,) or (1, C).
+    s: the spikes before the quantiser, over which d_mh is written. No gradient above `top`. leak, threshold and their
+    gradients: (1,) or (1, C).
     """
-    d_mh = s if in_place else torch.empty_like(s)
+    d_mh = s
     d_threshold, d_leak = [], []
     for d_n, s_n, d_mh_n, v_n in pieces(d_spikes, s, d_mh, v):
         above = None if top is None else s_n > top
@@ -237,3 +245,112 @@ def total_product(d: Tensor, v: Tensor, p: Tensor) -> Tensor:
     if layout:
         d, v = d.movedim(1, -1), v.movedim(1, -1)
     return torch.dot(d.reshape(-1), v.reshape(-1)).unsqueeze(0)
+
+
+def total_of(terms: Sequence[Term]) -> Tensor:
+    """The sum (1, N, C, ...) of terms, not to be written to."""
+    x = None
+    for y, gain, shift in terms:
+        x = y if gain is None else normalise(y, gain, shift, rest=x, out=None if x is terms[0].y else x)
+    return x
+
+
+def quantised(raw: Tensor, p: NeuronParams, dtype: torch.dtype) -> Tensor:
+    return (raw if p.bits is None else quantize_spikes(raw, p.bits, p.step)).to(dtype)
+
+
+@torch.no_grad()
+def forward(x: Tensor, v: Tensor | None, p: NeuronParams, running: Running | None, stats: Stats | None):
+    """`neuron_forward` on a CPU."""
+    quantiser = {"bits": p.bits, "step": p.step}
+    leak, v = (None, None) if p.parallel else (p.leak, v)
+    if p.weight is None:
+        return *fire(x, v, leak, p.threshold, **quantiser), None
+    if p.alpha is None:
+        stats = step_statistics(x, running) if stats is None else stats
+        gain, shift = folded(p.weight, p.bias, stats[0], torch.rsqrt(stats[1] + p.eps))
+        return *fire(x, v, leak, p.threshold, gain=gain, shift=shift, **quantiser), stats
+    spikes, found = empty_like_steps(x, x.dtype) if len(x) > 1 else None, []
+    for k, x_k in enumerate(x):
+        at_k = slice(k, k + 1)
+        m = charge(x_k, v, p.leak[k])
+        found.append(statistics(m, running.of_step(k)) if stats is None else (stats[0][k], stats[1][k]))
+        mean, var = found[-1]
+        own = (q[at_k] for q in p.tensors()[2:])
+        gain, shift = mem_folded(*own, mean[None], torch.rsqrt(var + p.eps)[None])
+        s, v = fire(m[None], None, p.leak[at_k], p.threshold[at_k], gain=gain, shift=shift, **quantiser)
+        if spikes is None:
+            spikes = s.to(x.dtype)
+        else:
+            spikes[k] = s[0]
+    return spikes, v, tuple(stacked(values) for values in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def again(terms: Sequence[Term], v: Tensor | None, p: NeuronParams, stats: Stats | None) -> tuple[Tensor, Kept]:
+    """`neuron_again` on a CPU. Keeps the spikes before the quantiser, in fp32 at least, and for Mem-BN the current."""
+    dtype, of_terms = working_dtype(terms[0].y), terms[0].y.dtype
+    leak, v, current = (None, None, None) if p.parallel else (p.leak, v, None)
+    if p.alpha is not None:
+        current = total_of(terms)
+        m = charge(current[0], v, leak[0])[None]
+        gain, shift = mem_folded(*p.tensors()[2:], stats[0], torch.rsqrt(stats[1] + p.eps))
+        raw, _ = fire(m, None, leak, p.threshold, gain=gain, shift=shift, out=empty_like_steps(m, dtype))
+        return quantised(raw, p, of_terms), (raw, current)
+    if p.weight is not None:
+        gain, shift = folded(p.weight, p.bias, stats[0], torch.rsqrt(stats[1] + p.eps))
+        terms = [Term(terms[0].y, gain, shift)]
+    elif of_terms != dtype:  # the current had been written in its own type
+        terms = [Term(total_of(terms))]
+    (x, gain, shift), *more = terms
+    raw, _ = fire(x, v, leak, p.threshold, gain=gain, shift=shift, more=more, out=empty_like_steps(x, dtype))
+    return quantised(raw, p, of_terms), (raw, terms[0].y if p.weight is not None else None)
+
+
+@torch.no_grad()
+def backward(d_spikes: Tensor, kept: Kept, v: Tensor | None, p: NeuronParams, stats: Stats | None) -> tuple:
+    """`neuron_backward` on a CPU."""
+    s, x = kept
+    dtype = d_spikes.dtype
+    d_spikes = lay_out_like(d_spikes, s)
+    top = None if p.bits is None else (2**p.bits - 1) * p.step
+    if p.alpha is not None:
+        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, p.threshold, top)
+        return mem_backward(d_mh[None], x, v, p, stats, d_threshold)
+    leak, v = (None, None) if p.parallel else (p.leak, v)
+    d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, p.threshold, top)
+    d_x = d_x[None].to(dtype)
+    d_weight = d_bias = None
+    if p.weight is not None:
+        d_x, d_weight, d_bias = norm_backward(d_x, x, p.weight, stats[0], torch.rsqrt(stats[1] + p.eps))
+    return d_x, d_leak, d_threshold, None, None, d_weight, d_bias
+
+
+def mem_backward(
+    d_mh: Tensor, x: Tensor, v: Tensor | None, p: NeuronParams, stats: Stats, d_threshold: Tensor
+) -> tuple:
+    """The gradients before mh = alpha * m + beta * BN(m)."""
+    leak, _, alpha, beta, weight, bias = p.tensors()
+    mean, rstd = stats[0], torch.rsqrt(stats[1] + p.eps)
+    m = charge(x[0], v, leak[0])[None]
+    d_m, sum_hat, sum_1 = norm_backward(d_mh, m, weight[0], mean, rstd)
+    a, b = (lane(q[0], x[0]) for q in (alpha, beta))
+    d_m.mul_(b).addcmul_(d_mh, a)
+    d_leak = leak_gradient(d_m[0], v, leak)
+    d_alpha = sum_hat / rstd[0] + mean[0] * sum_1  # m = hat / rstd + mean
+    d_beta = weight[0] * sum_hat + bias[0] * sum_1
+    d_alpha, d_beta = ((d if q.dim() == 2 else d.sum())[None] for d, q in ((d_alpha, alpha), (d_beta, beta)))
+    return d_m.to(x.dtype), d_leak, d_threshold, d_alpha, d_beta, (beta[0] * sum_hat)[None], (beta[0] * sum_1)[None]
+
+
+def norm_backward(d: Tensor, y: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y (k, N, C, ...), weight and bias (C,), through the statistics of each step."""
+    d = lay_out_like(d, y)
+    steps = [
+        torch.ops.aten.native_batch_norm_backward(
+            d[t], y[t], weight, None, None, mean[t], rstd[t], True, 0.0, [True, True, True]
+        )  # with the inverse deviation given, eps is not used
+        for t in range(len(y))
+    ]
+    d_y, d_weight, d_bias = zip(*steps, strict=True)
+    return stacked(d_y), sum(d_weight), sum(d_bias)

@@ -1,14 +1,17 @@
 """Activations made again for the backward pass: same gradients, half the memory."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import empf
-from empf import recompute
+from empf import layer
 from empf.diagnose.memory import Storages, saved_for_backward
 from empf.kernels import dispatch
+from empf.layer import SECA
 from empf.models import Block, Builder, ModelConfig
 from empf.neuron import EMPFNeuron
 
@@ -30,7 +33,7 @@ KINDS = [
 @pytest.fixture(autouse=True)
 def small_too(monkeypatch):
     """Small activations, for the sake of short tests, are made again as well."""
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(layer, "SMALL", 0)
 
 
 def network(dtype=torch.float32, layout=torch.channels_last, **kind):
@@ -49,7 +52,7 @@ def images(model, events=False):
 def step(model, x, *, made_again, steps=1, past=2):
     """(logits, gradients, buffers) of two batches."""
     target = torch.arange(6) % 5
-    with recompute.enabled(made_again):
+    with layer.enabled(made_again):
         for _ in range(2):
             empf.reset(model)
             logits = model(x, steps=steps, past=past)
@@ -127,7 +130,7 @@ def test_other_ways_of_learning(learning, kind):
     results = []
     for made_again in (True, False):
         model = network(torch.float64, **kind)
-        with recompute.enabled(made_again):
+        with layer.enabled(made_again):
             _, logits = empf.online_backward(
                 model, images(model), torch.arange(6) % 5, F.cross_entropy, learning=learning
             )
@@ -139,21 +142,24 @@ def test_other_ways_of_learning(learning, kind):
 @pytest.mark.parametrize("kind", [*KINDS[:5], dict(arch="resnet34")], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_spikes_made_again_are_the_same_bits(kind, layout, monkeypatch):
-    monkeypatch.setattr("empf.fire.PIECE", 500)  # many pieces
+    monkeypatch.setattr("empf.kernels.neuron_cpu.PIECE", 500)  # many pieces
     model = network(torch.float32, layout, **kind)
-    seen = []
+    neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron)]
+    seen, made = [], []
+    again = layer.neuron_again
 
-    def fed(neuron, x, norm):
-        seen.append(neuron(x) if norm is None else neuron(x, norm=norm))
-        return seen[-1]
+    def noted(*args):
+        made.append(again(*args)[0].clone())
+        return again(*args)
 
-    monkeypatch.setattr("empf.models.fed", fed)
-    model(images(model), steps=1, past=2)
-    for spikes in [s for s in seen if hasattr(s, "again")]:
-        again, see = spikes.again
-        made = again.get() if see is None else see(again.get())
-        assert torch.equal(made, spikes) and made.stride() == spikes.stride() and spikes.any()
-    assert sum(hasattr(s, "again") for s in seen) == len([m for m in model.modules() if isinstance(m, EMPFNeuron)])
+    monkeypatch.setattr(layer, "neuron_again", noted)
+    model(images(model), steps=2)
+    for neuron in neurons:
+        neuron.observer = seen.append
+    model(images(model), steps=1)[0].square().sum().backward()
+    assert len(seen) == len(made) == len(neurons)
+    for spikes, once_more in zip(seen, reversed(made), strict=True):
+        assert torch.equal(once_more, spikes) and once_more.stride() == spikes.stride() and spikes.any()
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(spike_bits=4), dict(parallel=0.5)], ids=str)
@@ -162,7 +168,7 @@ def test_half_the_memory(kind):
     x = images(model)
     found = {}
     for made_again in (True, False):
-        with recompute.enabled(made_again):
+        with layer.enabled(made_again):
             found[made_again] = saved_for_backward(model, x, past=2)
     assert found[True]["bytes"] <= 0.5 * found[False]["bytes"]
     assert found[True]["potentials"] == found[False]["potentials"]
@@ -173,7 +179,7 @@ def test_memory_is_counted():
     model = network()
     model.blocks, model.head = model.blocks[:1], torch.nn.Linear(4, 5)
     size = 6 * 4 * 8 * 8 * 4  # bytes of an activation; the input of the stem's norm is one more
-    with recompute.enabled(False):
+    with layer.enabled(False):
         plain = saved_for_backward(model, images(model), past=1)
     again = saved_for_backward(model, images(model), past=1)
     assert 9 * size <= plain["bytes"] < 9.5 * size and 4 * size <= again["bytes"] < 4.5 * size
@@ -212,7 +218,7 @@ def test_hooks_see_the_current():
     for made_again in (True, False):
         model = network(torch.float64)
         model.blocks[1].conv2.neuron.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
-        with recompute.enabled(made_again):
+        with layer.enabled(made_again):
             model(images(model), steps=1)
     assert torch.allclose(*seen, rtol=1e-12, atol=1e-12)
 
@@ -223,7 +229,7 @@ def test_part_of_the_gradient():
     for made_again in (True, False):
         model = network(torch.float64)
         x = images(model).requires_grad_()
-        with recompute.enabled(made_again):
+        with layer.enabled(made_again):
             loss = model(x, steps=1)[0].square().sum()
             one = torch.autograd.grad(loss, model.blocks[3].conv1.conv.weight, retain_graph=True)
             two = torch.autograd.grad(loss, [x, model.blocks[5].conv2.neuron.threshold_logit])
@@ -237,7 +243,7 @@ def test_mixed_precision():
     for kind in ("again", "plain", "exact"):
         model = network(width=0.125, image_size=16)
         x = images(model)
-        with recompute.enabled(kind == "again"), torch.autocast("cpu", torch.bfloat16, enabled=kind != "exact"):
+        with layer.enabled(kind == "again"), torch.autocast("cpu", torch.bfloat16, enabled=kind != "exact"):
             saved[kind] = saved_for_backward(model, x)["bytes"]
             loss = F.cross_entropy(model(x, steps=1, past=1)[0], torch.arange(6) % 5)
         loss.backward()
@@ -260,7 +266,7 @@ def test_neuron_alone(kind, per_channel, shape):
             torch.nn.init.normal_(p)
         past, x = torch.randn(2, 1, *shape, dtype=torch.float64) + 0.5
         x.requires_grad_()
-        with recompute.enabled(made_again):
+        with layer.enabled(made_again):
             with torch.no_grad():
                 neuron(past)
             spikes = neuron(x)
@@ -273,11 +279,11 @@ def test_neuron_alone(kind, per_channel, shape):
 
 def test_enabled_goes_back():
     x = torch.zeros(1, 2)
-    with recompute.enabled(False):
-        with recompute.enabled(True):
-            assert recompute.active(x)
-        assert not recompute.active(x)
-    assert recompute.active(x)
+    with layer.enabled(False):
+        with layer.enabled(True):
+            assert layer.active(x)
+        assert not layer.active(x)
+    assert layer.active(x)
 
 
 @pytest.mark.kernel
@@ -291,7 +297,7 @@ def test_on_kernels(kind, kernels_on, device):
         make = Builder(ModelConfig(T=2, width=0.0625, **kind))
         blocks = torch.nn.Sequential(Block(make, 4, 8, 2), Block(make, 8, 8, 1)).to(device)
         x = torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-        with recompute.enabled(mode == "on"):
+        with layer.enabled(mode == "on"):
             with torch.no_grad():
                 blocks(x[:1].detach())
             out = blocks(x[1:])
@@ -328,6 +334,50 @@ def test_kernels_with_gradient_through_time(kernels_on, device):
 def test_small_activations_are_kept(monkeypatch):
     monkeypatch.undo()
     model = network()
-    with recompute.enabled(False):
+    with layer.enabled(False):
         kept = saved_for_backward(model, images(model))
     assert saved_for_backward(model, images(model)) == kept
+
+
+def test_formula_of_seca():
+    torch.manual_seed(0)
+    seca = SECA(5).double()
+    current = torch.randn(2, 3, 7, 4, 5, dtype=torch.float64)
+    got = seca(current)
+    kernel = seca.conv.weight.flatten().tolist()
+    for t in range(2):
+        for n in range(3):
+            mean = [current[t, n, c].sum().item() / 20 for c in range(7)]
+            for c in range(7):
+                z = sum(kernel[k] * mean[c + k - 2] for k in range(5) if 0 <= c + k - 2 < 7)
+                gate = 1 / (1 + math.exp(-z))
+                assert (got[t, n, c] - gate * current[t, n, c]).abs().max() < 1e-12
+
+
+def test_seca_has_one_weight_set_of_k_parameters_for_all_steps():
+    seca = SECA(5)
+    assert sum(p.numel() for p in seca.parameters()) == 5
+    current = torch.randn(1, 2, 4, 3, 3).expand(3, -1, -1, -1, -1)
+    out = seca(current)
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+
+def test_fewer_channels_than_the_kernel():
+    assert SECA(5)(torch.randn(2, 1, 2, 3, 3)).shape == (2, 1, 2, 3, 3)
+
+
+def test_gradients_reach_kernel_and_input():
+    seca = SECA().double()
+    current = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: seca(x), (current,))
+    rest = torch.randn_like(current, requires_grad=True)
+    torch.testing.assert_close(seca(current, rest), seca(current) + rest, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(seca, (current, rest))
+    seca(current).sum().backward()
+    assert seca.conv.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_bad_kernel(k):
+    with pytest.raises(ValueError, match=f"odd and positive, got {k}"):
+        SECA(k)

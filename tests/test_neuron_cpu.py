@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from empf.fire import RUN, fire, lane, per_channel, total, total_product
-from empf.neuron import neuron_step
+from empf.kernels.neuron import neuron_step
+from empf.kernels.neuron_cpu import RUN, fire, lane, per_channel, total, total_product
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
