@@ -246,9 +246,6 @@ class Layer:
     places: Sequence[tuple]  # stride and padding of each synapse
     observer: Callable[[Tensor], None] | None
 
-    def params(self, *tensors: Tensor | None) -> NeuronParams:
-        return NeuronParams(*tensors, **self.options)
-
 
 class SpikingLayerFn(Function):
     """One step of a neuron and of the convolutions that read its spikes: (v, y of each), or (v, spikes) without any.
@@ -258,17 +255,15 @@ class SpikingLayerFn(Function):
 
     @staticmethod
     def forward(ctx, layer: Layer, x, leak, threshold, alpha, beta, weight, bias, *synapses):
-        p = layer.params(leak, threshold, alpha, beta, weight, bias)
+        p = NeuronParams(leak, threshold, alpha, beta, weight, bias, **layer.options)
         spikes, v_out, stats = neuron_forward(x, layer.v, p, running=layer.running, stats=layer.stats)
         layer.stats = stats
         if layer.observer is not None:
             layer.observer(spikes)
-        kept = [term.y for term in layer.terms]
-        ctx.remade = [y if isinstance(y, Remade) else None for y in kept]
-        ctx.vectors = [term[1:] for term in layer.terms]
-        tensors = [None if isinstance(y, Remade) else y for y in kept]
-        ctx.save_for_backward(layer.v, *(stats or (None, None)), *p.tensors(), *tensors, *synapses)
-        ctx.params, ctx.pool, ctx.places = layer.params, layer.pool, layer.places
+        ctx.remade = [y if isinstance(y, Remade) else None for y, _, _ in layer.terms]
+        parts = [None if isinstance(part, Remade) else part for term in layer.terms for part in term]
+        ctx.save_for_backward(layer.v, *(stats or (None, None)), *p.tensors(), *parts, *synapses)
+        ctx.options, ctx.pool, ctx.places = layer.options, layer.pool, layer.places
         ctx.set_materialize_grads(False)
         if v_out is not None:
             ctx.mark_non_differentiable(v_out)
@@ -281,10 +276,11 @@ class SpikingLayerFn(Function):
     @once_differentiable
     def backward(ctx, _, *d_outputs):
         v, mean, var, *rest = ctx.saved_tensors
-        p, stats = ctx.params(*rest[:6]), None if mean is None else (mean, var)
-        kept, synapses = rest[6 : 6 + len(ctx.remade)], rest[6 + len(ctx.remade) :]
-        sources = [y if again is None else again() for y, again in zip(kept, ctx.remade, strict=True)]
-        terms = [Term(y, *vectors) for y, vectors in zip(sources, ctx.vectors, strict=True)]
+        p, stats = NeuronParams(*rest[:6], **ctx.options), None if mean is None else (mean, var)
+        count = len(ctx.remade)
+        parts, synapses = rest[6 : 6 + 3 * count], rest[6 + 3 * count :]
+        terms = [Term(*parts[3 * i : 3 * i + 3]) for i in range(count)]
+        terms = [term if y is None else term._replace(y=y()) for y, term in zip(ctx.remade, terms, strict=True)]
         spikes, kept = neuron_again(terms, v, p, stats)
         needed = ctx.needs_input_grad
         d_synapses = [None] * len(synapses)

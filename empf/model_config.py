@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TypeVar, get_args, get_type_hints
 
-from empf.neuron import ACTIVATIONS
+from empf.kernels.neuron import ACTIVATIONS
 from empf.terminal import shown
 
 ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")

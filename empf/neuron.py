@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf.kernels.neuron import NeuronParams, neuron_steps, on_kernels, plain_neuron
+from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
 from empf.kernels.neuron_engine import Running, neuron_forward
 from empf.kernels.norm_neuron import norm_neuron
@@ -28,13 +28,6 @@ from empf.layer import Current, active, check_count, fire_into, hooked, over_ste
 from empf.synapse import BinaryConv2d, FullConv2d
 
 CONVOLUTIONS = (BinaryConv2d, FullConv2d)
-ACTIVATIONS = {
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "softplus": F.softplus,
-    "gelu": F.gelu,
-}
 
 
 def logit(p: float) -> float:

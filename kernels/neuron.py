@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import LAUNCHES, OPS, use_triton
@@ -33,6 +34,14 @@ from .steps import (
     tile_elements,
     tiling,
 )
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+}
 
 MAX_STEPS = 10  # steps per launch: they are unrolled and live in registers; longer sequences are cut evenly
 

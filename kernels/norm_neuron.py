@@ -175,8 +175,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_spikes, d_v_out, *_):
     x, v, *parameters, mean, var = ctx.saved_tensors
     mem, detach = parameters[2] is not None, ctx.detach or ctx.parallel
-    p = _stack(x, None if ctx.parallel else parameters[0], *parameters[1:])
     d_spikes = empty_like_steps(x, x.dtype).zero_() if d_spikes is None else d_spikes
+    if mem and not detach:
+        return *_through_time(d_spikes, d_v_out, (x, v, *parameters), ctx), None, None, None, None, None
+    p = _stack(x, None if ctx.parallel else parameters[0], *parameters[1:])
     d_x, d_v, d_p = _norm_backward(
         d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var,
         ctx.eps, ctx.bits, ctx.step, mem, detach,
@@ -185,6 +187,19 @@ def _backward(ctx, d_spikes, d_v_out, *_):
     grads = [g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[2:8], strict=True)]
     carried = ctx.needs_input_grad[1] and not detach
     return d_x, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None
+
+
+def _through_time(d_spikes, d_v_out, tensors, ctx):
+    """Through time Mem-BN has a reduction between any two steps: the definition once more, and its gradients."""
+    with torch.enable_grad():
+        leaves = [None if q is None else q.detach().requires_grad_() for q in tensors]
+        spikes, v_out, _, _ = mem_bn_neuron_ref(
+            *leaves, eps=ctx.eps, bits=ctx.bits or None, step=ctx.step, detach=False
+        )
+        outputs, d_outputs = ([spikes], [d_spikes]) if d_v_out is None else ([spikes, v_out], [d_spikes, d_v_out])
+        found = torch.autograd.grad(outputs, [q for q in leaves if q is not None], d_outputs, allow_unused=True)
+    found = iter(found)
+    return [None if q is None else next(found) for q in leaves]
 
 
 _norm_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -225,10 +240,10 @@ def norm_neuron(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`bn_neuron`, or `mem_bn_neuron` where `p` has alpha and beta, of arguments that are known to fit.
 
-    The kernels run where they can. Through time Mem-BN has a reduction between two steps, which is left to autograd.
+    The kernels run where they can.
     """
     mem = p.alpha is not None
-    if not on_kernels(x) or x.numel() == 0 or (mem and not p.detach):
+    if not on_kernels(x) or x.numel() == 0:
         options = {"eps": p.eps, "bits": p.bits, "step": p.step, "detach": p.detach, "stats": stats}
         if mem:
             return mem_bn_neuron_ref(x, v, *p.tensors(), **options)
@@ -331,7 +346,8 @@ def mem_bn_neuron(
     arXiv 2410.07547, sec. 4.
 
     Gradients of first order for current, v, leak, threshold, alpha, beta, weight and bias, through mean and variance;
-    the kernels keep current, v and vectors for them. With detach=False it is the torch definition on every device.
+    the kernels keep current, v and vectors for them. With detach=False the backward pass is the torch definition on
+    every device.
     Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
     """
     step = number(step, "step")

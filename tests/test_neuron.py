@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import empf
-from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, spikes_of
+from empf.kernels.neuron import ACTIVATIONS
+from empf.neuron import EMPFNeuron, LIFNeuron, spikes_of
 
 CURRENT = [1.0, 0.25, 0.5, 2.0]  # of one neuron over four steps
 

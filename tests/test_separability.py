@@ -11,8 +11,8 @@ from empf import layer
 from empf.diagnose import __main__ as diagnose
 from empf.diagnose.separability import factors, follow, measure_neuron, measure_separability
 from empf.kernels import neuron_cpu
-from empf.kernels.neuron import neuron_step
-from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron
+from empf.kernels.neuron import ACTIVATIONS, neuron_step
+from empf.neuron import EMPFNeuron, LIFNeuron
 
 SUMMARY = {
     "cosine", "norm_ratio", "sign_agreement", "temporal_share", "random_bias", "random_variance", "ds_dm_values",

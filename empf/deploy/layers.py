@@ -27,13 +27,13 @@ from empf.kernels import backend
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron
 from empf.kernels.matmul import binary_matmul
-from empf.kernels.neuron import neuron_update
+from empf.kernels.neuron import ACTIVATIONS, neuron_update
 from empf.kernels.neuron_cpu import per_channel
 from empf.kernels.pack import PackedWeight, signs, weights_per_word
 from empf.kernels.pack import pack as pack_weight
 from empf.kernels.steps import empty_like_steps, stack_steps
 from empf.layer import StepBatchNorm
-from empf.neuron import ACTIVATIONS, EMPFNeuron, LIFNeuron, StatefulNeuron
+from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron
 from empf.synapse import QuantizedWeight, quantize_weight
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}

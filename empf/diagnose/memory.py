@@ -145,8 +145,8 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
     |I|, |y|, |p|: numbers per image in the current of a neuron, the output of a convolution, the pooled spikes. k: see
     `KEPT`; the second or third number online, the first through time and where N |I| is at most `layer.SMALL`.
     The stem's y counts only if it is small or has several frames, else it is made again; that of a static image once.
-    Its max-pooling, where images are large, keeps its input and 8-byte places; online also its output, and the first
-    neuron then keeps its spikes (not with Mem-BN or n bits).
+    Its max-pooling, where images are large, keeps its input and 8-byte places; online also its output. Pooled spikes
+    are kept through time and where they are small.
     Online, a residual sum of more than `layer.MAX_TERMS` currents is kept as well (ResNet-34).
     None for SECA and activations other than ReLU.
     """
@@ -170,14 +170,17 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
     def at_output(module, inputs, y) -> None:
         sizes.append(T * numbers(y))
 
+    def at_pool(module, inputs, pooled) -> None:
+        made_again = not through_time and numbers(inputs[0]) > layer.SMALL and config.neuron != "lif"
+        sizes.append(0 if made_again and module is not model.pool else T * numbers(pooled))  # the head reads the last
+
     def at_stem(module, inputs, y) -> None:
         made_again = model.stem.pool is None and numbers(y) > layer.SMALL and not (events and T > 1)
         sizes.append(0 if made_again else numbers(y) * (T if events else 1))
 
     def at_stem_pool(module, inputs, y) -> None:
         online = not through_time and numbers(y) > layer.SMALL and config.neuron != "lif"
-        own_spikes = online and config.neuron == "empf" and config.spike_bits is None
-        sizes.append(numbers(inputs[0]) + (2 + online + own_spikes) * numbers(y))
+        sizes.append(numbers(inputs[0]) + (2 + online) * numbers(y))
 
     def at_block(block, inputs, x) -> None:
         nonlocal terms
@@ -191,8 +194,10 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
             module.register_forward_hook(at_block)
         elif isinstance(module, StatefulNeuron):
             module.register_forward_hook(at_neuron)
-        elif isinstance(module, nn.Conv2d | nn.AvgPool2d):
+        elif isinstance(module, nn.Conv2d):
             module.register_forward_hook(at_stem if module is model.stem.conv else at_output)
+        elif isinstance(module, nn.AvgPool2d):
+            module.register_forward_hook(at_pool)
         elif isinstance(module, nn.MaxPool2d):
             module.register_forward_hook(at_stem_pool)
     with torch.no_grad():
