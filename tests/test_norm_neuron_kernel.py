@@ -274,7 +274,7 @@ def test_errors_of_statistics(form, kernels_on, device):
     with torch.no_grad():  # more steps than a launch holds
         spikes, v, *stats = FORMS[form][0](*x)
         again, v_again, *_ = FORMS[form][0](*x, stats=stats)
-    assert T == len(spikes) and torch.equal(again, spikes) and torch.equal(v_again, v)
+    assert len(spikes) == T and torch.equal(again, spikes) and torch.equal(v_again, v)
 
 
 @pytest.mark.parametrize("form", FORMS)
