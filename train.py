@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import empf
 from empf.data.load import load_data, make_batches
-from empf.evaluate import correct_per_step
+from empf.evaluate import scores
 from empf.terminal import shown, steady_output
 from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
@@ -88,8 +88,8 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
                 with accelerator.autocast():
                     empf.calibrate(evaluated, (images for images, _ in islice(plain_batches, CALIBRATION)))
                     average_norms(evaluated)
-                    correct = total(correct_per_step(evaluated, test_batches).to(device)).tolist()
-                session.record([100 * c / len(test_set) for c in correct])
+                    *correct, loss = total(scores(evaluated, test_batches).to(device)).tolist()
+                session.record([100 * c / len(test_set) for c in correct], loss / len(test_set))
 
 
 def updates(

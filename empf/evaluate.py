@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf.neuron import EMPFNeuron, StatefulNeuron
-from empf.online import reset
+from empf.neuron import EMPFNeuron
+from empf.online import reset, time_steps
 
 MODES = ("training", "online", "frozen_norm", "momentum")
 
@@ -62,21 +63,25 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Correct predictions after each step, (T,) int64, over batches of (x, labels), in eval mode.
+def scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sums over batches of (x, labels), in eval mode: correct predictions after each step and, last, the loss.
 
-    Any network: `model(x)` are the logits (T, N, classes).
+    (T + 1,) float64. The loss is the mean over the steps of the cross-entropy of their logits, which `random` has on
+    average. Any network: `model(x)` are the logits (T, N, classes).
     """
-    T = (
-        model.config.T
-        if hasattr(model, "config")
-        else max(m.T for m in model.modules() if isinstance(m, StatefulNeuron))
-    )
-    correct = torch.zeros(T, dtype=torch.int64)
+    T = model.config.T if hasattr(model, "config") else time_steps(model)
+    sums = torch.zeros(T + 1, dtype=torch.float64)
     with restored(model, values=False):
         model.eval()
         for x, labels in batches:
             reset(model)
-            predictions = model(x).float().cumsum(0).argmax(-1)  # T N
-            correct = correct.to(predictions.device) + (predictions == labels).sum(1)
-    return correct
+            logits = model(x).float()  # T N classes
+            right = (logits.cumsum(0).argmax(-1) == labels).sum(1)  # T
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(T), reduction="sum") / T
+            sums = sums.to(logits.device) + torch.cat([right.double(), loss.double()[None]])
+    return sums
+
+
+def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Correct predictions after each step, (T,) int64, over batches of (x, labels): see `scores`."""
+    return scores(model, batches)[:-1].long()

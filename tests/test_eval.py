@@ -12,7 +12,7 @@ from train_tools import metrics, run_train
 import empf
 from empf.data.batches import Batches
 from empf.data.load import load_data
-from empf.evaluate import correct_per_step
+from empf.evaluate import correct_per_step, scores
 from eval import check_classes, main, table
 
 
@@ -107,10 +107,10 @@ def test_a_bf16_run_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
 
     def in_bf16(*args):
         kept.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        return correct_per_step(*args)
+        return scores(*args)
 
-    monkeypatch.setattr("train.correct_per_step", in_bf16)
-    monkeypatch.setattr("eval.correct_per_step", in_bf16)
+    monkeypatch.setattr("train.scores", in_bf16)
+    monkeypatch.setattr("empf.evaluate.scores", in_bf16)
     flags = ["--width", "0.125", "--mixed-precision", "bf16", "--ema", "0.5", "--lr", "0.2"]
     run_train(*flags, "--epochs", "1", "--output-dir", tmp_path / "run")
     run_eval(tmp_path / "run", "--limit", "96", "--json", tmp_path / "result.json")

@@ -6,7 +6,7 @@ from own_networks import PlainNorms
 from torch import nn
 
 import empf
-from empf.evaluate import correct_per_step
+from empf.evaluate import correct_per_step, scores
 
 
 def network(neuron: str = "mem_bn") -> empf.SpikingNetwork:
@@ -115,6 +115,9 @@ def test_the_prediction_is_that_of_the_summed_logits():
     sums = [logits[0], logits[0] + logits[1], logits[0] + logits[1] + logits[2]]
     assert correct.tolist() == [int((step.argmax(1) == labels).sum()) for step in sums]
     assert correct_per_step(empf.resnet18(T=2, width=0.0625), []).tolist() == [0, 0]
+    losses = [nn.functional.cross_entropy(step, labels, reduction="sum") for step in logits]
+    found = scores(model.train(), [(x, labels)])
+    assert found[:-1].tolist() == correct.tolist() and found[-1] == pytest.approx(sum(losses).item() / 3, rel=1e-5)
 
 
 def test_calibration_keeps_torchs_own_norms():

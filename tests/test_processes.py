@@ -21,7 +21,7 @@ import train
 from empf import runs
 from empf.data.batches import Batches
 from empf.data.load import load_data
-from empf.evaluate import correct_per_step
+from empf.evaluate import scores
 from empf.training import processes as launch
 
 ROOT = Path(train.__file__).parent
@@ -61,9 +61,10 @@ def test_command_line(command_line):
 def test_accuracy_is_counted_over_every_test_image_once(command_line):
     """One process that loads the saved network finds the same number of correct predictions."""
     run, _ = command_line
-    accuracy = metrics(run)[0]["accuracy"]
-    correct = correct_per_step(empf.load(run), Batches(load_data("digits", limit=101)[1], 101, train=False)).tolist()
-    assert accuracy == [100 * c / 101 for c in correct]
+    record = metrics(run)[0]
+    *correct, loss = scores(empf.load(run), Batches(load_data("digits", limit=101)[1], 101, train=False)).tolist()
+    assert record["accuracy"] == [100 * c / 101 for c in correct]
+    assert record["test_loss"] == pytest.approx(loss / 101, rel=1e-5)
     assert correct[0] > 0
 
 

@@ -61,6 +61,7 @@ def test_writes_the_run_folder(learned):
         for accuracy in record["accuracy"]:
             assert accuracy * 360 / 100 == pytest.approx(round(accuracy * 360 / 100), abs=1e-9)
         assert record["images_per_s"] == pytest.approx(640 / record["seconds"])
+    assert 0 < records[2]["test_loss"] < records[0]["test_loss"]
     config = json.loads((run / "config.json").read_text())
     assert TrainConfig.from_dict(config["train"]).to_dict() == config["train"]
 

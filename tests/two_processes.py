@@ -93,8 +93,8 @@ class Spy:
     """Notes steps drawn, losses, running means and heads evaluated, files written; SIGTERM at batch `signal_at`."""
 
     def __init__(self):
-        self.backward, self.evaluate, self.write = train.empf.online_backward, train.correct_per_step, runs.write_atomic
-        train.empf.online_backward, train.correct_per_step = self.on_batch, self.on_test
+        self.backward, self.evaluate, self.write = train.empf.online_backward, train.scores, runs.write_atomic
+        train.empf.online_backward, train.scores = self.on_batch, self.on_test
         runs.write_atomic = self.on_write
         self.steps, self.losses, self.means, self.heads, self.files, self.signal_at = [], [], [], [], [], None
 

@@ -224,13 +224,13 @@ class Session:
             self.save()
         return within and self.stopping
 
-    def record(self, accuracy: list[float]) -> None:
-        """End an epoch with `accuracy` on the test set, in % after each time step: record it, save, say it."""
+    def record(self, accuracy: list[float], test_loss: float) -> None:
+        """End an epoch with `accuracy` (% after each time step) and loss on the test set: record it, save, say it."""
         epoch, (loss_sum, correct, images) = self.at["epoch"] + 1, self.sums
         rates = [learning_rate(self.config, epoch), learning_rate(self.config, epoch - 1)]
         record = {
             "epoch": epoch, "loss": loss_sum / images, "train_accuracy": 100 * correct / images, "accuracy": accuracy,
-            "lr": rates[0], "images_per_s": images / self.seconds, "seconds": self.seconds,
+            "test_loss": test_loss, "lr": rates[0], "images_per_s": images / self.seconds, "seconds": self.seconds,
         }  # fmt: skip
         if self.parts["health"] is not None:
             record["health"] = self.parts["health"].report(min(rates) / self.config.lr)
