@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 from bench.aot_cases import CASES
 
 PROCESSES = 2  # that compile at a time
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA|v_s?mfma\w*")
 
 

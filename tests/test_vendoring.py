@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.single_file import single_file
+
 KERNELS = Path(__file__).parent.parent / "kernels"
 BLOCKED = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"  # importing one of these fails
 
@@ -83,3 +85,32 @@ def test_copies_with_names_that_look_alike_run_their_own_code(tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split()
     assert first != second and first.isidentifier() and second.isidentifier()
+
+
+def test_one_file_gives_what_the_folder_gives(tmp_path):
+    """Every example, and the same bits from kernels of both, side by side in one process."""
+    pytest.importorskip("triton", reason="needs Triton")
+    vendored(tmp_path)
+    (tmp_path / "one_file.py").write_text(single_file())
+    script = BLOCKED.format(names=["empf"]) + "import torch\ntorch.set_num_threads(1)\nimport one_file\n"
+    script += "\n".join(examples()).replace("empf.kernels", "one_file")
+    script += """
+import my_package.fast as folder
+assert folder.__all__ == one_file.__all__ and folder.dispatch.OPS != one_file.dispatch.OPS
+x = torch.randn(2, 3, 8, 5, 5, requires_grad=True)
+w, half = torch.randn(9, 8, 3, 3), torch.full((2,), 0.5)
+results = []
+for k in (folder, one_file):
+    k.set_backend("on")
+    y = k.binary_conv2d(x.flatten(0, 1), k.pack(w), padding=1)
+    s, v = k.neuron_update(y.unflatten(0, (2, 3)), None, half, half, bits=4)
+    results.append((s, v, torch.autograd.grad(s.square().sum(), x)[0]))
+    assert {"binary_conv2d", "neuron_update"} <= set(k.dispatch.LAUNCHES)
+assert all(torch.equal(a, b) for a, b in zip(*results))
+"""
+    done = run(tmp_path, script, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_licence_is_in_the_folder():
+    assert (KERNELS / "LICENSE").read_text() == (KERNELS.parent / "LICENSE").read_text()
