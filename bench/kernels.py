@@ -84,13 +84,13 @@ def ceilings(replays: int) -> dict:
     return {"copy": 4e6 * x.numel() / copied, "bf16": 2e6 * 8192**3 / half, "int8": 2e6 * 8192**3 / integer}
 
 
-def run_gpu(quick: bool) -> tuple[dict, list[dict]]:
+def run_gpu(quick: bool, part: tuple[int, int] = (0, 1)) -> tuple[dict, list[dict]]:
     """Check and time every case; a contender that fails is reported with its message and left out."""
     replays = 20 if quick else 100
     limits = ceilings(replays)
     print(f"ceilings here: copy {limits['copy'] / 1e12:.2f} TB/s, bf16 {limits['bf16'] / 1e12:.0f} TFLOP/s, "
           f"int8 {limits['int8'] / 1e12:.0f} TOP/s\n")  # fmt: skip
-    chosen = cases()
+    chosen = cases()[part[0] :: part[1]]
     rows = []
     for case in chosen[::3] if quick else chosen:
         torch.manual_seed(0)
@@ -197,12 +197,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the kernels, or without a GPU say what can be known of them.")
     parser.add_argument("--quick", action="store_true", help="a third of the cases; without a GPU one target")
     parser.add_argument("--json", type=Path, help="write the result here, anywhere, instead of bench/results/")
+    parser.add_argument("--part", metavar="I/N", default="0/1", help="every N-th case from number I on, with a GPU")
     options = parser.parse_args(arguments)
+    part = tuple(int(number) for number in options.part.split("/"))
     gpu = torch.cuda.is_available() and HAVE_TRITON
     device = torch.cuda.get_device_name() if gpu else "static"
     result = origin(device) | {"quick": options.quick}
     if gpu:
-        result["ceilings"], result["rows"] = run_gpu(options.quick)
+        result["ceilings"], result["rows"] = run_gpu(options.quick, part)
         result["tuning"] = tune.enabled()
         result["timing"] = "CUDA graph over rotated random inputs, median and 10th to 90th percentile"
     else:

@@ -2,15 +2,15 @@
 
     python bench/single_file.py my_kernels.py
 
-`import my_kernels` then gives what the folder gives, its modules included (`from my_kernels.pack import pack`): the file
-holds the text of each, unchanged and readable, and a loader of twenty lines. Operators are registered under its name.
+`import my_kernels` then gives what the folder gives, its modules included (`from my_kernels.pack import pack`): the
+file holds the text of each, unchanged and readable, and a loader of twenty lines. Operators get its name.
 """
 
 import argparse
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = '''"""Kernels for 1-bit synapses and floating-point spikes: the modules of a folder in one file, see the end of it.
+HEAD = '''"""Kernels for 1-bit synapses and floating-point spikes: the modules of a folder in one file.
 
 {license}"""
 
