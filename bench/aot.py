@@ -25,7 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
-from bench.aot_cases import CASES
+from bench.aot_cases import CASES, LAUNCH
 
 PROCESSES = 2  # that compile at a time
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -92,7 +92,7 @@ def _compile(kernel, types, constexprs, options, target):
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     source = ASTSource(kernel, signature, constexprs, {i: [["tt.divisibility", 16]] for i in even})
-    chosen = {name: value for name, value in options.items() if name not in ("targets", "odd")}
+    chosen = LAUNCH | {name: value for name, value in options.items() if name not in ("targets", "odd")}
     return triton.compile(source, target=gpu, options=chosen)
 
 

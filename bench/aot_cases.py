@@ -17,6 +17,7 @@ import torch
 
 from empf.kernels import conv, conv_neuron, dense, matmul, neuron, neuron_kernels, norm_kernels
 from empf.kernels.conv_tiles import TILES, constants
+from empf.kernels.dispatch import LAUNCH
 from empf.kernels.matmul import CONFIGS
 from empf.kernels.products import AMD_STAGES, Plan
 from empf.kernels.steps import tile_elements, tiling
@@ -101,6 +102,7 @@ def _convolution(x, shape, ternary, stride, padding, plan):
         types |= {"partial_ptr": "*i32" if size == 1 else "*fp32", "arrived_ptr": "*i32"}
     types |= dict.fromkeys(("OUT", "P", "H", "W", "OH", "OW", "stride_w"), "i32")
     constexprs = constants(size, shape, ternary, stride, padding, plan)
+    constexprs = {name: value for name, value in constexprs.items() if name not in LAUNCH}
     warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
 
     def options(backend):

@@ -19,13 +19,28 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+from bench.kernel_cases import cases
+from bench.kernels import error
+from empf.kernels import (
+    binary_conv2d,
+    binary_conv2d_neuron,
+    binary_conv2d_ref,
+    binary_matmul,
+    binary_matmul_ref,
+    pack,
+    set_tuning,
+    tune,
+)
+from empf.kernels.dispatch import triton
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for bench.*, where this file is run as a script
 KERNEL_TESTS = ("matmul", "products", "conv", "conv_neuron", "pack", "neuron_kernel", "norm_neuron_kernel", "steps")
 FUZZED = ("pack", "matmul", "conv", "gradients", "neuron", "quantizer", "conv_neuron", "norm")
 PARTS = 6  # of the cases of bench/kernels.py
@@ -96,11 +111,8 @@ def device() -> str:
 
 
 def check_versions(repeats: int) -> None:
-    import numpy
-    import triton
-
     print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)
-    print("numpy", numpy.__version__, "cuda", torch.version.cuda, "hip", torch.version.hip)
+    print("numpy", version("numpy"), "cuda", torch.version.cuda, "hip", torch.version.hip)
     print(torch.cuda.get_device_properties(0) if device() == "cuda" else "no GPU")
     if shutil.which("nvidia-smi"):
         print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
@@ -108,8 +120,6 @@ def check_versions(repeats: int) -> None:
 
 def products(large: bool) -> dict:
     """Products whose sum over K is split: name -> function of nothing."""
-    from empf.kernels import binary_conv2d, binary_conv2d_neuron, binary_matmul, pack
-
     k, c, where = (16384, 512, device()) if large else (1024, 64, device())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, k, generator=generator).to(where)
@@ -146,8 +156,6 @@ def check_split(repeats: int) -> None:
 
 def check_edges(repeats: int) -> None:
     """Sizes of 1, a step that is no power of two, graph capture."""
-    from empf.kernels import binary_conv2d, binary_conv2d_ref, binary_matmul, binary_matmul_ref, pack
-
     where = device()
     for n, k in ((1, 1), (1, 33), (129, 1)):
         x, w = torch.randint(0, 16, (1, k), dtype=torch.uint8, device=where), pack(torch.randn(n, k, device=where))
@@ -173,9 +181,6 @@ def check_edges(repeats: int) -> None:
 
 def check_contenders(repeats: int) -> None:
     """What a rehearsal has in place of timing: small cases agree with their definitions."""
-    from bench.kernel_cases import cases
-    from bench.kernels import error
-
     for case in (cases(small=True)[0], cases(small=True)[-4]):
         off = error(case, next(iter(case.contenders)), case.inputs(device()))
         print(f"{case.name}: {off:.1e}")
@@ -183,9 +188,6 @@ def check_contenders(repeats: int) -> None:
 
 def check_alternatives(repeats: int) -> None:
     """Every candidate of the tuner, timed side by side; what the heuristic takes is marked."""
-    from bench.kernel_cases import cases
-    from empf.kernels import set_tuning, tune
-
     on_gpu, seen = device() == "cuda", set()
 
     def fastest(key, where, plans, run, default):

@@ -81,6 +81,6 @@ def test_a_repeat_that_differs_is_seen(device, kernels_on, monkeypatch):
         calls.append(0)
         return binary_conv2d(*args, **options) + (len(calls) > 1)
 
-    monkeypatch.setattr("empf.kernels.binary_conv2d", wavering)
+    monkeypatch.setattr(first_gpu, "binary_conv2d", wavering)
     with pytest.raises(SystemExit, match="conv: repeat 0 differs"):
         first_gpu.check_split(1)
