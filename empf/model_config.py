@@ -13,6 +13,7 @@ ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
 WEIGHTS = ("binary", "ternary", "full")
 NEURONS = ("empf", "mem_bn", "lif")
 WIDEST = 64.0
+LARGEST = {"num_classes": 10**6, "in_channels": 1024, "image_size": 4096, "T": 4096}
 Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
 NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
 
@@ -81,9 +82,10 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in ("num_classes", "in_channels", "image_size", "T"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                bound = "at least 1" if getattr(self, name) < 1 else f"at most {most:,}"
+                raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
         if not 0 <= self.parallel <= 1:
             raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
         if not 0 < self.width <= WIDEST:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import torch
 import tqdm
 from make_data import image_folder, parquet_folder
-from train_tools import leftovers, metrics, resume, run_train, trace
+from train_tools import TINY, leftovers, metrics, resume, run_train, trace, undisturbed
 
 import train
 from empf import runs
@@ -219,9 +220,10 @@ def test_a_damaged_file_of_the_data(tmp_path, write, name):
 
 
 def test_leftovers_and_stale_locks_are_in_nobodys_way(whole, tmp_path):
-    """There are no locks; half-written files of a dead process are removed, files of others stay."""
+    """Half-written files of a dead process are removed, its lock is taken over, files of others stay."""
     run = tmp_path / "run"
     run_train("--output-dir", run, "--max-steps", "2")
+    (run / "state" / "owner").write_text("process 4711 on nowhere")
     for name in ("state/.state.pt.4711.tmp", ".model.safetensors.4711.tmp", "state/state.pt.lock", ".lock"):
         (run / name).write_bytes(b"half")
     resume(run)
@@ -241,3 +243,137 @@ def test_the_clock_goes_backwards(whole, tmp_path, monkeypatch):
     assert len(saves) == 7  # the beginning and each batch
     assert all(0 < record["seconds"] < 600 and record["images_per_s"] > 0 for record in metrics(run))
     assert trace(run) == trace(whole)
+
+
+# ---- streams, folders and processes
+
+
+def command_line(*flags: str | Path, resumed: Path | None = None) -> list[str]:
+    """train.py as a process of its own: the flags of TINY, or --resume."""
+    start = ["--resume", str(resumed)] if resumed else TINY
+    return [sys.executable, str(TESTS.parent / "train.py"), *start, *map(str, flags)]
+
+
+def alone(command: list[str], **options) -> subprocess.Popen:
+    """Start it with the library of this checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment | options.pop("env", {}), **options)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+LONG = ["--epochs", "1000", "--save-minutes", "0"]
+
+
+@pytest.mark.parametrize("how", ["| head -1", ">&- 2>&-", "> /dev/full 2>&1"])
+def test_nobody_listens(whole, tmp_path, how):
+    """The reader has gone, the streams are closed, their device is full: training goes on, the log has it all."""
+    run = tmp_path / "run"
+    shell = ["bash", "-c", f'set -o pipefail; "$0" "$@" {how}', *command_line("--output-dir", run)]
+    process = alone(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0 and "Traceback" not in said and "ignored" not in said
+    assert trace(run) == trace(whole)
+    log = (run / "log.txt").read_text().splitlines()
+    assert len(log) == 5 and log[-1] == f"finished; evaluate it with: eval.py {run}"
+
+
+def test_a_closed_terminal(whole, tmp_path):
+    """SIGHUP is as SIGTERM: saved, and continued as if nothing had been."""
+    run = tmp_path / "run"
+    with alone(command_line("--output-dir", run, *SAVE_ALWAYS), stdout=subprocess.DEVNULL) as process:
+        wait_for((run / "config.json").exists)
+        process.send_signal(signal.SIGHUP)
+        process.wait(120)
+    code = process.returncode
+    assert code in (0, -signal.SIGHUP)  # before the first batch there is nothing to save
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+def test_an_ascii_terminal_and_a_folder_that_is_not(tmp_path):
+    run = tmp_path / "Bäume 猫"
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = command_line("--output-dir", run, "--epochs", "1")
+    process = alone(command, env=ascii_only, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "B\\xe4ume" in printed or "\\udc" in printed
+    assert leftovers(run) == []
+
+
+def test_a_folder_that_is_deleted_while_it_is_used(whole, tmp_path, monkeypatch):
+    """What a resume needs is written again, config.json too."""
+    run, save_state, times = tmp_path / "run", runs.save_state, []
+
+    def delete(folder, state):
+        times.append(state["at"])
+        if len(times) == 4:
+            shutil.rmtree(folder)
+        save_state(folder, state)
+
+    monkeypatch.setattr(runs, "save_state", delete)
+    run_train("--output-dir", run, *SAVE_ALWAYS, "--max-steps", "4")
+    monkeypatch.undo()
+    resume(run)
+    assert trace(run) == trace(whole)
+
+
+def test_one_folder_has_one_training(tmp_path):
+    """A second training and a resume are refused and told who is there; a dead one holds nothing."""
+    run = tmp_path / "run"
+    with alone(command_line(*LONG, "--output-dir", run), stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for((run / "metrics.jsonl").exists)
+            before = len(metrics(run))
+            for second in (lambda: resume(run), lambda: run_train("--output-dir", run)):
+                with pytest.raises(SystemExit, match=f"error: .* (by process {process.pid} on|already holds a run)"):
+                    second()
+            wait_for(lambda: len(metrics(run)) > before)
+        finally:
+            process.kill()
+    resume(run, "--max-steps", "1")
+    assert not (run / "state" / "owner").exists()
+
+
+def test_a_folder_without_an_update_is_used_again(whole, tmp_path, capsys):
+    """Whatever stopped the first start: here a batch in which batch norm has one value per channel."""
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match="use a larger batch"):
+        run_train("--batch-size", "1", "--limit", "2", "--output-dir", run)
+    assert (run / "config.json").exists()
+    run_train("--output-dir", run)
+    assert trace(run) == trace(whole)
+
+
+def test_training_in_a_thread(whole, tmp_path):
+    """Signals are for the first thread; the others train without them."""
+    run, errors = tmp_path / "run", []
+
+    def work():
+        try:
+            train.main([*TINY, "--output-dir", str(run)])
+        except BaseException as error:
+            errors.append(error)
+
+    with undisturbed():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert errors == [] and trace(run) == trace(whole)
+
+
+def test_dependencies_have_nothing_to_warn_of(tmp_path):
+    """Warnings about what this code does, in a process of its own: they are errors there."""
+    run = tmp_path / "run"
+    command = command_line("--output-dir", run, "--epochs", "1", "--ema", "0.5")
+    strict = [command[0], "-W", "error::DeprecationWarning", "-W", "error::FutureWarning", "-W", "error::UserWarning"]
+    process = alone([*strict, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert "Warning" not in said

@@ -1,16 +1,11 @@
 """Where the weights of a network come from: what its run recorded, and whether they are still those of the run."""
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from empf.runs import read_config
+from empf.files import fingerprint
+from empf.runs import read_config, read_metrics
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,9 @@ class Origin:
         run = getattr(model, "run", None)
         if run is None:
             return cls()
-        config, metrics = read_config(run), Path(run) / "metrics.jsonl"
+        config, last = read_config(run), (read_metrics(run) or [{}])[-1]
         norm = config.get("normalisation", {})
         try:
-            lines = metrics.read_text().splitlines() if metrics.is_file() else []
-            last = json.loads(lines[-1]) if lines else {}
             train = config["train"]
             recordings = ("split", "frames_by", "orientation", "resize")
             events = {name: train.get(name) for name in recordings if train.get("dataset") == "dvs-cifar10"}
@@ -86,17 +79,7 @@ class Origin:
         return origin if unchanged(model) else origin.without_results()
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A checksum of names, types and numbers."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
 def unchanged(model: nn.Module) -> bool:
-    """Whether the weights of a model are still those of its run folder."""
-    weights = Path(model.run) / "model.safetensors"
-    return weights.is_file() and fingerprint(safetensors.torch.load_file(weights)) == fingerprint(model.state_dict())
+    """Whether the weights of a model are those that its run has measured last."""
+    last = read_metrics(model.run)[-1:]
+    return bool(last) and last[0].get("weights") == fingerprint(model.state_dict())

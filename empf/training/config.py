@@ -116,13 +116,23 @@ class TrainConfig:
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
         at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1)
-        at_least |= dict(
-            seed=0, threads=0, workers=0, weight_decay=0, warmup_epochs=0, roll=0, cutout=0, mixup=0, cutmix=0,
-            save_minutes=0,
+        at_least |= dict.fromkeys(
+            (
+                "seed", "threads", "workers", "weight_decay", "warmup_epochs", "roll", "cutout", "mixup", "cutmix",
+                "save_minutes",
+            ),
+            0,
         )  # fmt: skip
-        for name, bound in at_least.items():
-            if (value := getattr(self, name)) is not None and not value >= bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        at_most = dict(epochs=10**6, batch_size=10**6, lr=1e30, weight_decay=1e30, roll=4096, cutout=4096)
+        at_most |= dict(mixup=1e3, cutmix=1e3, warmup_epochs=10**6)
+        for word, bounds in (("least", at_least), ("most", at_most)):
+            for name, bound in bounds.items():
+                value = getattr(self, name)
+                if value is not None and (value < bound if word == "least" else value > bound):
+                    raise ValueError(f"{name} must be at {word} {bound}, got {value}")
+        for name in ("data", "output_dir", "tracker"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty: leave --{name.replace('_', '-')} out")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if not (self.lr > 0 and 0 <= self.label_smoothing < 1 and 0 <= self.ema < 1):
@@ -194,7 +204,7 @@ def batch_per_process(joined: int, processes: int) -> int:
 def check_device(device: str) -> None:
     """Raise ValueError with one sentence unless torch can use the device."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # a meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
