@@ -11,6 +11,7 @@ from empf.data.events import load_events
 PLACE = {  # column, row
     "transposed": lambda x, y: (127 - y, 127 - x),
     "mirrored": lambda x, y: (127 - x, y),
+    "upright": lambda x, y: (127 - x, 127 - y),
 }
 
 HEADER = b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n#End Of ASCII Header\r\n"

@@ -73,7 +73,8 @@ def test_a_recording_without_events_is_zero_frames(tmp_path, by, header):
         (HEADER[:30], r"ends in its header: copy"),
         (HEADER + b"\xff" * 16, r"has addresses beyond 16 bits: it is damaged, or not a recording of a DVS128"),
         (HEADER + aedat2(random_rows(9), b"\x00\x01")[:-2], r"has addresses beyond 16 bits: it"),  # two bytes too late
-        (b"#!AER-DAT3.1\r\n" + bytes(64), r"is AER-DAT3\.1: it must be AER-DAT2\.0, or"),
+        (b"#!AER-DAT3.1\r\n" + bytes(64), r"ends in the middle of a packet: copy"),
+        (b"#!AER-DAT1.0\r\n" + bytes(64), r"is AER-DAT1\.0: it must be AER-DAT2\.0 or AER-DAT3\.1, or"),
         (b"#!AER-DAT4.0\r\n" + bytes(64), r"is AER-DAT4\.0: .* with a name that ends in \.aedat4"),
     ],
 )
@@ -98,7 +99,7 @@ def test_missing_file_and_wrong_settings(tmp_path):
         FrameSettings(4, by="events")
     with pytest.raises(ValueError, match="T must be at least 1, got 0"):
         FrameSettings(0)
-    with pytest.raises(ValueError, match="orientation must be one of transposed, mirrored, got 'up'"):
+    with pytest.raises(ValueError, match="orientation must be one of transposed, mirrored, upright, got 'up'"):
         read_events(tmp_path / "none.aedat", "up")
 
 

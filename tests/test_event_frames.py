@@ -111,7 +111,7 @@ def test_frames_from_arrays(tmp_path, suffix):
         np.save(file, frames)
     else:
         np.savez(file, frames)
-    assert np.array_equal(event_frames_of_file(file, 4, 3), resize_area(frames, 3))
+    assert np.array_equal(event_frames_of_file(file, 4, (3, 4)), resize_area(frames, (3, 4)))
     with pytest.raises(ValueError, match=rf"a\.{suffix} holds uint8 \[4, 2, 6, 8\]: .* \[T = 5, 2, H, W\]"):
         event_frames_of_file(file, 5)
     file.write_bytes(file.read_bytes()[:-40])

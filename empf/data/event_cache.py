@@ -1,6 +1,6 @@
 """Frames of recordings, decoded once by all cores and kept on disk.
 
-A shard is the frames of 16 files, [k, T, 2, size, size] float16, in one .npy. Its name is a hash of the settings and of
+A shard is the frames of 16 files, [k, T, 2, *size] float16, in one .npy. Its name is a hash of the settings and of
 name, size and date of the files, so other settings or changed files never meet old frames. It is written beside its
 place and renamed, so it is whole or absent; what an interrupted call has written is not decoded again.
 """
@@ -24,11 +24,12 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from empf.data.event_frames import FrameSettings, read_frames
+from empf.data.event_frames import Clip, FrameSettings, read_frames
+from empf.data.sets import both
 from empf.files import write_atomic
 
 SHARD = 16
-FORMAT = 1  # part of the hash: another number forgets all caches
+FORMAT = 2  # part of the hash: another number forgets all caches
 LARGEST = 65504.0  # of float16
 
 
@@ -37,15 +38,17 @@ def default_folder() -> Path:
 
 
 class FrameCache:
-    """The frames of `files`, which lie under `root`, in the shards of `folder`."""
+    """The frames of `files`, recordings or parts of them, which lie under `root`, in the shards of `folder`."""
 
-    def __init__(self, folder: Path, root: Path, files: list[Path], settings: FrameSettings):
+    def __init__(self, folder: Path, root: Path, files: list[Clip], settings: FrameSettings):
         self.folder, self.settings = folder, settings
         self.shards = [files[at : at + SHARD] for at in range(0, len(files), SHARD)]
         self.paths = [folder / f"{self._key(root, shard)}.npy" for shard in self.shards]
 
-    def _key(self, root: Path, shard: list[Path]) -> str:
-        stats = [(str(file.relative_to(root)), (s := file.stat()).st_size, s.st_mtime_ns) for file in shard]
+    def _key(self, root: Path, shard: list[Clip]) -> str:
+        stats = [
+            (str(c.path.relative_to(root)), (s := c.path.stat()).st_size, s.st_mtime_ns, c.start, c.stop) for c in shard
+        ]
         frames = {f.name: getattr(self.settings, f.name) for f in fields(FrameSettings)}
         return hashlib.sha256(json.dumps([FORMAT, frames, stats]).encode()).hexdigest()[:24]
 
@@ -72,8 +75,7 @@ class FrameCache:
 
     def read(self, rows: np.ndarray) -> Tensor:
         """The frames of the files `rows`, which `fill` has been asked for."""
-        size = self.settings.size
-        frames = torch.empty(len(rows), self.settings.T, 2, size, size, dtype=torch.float16)
+        frames = torch.empty(len(rows), self.settings.T, 2, *both(self.settings.size), dtype=torch.float16)
         for number in np.unique(rows // SHARD):
             shard, places = self._shard(number), np.flatnonzero(rows // SHARD == number)
             if shard is None:
@@ -87,8 +89,7 @@ class FrameCache:
             shard = np.load(self.paths[number], mmap_mode="r")
         except (OSError, ValueError, EOFError):
             return None
-        size = self.settings.size
-        wanted = (len(self.shards[number]), self.settings.T, 2, size, size)
+        wanted = (len(self.shards[number]), self.settings.T, 2, *both(self.settings.size))
         return shard if shard.shape == wanted and shard.dtype == np.float16 else None
 
     def _decode(self, numbers: list[int], workers: int | None) -> None:
@@ -122,9 +123,9 @@ class FrameCache:
             raise ValueError("; ".join(problems[:5]) + more)
 
 
-def _decode_shard(files: list[Path], path: Path, settings: FrameSettings) -> list[str]:
+def _decode_shard(files: list[Clip], path: Path, settings: FrameSettings) -> list[str]:
     """Write the frames of `files` to `path`; returns what is wrong with them, and then writes nothing."""
-    frames, problems = np.empty((len(files), settings.T, 2, settings.size, settings.size), np.float16), []
+    frames, problems = np.empty((len(files), settings.T, 2, *both(settings.size)), np.float16), []
     for row, file in zip(frames, files, strict=True):
         try:
             row[:] = np.minimum(read_frames(file, settings), LARGEST)

@@ -2,27 +2,28 @@
 
     events   E                   see `empf.data.aedat.Events`
     counts   [T, 2, H, W]        channel 0: darker, channel 1: brighter
-    frames   [T, 2, size, size]  float32, mean count per pixel of the area that a pixel of the frame covers
+    frames   [T, 2, *size]       float32, mean count per pixel of the area that a pixel of the frame covers
 
 A bin without events is a zero frame.
 """
 
 import math
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from empf.data.aedat import ORIENTATIONS, Events, read_events
+from empf.data.aedat import ORIENTATIONS, Events
+from empf.data.recordings import ARRAYS, RECORDINGS, load_arrays, read_recording
+from empf.data.sets import both
 
 BINS = ("count", "time")
 RESIZES = ("area", "8bit")
-RECORDINGS = (".aedat", ".aedat4")
-ARRAYS = (".npy", ".npz")
 
 # "9:1" has three meanings. Of the recordings of a class, in the order of their numbers:
 SPLITS = {
@@ -33,8 +34,24 @@ SPLITS = {
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A recording, or the part of it from `start` to before `stop`, in microseconds of its clock."""
+
+    path: Path
+    start: int | None = None
+    stop: int | None = None
+
+    def cut(self, events: Events) -> Events:
+        if self.start is None:
+            return events
+        inside = (events.t >= self.start) & (events.t < self.stop)
+        parts = {name: getattr(events, name)[inside] for name in ("t", "x", "y", "on")}
+        return replace(events, **parts)
+
+
+@dataclass(frozen=True)
 class FrameSettings:
-    """How a recording becomes T frames of `size` x `size` pixels.
+    """How a recording becomes T frames of `size`, a side or (height, width), into which the sensor is fitted.
 
     by: `count`: bin i has the events i*d..(i+1)*d - 1 with d = E // T, the last one also the rest;
         `time`: T bins of equal length from the first to the last event.
@@ -45,15 +62,15 @@ class FrameSettings:
     """
 
     T: int
-    size: int = 48
+    size: int | tuple[int, int] = 48
     by: str = "count"
     orientation: str = "transposed"
     resize: str = "area"
 
     def __post_init__(self) -> None:
-        for name in ("T", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("T", self.T), ("size", min(both(self.size)))):
+            if least < 1:
+                raise ValueError(f"{name} must be at least 1, got {least}")
         for name, allowed in (("by", BINS), ("orientation", tuple(ORIENTATIONS)), ("resize", RESIZES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -88,14 +105,28 @@ def count_events(events: Events, T: int, by: str = "count") -> np.ndarray:
     return np.bincount(index, minlength=T * 2 * H * W).reshape(T, 2, H, W)
 
 
-def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
-    """Mean over the area that each pixel of the result covers: [..., H, W] -> [..., size, size] float32.
+def resize_area(frames: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Mean over the area that each pixel of the result covers: [..., H, W] -> [..., *size] float32.
 
     Counts are summed exactly (sums below 2^24) and rounded once, at the end.
     """
-    rows, columns = (_overlaps(size, side) for side in frames.shape[-2:])
+    rows, columns = (_overlaps(to, side) for to, side in zip(both(size), frames.shape[-2:], strict=True))
     sums = rows @ torch.from_numpy(frames.astype(np.float32)) @ columns.T
     return (sums / (rows[0].sum() * columns[0].sum())).numpy()
+
+
+def fitted(frames: np.ndarray, size: int | tuple[int, int], resize: Callable = resize_area) -> np.ndarray:
+    """Resized into `size` with the aspect of the sensor, in the middle, and nothing around: [..., *size] float32."""
+    (height, width), (rows, columns) = both(size), frames.shape[-2:]
+    scale = min(height / rows, width / columns)
+    inner = max(round(rows * scale), 1), max(round(columns * scale), 1)
+    small = resize(frames, inner)
+    if inner == (height, width):
+        return small
+    whole = np.zeros((*frames.shape[:-2], height, width), np.float32)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    whole[..., top : top + inner[0], left : left + inner[1]] = small
+    return whole
 
 
 @lru_cache
@@ -108,49 +139,43 @@ def _overlaps(size: int, side: int) -> Tensor:
     return overlap.clamp(min=0).float()
 
 
-def resize_8bit(frames: np.ndarray, size: int) -> np.ndarray:
+def resize_8bit(frames: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """The resize that is common in the literature, with its flaws: see `FrameSettings`."""
-    from PIL import Image
-
     pictures = (frames * 255).astype(np.int64).astype(np.uint8).transpose(0, 2, 3, 1)  # T H W 2, wraps around
     small = [
-        Image.frombytes("LA", p.shape[1::-1], p.tobytes()).resize((size, size), Image.Resampling.BILINEAR)
+        Image.frombytes("LA", p.shape[1::-1], p.tobytes()).resize(both(size)[::-1], Image.Resampling.BILINEAR)
         for p in pictures
     ]
     return np.stack([np.asarray(p) for p in small]).transpose(0, 3, 1, 2) / np.float32(255)
 
 
-def read_frames(path: str | Path, settings: FrameSettings) -> np.ndarray:
-    """Frames of one file, a recording or frames [T, 2, H, W] as .npy or .npz: float32 [T, 2, size, size].
+def read_frames(clip: "str | Path | Clip", settings: FrameSettings) -> np.ndarray:
+    """Frames of a recording or a part of one, or frames [T, 2, H, W] as .npy or .npz: float32 [T, 2, *size].
 
     Raises ValueError that names the file if it is damaged or does not fit the settings.
     """
-    path = Path(path)
-    if path.suffix.lower() in ARRAYS:
-        frames = _read_array(path, settings.T)
-    elif path.suffix.lower() in RECORDINGS:
-        frames = count_events(read_events(path, settings.orientation), settings.T, settings.by)
+    clip = clip if isinstance(clip, Clip) else Clip(Path(clip))
+    path, suffix = clip.path, clip.path.suffix.lower()
+    if suffix in ARRAYS:
+        found = load_arrays(path)
+    elif suffix in RECORDINGS:
+        found = read_recording(path, settings.orientation)
     else:
         raise ValueError(f"{path} is not a recording: it must end in {', '.join(RECORDINGS + ARRAYS)}")
-    resize = resize_area if settings.resize == "area" else resize_8bit
-    return resize(frames, settings.size)
+    return frames_of(clip.cut(found) if isinstance(found, Events) else _checked(found, settings.T, path), settings)
 
 
-def _read_array(path: Path, T: int) -> np.ndarray:
-    try:
-        array = np.load(path)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            with array as archive:
-                if len(archive.files) != 1:
-                    raise ValueError(f"it holds {len(archive.files)} arrays, not one")
-                array = archive[archive.files[0]]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file {path}: check the path") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {path} ({error}): write the file again") from error
+def frames_of(found: Events | np.ndarray, settings: FrameSettings) -> np.ndarray:
+    """Frames of events, or of frames [T, 2, H, W] of another size: float32 [T, 2, *size]."""
+    frames = count_events(found, settings.T, settings.by) if isinstance(found, Events) else found
+    return fitted(frames, settings.size, resize_area if settings.resize == "area" else resize_8bit)
+
+
+def _checked(array: np.ndarray, T: int, path: Path) -> np.ndarray:
     if array.ndim != 4 or array.shape[:2] != (T, 2) or array.dtype.kind not in "uif" or not np.isfinite(array).all():
         raise ValueError(
-            f"{path} holds {array.dtype} {list(array.shape)}: it must hold finite numbers [T = {T}, 2, H, W]"
+            f"{path} holds {array.dtype} {list(array.shape)}: it must hold finite numbers [T = {T}, 2, H, W], or "
+            "events as arrays x, y, t, p"
         )
     return array
 
@@ -158,13 +183,13 @@ def _read_array(path: Path, T: int) -> np.ndarray:
 def event_frames_of_file(
     path: str | Path,
     T: int,
-    size: int = 48,
+    size: int | tuple[int, int] = 48,
     *,
     by: str = "count",
     orientation: str = "transposed",
     resize: str = "area",
 ) -> Tensor:
-    """The frames of one recording (.aedat, .aedat4, or frames as .npy, .npz): float32 [T, 2, size, size].
+    """The frames of one recording or frames, in any format: float32 [T, 2, *size].
 
     `by`, `orientation` and `resize` as in `FrameSettings`. Raises ValueError or FileNotFoundError that names the file.
     """

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from empf.data.batches import Batches
 from empf.data.event_cache import FrameCache, default_folder
-from empf.data.event_frames import ARRAYS, RECORDINGS, EventSettings
+from empf.data.event_frames import Clip, EventSettings
 from empf.data.folders import files_below, subfolder, subfolders
+from empf.data.gesture import GESTURES, gesture_files
 from empf.data.images import IMAGE_SUFFIXES
-from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec
+from empf.data.recordings import ARRAYS, RECORDINGS
+from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, both
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
 
@@ -67,7 +69,7 @@ class EventSet:
 
 @dataclass(frozen=True)
 class _Files:
-    paths: list[Path]
+    clips: list[Clip]
     labels: np.ndarray
     class_names: list[str]
 
@@ -79,14 +81,18 @@ def load_events(
     limit: int | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    spec: DataSpec = DVS_CIFAR10,
     cache: str | Path | None = None,
     workers: int | None = None,
 ) -> tuple[EventSet, EventSet]:
     """The training and the test recordings in the folder `path` as frames; decoded by all cores the first time.
 
-    `path` has a folder for each class, with recordings (.aedat, .aedat4) or frames [T, 2, H, W] (.npy, .npz) in it or
-    in folders below; they are split by the rule `settings.split` (`seed` draws the random one). Where `path` has the
-    folders train and test (or validation, valid, val) with the classes inside, these are the split.
+    `path` has a folder for each class, with recordings (see `empf/data/recordings.py`) or frames [T, 2, H, W] (.npy,
+    .npz) in it or in folders below; they are split by the rule `settings.split` (`seed` draws the random one). Where
+    `path` has the folders train and test (or validation, valid, val) with the classes inside, these are the split.
+
+    `spec`: name and flips of the set; the rest is found out. A folder of DVS128-Gesture, which has a table of labels
+    (`*_labels.csv`) beside each recording, is cut and divided as its lists (`trials_to_train.txt`) say.
 
     `limit` keeps the first recordings of each split, one of each class in turn. `workers`: processes that decode, by
     default one per core.
@@ -98,31 +104,37 @@ def load_events(
     Raises ValueError or FileNotFoundError with one sentence; damaged files are all named after the rest is decoded.
     """
     settings = settings or EventSettings()
-    split, size = settings.split, settings.size
+    split = settings.split
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 recording, got {limit}: leave it out to use all")
     path, folder = Path(path), default_folder() if cache is None else Path(cache)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: check the path given with --data")
     parts = [subfolder(path, names) for names in (TRAIN_SPLITS, TEST_SPLITS)]
-    if None not in parts:
+    if (gestures := gesture_files(path)) is not None:
+        clips, labels, is_test = gestures
+        files, rule = _Files(clips, labels, list(GESTURES)), "trials"
+    elif None not in parts:
         train, test = (_list(part) for part in parts)
         if train.class_names != test.class_names:
             raise ValueError(f"{parts[0]} and {parts[1]} have different classes: use the same folders in both")
-        files = _Files(train.paths + test.paths, np.concatenate((train.labels, test.labels)), train.class_names)
-        is_test, rule = np.arange(len(files.paths)) >= len(train.paths), "folders"
+        files = _Files(train.clips + test.clips, np.concatenate((train.labels, test.labels)), train.class_names)
+        is_test, rule = np.arange(len(files.clips)) >= len(train.clips), "folders"
     else:
         files = _list(path)
         is_test, rule = _is_test(files, split, seed), f"random, seed {seed}" if split == "random" else split
-    if len(kinds := sorted({file.suffix.lower() for file in files.paths})) > 1:
+    if len(kinds := sorted({clip.path.suffix.lower() for clip in files.clips})) > 1:
         raise ValueError(f"{path} has files of several kinds ({', '.join(kinds)}): keep one")
     rows = [np.flatnonzero(~is_test)[:limit], np.flatnonzero(is_test)[:limit]]
     if not all(map(len, rows)):
         raise ValueError(f"{path} has too few recordings for the split {rule}: a class needs at least 2")
-    frames = FrameCache(folder, path, files.paths, settings)
+    frames = FrameCache(folder, path, files.clips, settings)
     frames.fill(np.concatenate(rows), workers)
-    padding = round(DVS_CIFAR10.crop_padding * size / DVS_CIFAR10.image_size)
-    spec = replace(DVS_CIFAR10, image_size=size, num_classes=len(files.class_names), crop_padding=padding)
+    height, width = both(settings.size)
+    spec = replace(
+        spec, image_size=height if height == width else (height, width), num_classes=len(files.class_names),
+        crop_padding=round(DVS_CIFAR10.crop_padding * min(height, width) / DVS_CIFAR10.image_size),
+    )  # fmt: skip
     flip_dim = -2 if settings.orientation == "mirrored" and kinds == [".aedat"] else -1
     train, test = (
         EventSet(frames.read(r), torch.from_numpy(files.labels[r]), files.class_names, spec, rule, flip_dim)
@@ -145,14 +157,16 @@ def _list(folder: Path) -> _Files:
         numbers = [(int(n[0]) if (n := re.search(r"\d+$", Path(f).stem)) else -1, f) for f in files]
         found += [(turn, label, folder / name / file) for turn, (_, file) in enumerate(sorted(numbers))]
     if not found:
-        raise FileNotFoundError(f"no recordings in {folder}: expected <class>/*.aedat (or .aedat4, .npy, .npz)")
+        raise FileNotFoundError(
+            f"no recordings in {folder}: expected <class>/*.aedat (or {', '.join((RECORDINGS + ARRAYS)[1:])})"
+        )
     _, labels, paths = zip(*sorted(found), strict=True)
-    return _Files(list(paths), np.array(labels, np.int64), classes)
+    return _Files([Clip(path) for path in paths], np.array(labels, np.int64), classes)
 
 
 def _is_test(files: _Files, split: str, seed: int) -> np.ndarray:
     """Which files the rule `split` puts in the test set; the same share of every class."""
-    test = np.zeros(len(files.paths), bool)
+    test = np.zeros(len(files.clips), bool)
     for label in range(len(files.class_names)):
         own = np.flatnonzero(files.labels == label)  # in the order of their numbers
         train = len(own) * 9 // 10
@@ -211,9 +225,11 @@ class EventBatches(Batches):
         drawn = np.concatenate((rows[:, None], drawn), axis=1)[first:last]
         rows, flip, *shifts = torch.from_numpy(drawn.T.copy()).to(device)  # B each
         flip = flip * (a.flip and self.data.spec.flip)
-        side, axes = self.data.frames.shape[-1], []
+        axes = []
         for dim, roll, crop in zip((-2, -1), shifts[:2], shifts[2:], strict=True):
-            axes.append(_sources(side, flip if dim == self.data.flip_dim else 0 * flip, roll, crop))
+            axes.append(
+                _sources(self.data.frames.shape[dim], flip if dim == self.data.flip_dim else 0 * flip, roll, crop)
+            )
         (y, y_inside), (x, x_inside) = axes  # B side
         events = self.data.frames[rows[:, None, None], :, :, y[:, :, None], x[:, None, :]]  # B H W T 2
         events = events * (y_inside[:, :, None] & x_inside[:, None, :])[..., None, None]

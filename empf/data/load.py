@@ -78,7 +78,8 @@ def load_data(
     if spec is not None and spec.channels == 2 and folder is None:
         raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
     if spec is not None and spec.channels == 2 or spec is None and folder is not None and has_recordings(Path(folder)):
-        return load_events(folder, events, limit=limit, device=device, seed=seed)
+        recorded = spec or replace(DATASETS["dvs-cifar10"], name=name, flip=False)
+        return load_events(folder, events, limit=limit, device=device, seed=seed, spec=recorded)
     if folder is None and spec is not None and spec.hub_id is None:
         if streaming or settings.size is not None and both(settings.size) != spec.size:
             raise ValueError(f"the {name} lie in memory as they are: leave --streaming and --image-size out")

@@ -41,6 +41,9 @@ SHORT_EPOCHS = 30
 SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
 
+OWN_EVENTS = dict(orientation="upright")  # on top of the recipe of dvs-cifar10
+
+
 def setting(default, help: str, choices: tuple | None = None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -243,7 +246,7 @@ def from_flags(given: dict) -> TrainConfig:
     dataset = given.get("dataset", TrainConfig.dataset)
     kind = "dvs-cifar10" if Path(dataset).is_dir() and has_recordings(Path(dataset)) else dataset
     short = dataset in ("cifar10", "cifar100") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
-    values = {**(SHORT if short else RECIPES.get(kind, {})), **given}
+    values = {**(SHORT if short else RECIPES.get(kind, {})), **({} if kind == dataset else OWN_EVENTS), **given}
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
     if "warmup_epochs" not in given:
         values["warmup_epochs"] = min(warm_up, max(epochs, 0) / 10)

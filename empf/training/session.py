@@ -20,6 +20,7 @@ from empf import runs
 from empf.accounting import account
 from empf.data.batches import ImageBatches
 from empf.data.sets import ImageSet
+from empf.data.stream_set import StreamSet
 from empf.figures import has_matplotlib
 from empf.kernels import backend
 from empf.machine import check_memory
@@ -142,7 +143,7 @@ class Session:
         if "held out" in test_set.split:
             self.say(f"tested on {test_set.split}")
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
-        for line in without_effect(self.config, self.processes, in_memory=not train_set.spec.streamed):
+        for line in without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet)):
             self.say(line)
 
     def save(self) -> None:

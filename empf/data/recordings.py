@@ -1,0 +1,153 @@
+"""Recordings of event cameras in any format, told by the ends of their names.
+
+.aedat  .aedat4   empf/data/aedat.py
+.bin              N-MNIST, N-Caltech101: 5 bytes of an event: x, y, polarity (1 bit) and 23 bits of microseconds,
+                  big-endian; y = 240 marks 2^13 us that the clock has lost
+.dat              Prophesee: lines that begin with "%", 2 bytes (type and size of an event), then 8 bytes: uint32
+                  microseconds, uint32 of x (14 bits), y (14), polarity (4), little-endian
+.raw              Prophesee EVT2 and EVT3, read by the package `expelliarmus`
+.npy  .npz        arrays named x, y, t, p (see `NAMES`), as tonic and SpikingJelly write them, or one array with
+                  these fields; `pos` and `neg` of (row, column, time), as in ES-ImageNet
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from empf.data.aedat import Events, read_events, sensor_for, unwrapped
+
+ARRAYS = (".npy", ".npz")
+RECORDINGS = (".aedat", ".aedat4", ".bin", ".dat", ".raw")
+NAMES = {
+    "x": ("x", "xs"),
+    "y": ("y", "ys"),
+    "t": ("t", "ts", "time", "timestamp", "timestamps"),
+    "p": ("p", "pol", "polarity", "ps", "on"),
+}
+NMNIST_LOST, NMNIST_LOST_TIME = 240, 1 << 13
+
+
+def read_recording(path: Path, orientation: str = "transposed") -> Events:
+    """The events of a recording; `orientation` as in `read_events`, for the formats that do not store columns and rows.
+
+    Raises ValueError that names the file if it is damaged, FileNotFoundError if it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no recording {path}: check the path")
+    return _read(path, orientation, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a recording that is cut into many is read once
+def _read(path: Path, orientation: str, changed: int) -> Events:
+    suffix = path.suffix.lower()
+    if suffix in (".aedat", ".aedat4"):
+        return read_events(path, orientation)
+    if suffix == ".raw":
+        return _read_raw(path)
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path} is empty: copy the recording again")
+    return _read_bin(data, path) if suffix == ".bin" else _read_dat(data, path)
+
+
+def _read_bin(data: bytes, path: Path) -> Events:
+    if len(data) % 5:
+        raise ValueError(f"{path} ends in the middle of an event: copy the recording again")
+    x, y, *rest = np.frombuffer(data, np.uint8).reshape(-1, 5).T.astype(np.int64)
+    t = (rest[0] & 127) << 16 | rest[1] << 8 | rest[2]
+    lost = y == NMNIST_LOST
+    t = t + np.cumsum(lost) * NMNIST_LOST_TIME
+    x, y, t, on = x[~lost], y[~lost], t[~lost], rest[0][~lost] >> 7 == 1
+    return _events(t, x, y, on, path)
+
+
+def _read_dat(data: bytes, path: Path) -> Events:
+    start, size = 0, None
+    while data.startswith(b"%", start):
+        end = data.find(b"\n", start)
+        if end < 0:
+            raise ValueError(f"{path} ends in its header: copy the recording again")
+        start = end + 1
+    sides = [re.search(rb"% *" + side + rb" (\d+)", data[:start], re.I) for side in (b"height", b"width")]
+    if all(sides):
+        size = tuple(int(side[1]) for side in sides)
+    start += 2
+    if len(data) < start or (len(data) - start) % 8:
+        raise ValueError(f"{path} ends in the middle of an event: copy the recording again")
+    t, word = np.frombuffer(data, "<u4", offset=start).reshape(-1, 2).T
+    return _events(unwrapped(t), word & 16383, word >> 14 & 16383, word >> 28 & 1 == 1, path, size)
+
+
+def _read_raw(path: Path) -> Events:
+    try:
+        from expelliarmus import Wizard
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a raw file of Prophesee, which needs a package: pip install 'empf[events]'"
+        ) from error
+    header = path.open("rb").read(4096)
+    encoding = "evt3" if re.search(rb"evt ?3|format EVT3", header, re.I) else "evt2"
+    try:
+        events = Wizard(encoding=encoding).read(path)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot read {path} ({error}): copy the recording again") from error
+    return _events(unwrapped(events["t"]), events["x"], events["y"], events["p"] > 0, path)
+
+
+def load_arrays(path: Path) -> np.ndarray | Events:
+    """What a .npy or .npz file holds: events, or one array, which may be frames. Raises as `read_recording`."""
+    try:
+        loaded = np.load(path)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        else:
+            arrays = {"": loaded}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}: check the path") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path} ({error}): write the file again") from error
+    if len(arrays) == 1:
+        (array,) = arrays.values()
+        if array.dtype.names is None:
+            return array
+        arrays = {name: array[name] for name in array.dtype.names}
+    return of_arrays(arrays, path)
+
+
+def of_arrays(arrays: Mapping[str, np.ndarray], path: Path | str) -> Events:
+    """Events from arrays by name, in the order of their time; ValueError that says which names are known."""
+    if {"pos", "neg"} <= arrays.keys():
+        places = [np.asarray(arrays[name]).reshape(-1, 3) for name in ("neg", "pos")]
+        y, x, t = np.concatenate(places).T
+        p = np.repeat((0, 1), [len(part) for part in places])
+    else:
+        found = {key: next((name for name in names if name in arrays), None) for key, names in NAMES.items()}
+        if None in found.values():
+            raise ValueError(
+                f"{path} holds the arrays {', '.join(arrays)}: events are arrays x, y, t, p, frames are a single array"
+            )
+        x, y, t, p = (np.asarray(arrays[found[key]]).ravel() for key in "xytp")
+    if not len(x) == len(y) == len(t) == len(p):
+        raise ValueError(f"{path} holds {len(x)}, {len(y)}, {len(t)} and {len(p)} of x, y, t, p: write the file again")
+    if t.dtype.kind == "f" and (t % 1).any():  # seconds
+        t = np.rint(t * 1e6)
+    if len(t) and (min(x.min(), y.min()) < 0 or not np.isfinite(t).all()):
+        raise ValueError(f"{path} has events outside of the sensor, or without a time: write the file again")
+    t = t.astype(np.int64)
+    order = np.argsort(t, kind="stable")
+    sides = [
+        int(arrays[name]) if name in arrays and np.size(arrays[name]) == 1 else None for name in ("height", "width")
+    ]
+    return _events(t[order], x[order], y[order], p[order] > 0, path, None if None in sides else tuple(sides))
+
+
+def _events(t, x, y, on, path: Path | str, size: tuple[int, int] | None = None) -> Events:
+    height, width = size or sensor_for(x, y, path)
+    if len(x) and (x.max() >= width or y.max() >= height):
+        raise ValueError(f"{path} has events at {x.max()}, {y.max()}, beyond {width}x{height} pixels: it is damaged")
+    return Events(t.astype(np.int64), x.astype(np.uint16), y.astype(np.uint16), np.asarray(on, bool), height, width)
