@@ -18,7 +18,7 @@ def test_what_is_in_the_cache_is_not_decoded_again(tmp_path, monkeypatch):
     folder, cache = recordings(tmp_path / "dvs", classes=2, each=20), tmp_path / "cache"
     decoded = []
     read = event_cache.read_frames
-    monkeypatch.setattr(event_cache, "read_frames", lambda file, s: decoded.append(file.name) or read(file, s))
+    monkeypatch.setattr(event_cache, "read_frames", lambda file, s: decoded.append(file.path.name) or read(file, s))
 
     # two damaged files in the second of three shards: both named, the other two shards are kept
     for name in ("cifar10_class0_9.aedat", "cifar10_class1_10.aedat"):

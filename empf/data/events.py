@@ -24,7 +24,6 @@ from empf.data.event_cache import FrameCache, default_folder
 from empf.data.event_frames import Clip, EventSettings
 from empf.data.folders import files_below, subfolder, subfolders
 from empf.data.gesture import GESTURES, gesture_files
-from empf.data.images import IMAGE_SUFFIXES
 from empf.data.recordings import ARRAYS, RECORDINGS
 from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, both
 
@@ -141,11 +140,6 @@ def load_events(
         for r in rows
     )
     return train.to(device), test.to(device)
-
-
-def has_recordings(folder: Path) -> bool:
-    """Whether a folder holds recordings of events, rather than images."""
-    return bool(files_below(folder, RECORDINGS + ARRAYS)) and not files_below(folder, IMAGE_SUFFIXES)
 
 
 def _list(folder: Path) -> _Files:

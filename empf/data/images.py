@@ -14,7 +14,6 @@ from empf.data.sets import DATASETS, DataSpec, both, named
 # What Pillow raises for damaged files, depending on where the damage lies.
 BROKEN = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # naming them halves the time to decode a small image
 _GREY = {"1", "L", "LA"}
 

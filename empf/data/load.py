@@ -15,10 +15,11 @@ import torch
 from empf.data.batches import Augment, Batches
 from empf.data.classes import Classes, is_missing, plain
 from empf.data.event_frames import EventSettings
-from empf.data.events import EventAugment, EventBatches, EventSet, has_recordings, load_events
+from empf.data.events import EventAugment, EventBatches, EventSet, load_events
 from empf.data.find import Place, in_folder, on_hub
 from empf.data.images import BROKEN, mismatch, open_image, stored_pixels
 from empf.data.own import own_spec
+from empf.data.recordings import has_recordings
 from empf.data.rows import Row, Source, one_line, read_rows
 from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, both
 from empf.data.sources import Columns

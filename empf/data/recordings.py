@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from empf.data.aedat import Events, read_events, sensor_for, unwrapped
+from empf.data.folders import IMAGE_SUFFIXES, files_below
 
 ARRAYS = (".npy", ".npz")
 RECORDINGS = (".aedat", ".aedat4", ".bin", ".dat", ".raw")
@@ -151,3 +152,8 @@ def _events(t, x, y, on, path: Path | str, size: tuple[int, int] | None = None) 
     if len(x) and (x.max() >= width or y.max() >= height):
         raise ValueError(f"{path} has events at {x.max()}, {y.max()}, beyond {width}x{height} pixels: it is damaged")
     return Events(t.astype(np.int64), x.astype(np.uint16), y.astype(np.uint16), np.asarray(on, bool), height, width)
+
+
+def has_recordings(folder: Path) -> bool:
+    """Whether a folder holds recordings of events, rather than images."""
+    return bool(files_below(folder, RECORDINGS + ARRAYS)) and not files_below(folder, IMAGE_SUFFIXES)

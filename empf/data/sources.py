@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from empf.data.folders import files_below, subfolders
-from empf.data.images import IMAGE_SUFFIXES
+from empf.data.folders import IMAGE_SUFFIXES, files_below, subfolders
 from empf.data.rows import Row, one_line
 from empf.data.shards import check_image_column
 

@@ -10,7 +10,7 @@ import torch
 from empf.data.aedat import ORIENTATIONS
 from empf.data.batches import Augment
 from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
-from empf.data.events import has_recordings
+from empf.data.recordings import has_recordings
 from empf.data.sets import DATASETS, DataSpec, ImageSettings, parsed
 from empf.kernels.neuron import ACTIVATIONS
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
