@@ -15,11 +15,18 @@ if not torch.cuda.is_available():
 
 import pytest
 
+BUILT_ONCE = ("found", "command_line", "learned")  # fixtures that train for many seconds
+
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """`kernel` tests run everywhere and count as `gpu` tests where there is a GPU; `gpu` tests need one."""
+    """`kernel` tests run everywhere and count as `gpu` tests where there is a GPU; `gpu` tests need one.
+
+    With `--dist loadgroup` the tests of one fixture of `BUILT_ONCE` run in one process.
+    """
     for item in items:
+        for fixture in set(BUILT_ONCE) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(fixture))
         if torch.cuda.is_available():
             if "kernel" in item.keywords:
                 item.add_marker(pytest.mark.gpu)

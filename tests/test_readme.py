@@ -43,7 +43,7 @@ def test_flags_exist():
     flags = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume", "no-crop"}
     other = {"help", "json", "pack", "image", "stream"}  # of eval.py
     other |= {"equality", "report", "check", "seeds", "only", "repeats", "memory", "untrained"}  # of bench/, diagnose
-    other |= {"cpu", "num-processes", "config-file", "machine-rank", "main-process-ip"}  # of accelerate launch
+    other |= {"cpu", "num-processes", "config-file", "machine-rank", "main-process-ip", "dist"}  # launch, pytest
     named = {name.replace("_", "-") for name in re.findall(r"--([a-zA-Z][\w-]*)", README)}
     assert named <= flags | other
     assert len(named & flags) > 20
@@ -56,4 +56,4 @@ def test_linked_files_exist():
 
 def test_the_first_two_lines_install_and_run():
     first, second = re.findall(r"^    (pip install .*)$", README, re.M)[:2]
-    assert first.endswith("accelerate launch train.py") and second.endswith("&& pytest -n auto")
+    assert first.endswith("accelerate launch train.py") and second.endswith("&& pytest -n auto --dist loadgroup")

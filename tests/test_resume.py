@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -217,3 +218,78 @@ def test_checkpoint_of_another_architecture_is_refused(uninterrupted, tmp_path):
     (run / "config.json").write_bytes((uninterrupted["plain"] / "config.json").read_bytes())
     with pytest.raises(SystemExit, match="error: .* belongs to another architecture than the configured resnet18"):
         resume(run)
+
+
+def without(name: str):
+    return lambda state: state.pop(name)
+
+
+def put(*path, value):
+    def change(state):
+        *parents, last = path
+        for name in parents:
+            state = state[name]
+        state[last] = value
+
+    return change
+
+
+DAMAGES = {
+    **{f"without {n}": without(n) for n in ("at", "history", "processes", "rng", "model", "optimizer", "average")},
+    "at a list": put("at", value=[]),
+    "epoch a text": put("at", "epoch", value="1"),
+    "epoch beyond the history": put("at", "epoch", value=7),
+    "batch below 0": put("at", "batch", value=-1),
+    "batch beyond the epoch": put("at", "batch", value=99),
+    "sums of two": put("at", "sums", value=[0.0, 0.0]),
+    "sums not finite": put("at", "sums", value=[float("nan")] * 3),
+    "seconds a text": put("at", "seconds", value="x"),
+    "begun by none": put("at", "begun_by", value=0),
+    "history of numbers": put("history", value=[3]),
+    "no processes": put("processes", value=0),
+    "random state cut": put("rng", value=torch.zeros(3, dtype=torch.uint8)),
+    "random state a list": put("rng", value=[1]),
+    "model a tensor": put("model", value=torch.ones(1)),
+    "optimizer empty": put("optimizer", value={}),
+    "groups gone": put("optimizer", "param_groups", value=[]),
+    "a group without rate": lambda state: state["optimizer"]["param_groups"][0].pop("lr"),
+    "momentum of another shape": lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)),
+    "momentum of a parameter more": lambda state: state["optimizer"]["state"].update({999: {"m": torch.ones(1)}}),
+    "momentum a number": lambda state: state["optimizer"]["state"].update({0: 3}),
+    "average a list": put("average", value=[]),
+    "health without layers": put("health", "states", value={}),
+    "health a text": put("health", "seen", value="x"),
+    "health of other layers": put("health", "seen", "density", value={"elsewhere": [0.0, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_part_that_is_missing_or_wrong_is_one_sentence(stopped, tmp_path, name):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    state = runs.load_state(run)
+    DAMAGES[name](state)
+    runs.save_state(run, state)
+    before = (run / "state" / "state.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        resume(run)
+    message = str(stop.value)
+    assert message.startswith("error: ") and message.isprintable()
+    assert re.search(r"state.pt is damaged \(.*\): restore it from a copy or start anew$", message), message
+    assert (run / "state" / "state.pt").read_bytes() == before
+
+
+def test_a_tensor_of_another_network_is_named(stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    state = runs.load_state(run)
+    state["model"]["head.weight"] = torch.ones(1)
+    runs.save_state(run, state)
+    with pytest.raises(SystemExit, match="error: .* belongs to another architecture .*: head.weight differs"):
+        resume(run)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run with an average that was stopped within its second epoch."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    run_train("--ema", "0.9", "--output-dir", run, "--max-steps", "4")
+    return run

@@ -1,24 +1,21 @@
 """The run folder: whole files or the old ones, and one sentence for everything that can be wrong with it."""
 
-import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from train_tools import leftovers, run_train
 
 import empf
 from empf import runs
-from empf.files import write_atomic
+from empf.files import fingerprint
 from empf.machine import git_commit
 from empf.training.config import training_of
-from empf.training.curves import plot_curves
 
 
 @pytest.fixture(scope="module")
@@ -35,48 +32,6 @@ def run(finished, tmp_path) -> Path:
 
 
 # ---- writing
-
-
-def test_write_atomic_makes_folders_and_replaces(tmp_path):
-    path = tmp_path / "a" / "b" / "file"
-    for data in (b"long content", b"short"):
-        write_atomic(path, data)
-        assert path.read_bytes() == data
-    assert os.listdir(path.parent) == ["file"]
-
-
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, function, full)
-    with pytest.raises(OSError, match=r"could not write .*file \(No space left on device\): make room .* is intact"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_file_size_limit_leaves_the_old_file(tmp_path):
-    """The real thing: the kernel refuses in the middle of the write."""
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_atomic(path, bytes(200_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_file_in_the_place_of_a_folder(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"could not write .*file/run/config.json \(Not a directory\)"):
-        write_atomic(tmp_path / "file" / "run" / "config.json", b"")
 
 
 def test_new_folder_takes_the_next_free_name(tmp_path):
@@ -157,6 +112,10 @@ DAMAGES = {
     "config a list": (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
     "config without model": (lambda run: edit_config(run, lambda c: c.pop("model")), "config.json is damaged"),
     "config of text": (lambda run: edit_config(run, lambda c: c.update(model="x")), "config.json is damaged"),
+    "config nested": (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json is damaged"),
+    "classes a number": (lambda run: edit_config(run, lambda c: c.update(classes=3)), "damaged (classes or normal"),
+    "classes of numbers": (lambda run: edit_config(run, lambda c: c.update(classes=[3])), "damaged (classes or norm"),
+    "mean a text": (lambda run: edit_config(run, lambda c: c["normalisation"].update(mean="x")), "damaged (classes"),
     "config of the future": (
         lambda run: edit_config(run, lambda c: c.update(format=99)),
         "has format 99, this version",
@@ -182,6 +141,31 @@ MODEL_DAMAGES = {
         lambda run: edit_config(run, lambda c: c["model"].update(seca=1)),
         "belongs to another architecture than the configured resnet18: blocks.0.conv1.seca.conv.weight is missing",
     ),
+    "huge width": (
+        lambda run: edit_config(run, lambda c: c["model"].update(width=64.0)),
+        "belongs to another architecture than the configured resnet18: blocks.0.conv1.bn.bias differs",
+    ),
+    "huge T": (lambda run: edit_config(run, lambda c: c["model"].update(T=10**9)), "T must be at most 4,096"),
+    "many classes": (
+        lambda run: edit_config(run, lambda c: c["model"].update(num_classes=10**6)),
+        "belongs to another architecture than the configured resnet18: head.bias differs",
+    ),
+    "too many classes": (
+        lambda run: edit_config(run, lambda c: c["model"].update(num_classes=10**19)),
+        "num_classes must be at most 1,000,000",
+    ),
+    "huge images": (
+        lambda run: edit_config(run, lambda c: c["model"].update(image_size=10**9)),
+        "image_size must be at most 4,096",
+    ),
+    "hostile name": (
+        lambda run: edit_config(run, lambda c: c["model"].update({"\x1b]0;x\x07" + 9999 * "y": 1})),
+        "run/config.json: unknown model setting ?]0;x?yyy",
+    ),
+    "hostile tensor": (
+        lambda run: safetensors.torch.save_file({"\x1b]0;x\x07\n" * 999: torch.ones(1)}, run / "model.safetensors"),
+        "is not part of the model",
+    ),
     "unknown setting": (
         lambda run: edit_config(run, lambda c: c["model"].update(depth=3)),
         "run/config.json: unknown model setting depth: ",
@@ -195,7 +179,34 @@ def test_a_damaged_model_is_one_sentence(run, name):
     damage(run)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         empf.load(run)
-    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert sentence in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 900
+
+
+def test_nothing_is_built_before_the_sizes_are_known(run, monkeypatch):
+    edit_config(run, lambda c: c["model"].update(width=64.0))
+    real, built = runs.build, []
+
+    def noted(config):
+        model = real(config)
+        built.append({p.device.type for p in model.parameters()})
+        return model
+
+    monkeypatch.setattr(runs, "build", noted)
+    with pytest.raises(ValueError, match="differs"):
+        empf.load(run)
+    assert built == [{"meta"}]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "3", '{"epoch": "x"}', '{"epoch": 1, "health": {"warnings": 3}}', "{"])
+def test_damaged_metrics_are_one_sentence(run, line):
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": [1.0]}\n' + line)
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is damaged: restore it from a copy of the run"):
+        runs.read_metrics(run)
+
+
+def test_the_last_line_names_the_weights(run):
+    (record,) = runs.read_metrics(run)
+    assert record["weights"] == fingerprint(empf.load(run).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -246,31 +257,25 @@ def test_a_damaged_checkpoint_is_one_sentence(run, name):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_curves_are_a_picture(run):
-    from PIL import Image
-
-    pytest.importorskip("matplotlib")
-    history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2)]
-    plot_curves(run, history, "title")
-    with Image.open(run / "curves.png") as image:
-        image.load()
-        assert image.format == "PNG" and image.width >= 800
-        assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 50
+# ---- the lock
 
 
-def test_the_curves_show_the_health(run):
-    """A second row of panels, with the warnings in red; runs without health and epochs without it are fine."""
-    from PIL import Image
+def test_a_folder_is_held_by_one_and_a_dead_one_holds_nothing(tmp_path):
+    with runs.held(tmp_path):
+        assert (tmp_path / "state" / "owner").read_text().startswith(f"process {os.getpid()} on ")
+        held_again = runs.held(tmp_path)
+        with pytest.raises(ValueError, match=f"is being trained by process {os.getpid()} on .*: wait for its end"):
+            held_again.__enter__()
+    (tmp_path / "state" / "owner").write_text("process 4711 on nowhere")
+    with runs.held(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / "state" / "owner").read_text()
+    assert not (tmp_path / "state" / "owner").exists()
 
-    pytest.importorskip("matplotlib")
-    history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2, 3)]
-    shapes = {}
-    for warnings in ([], ["layer: it is silent: lower --lr"]):
-        for record in history[1:]:
-            record["health"] = {"density": {"a": 0.3, "b": 0.1}, "flips": {"c": 0.01}, "warnings": warnings}
-        plot_curves(run, history, "title")
-        with Image.open(run / "curves.png") as image:
-            pixels = np.asarray(image.convert("RGB"))[image.height // 2 :].reshape(-1, 3)
-            shapes[len(warnings)] = image.size, ((pixels[:, 0] > 180) & (pixels[:, 1:] < 90).all(1)).sum()
-    assert shapes[0][0] == shapes[1][0] and shapes[0][0][1] > 900
-    assert shapes[0][1] == 0 and shapes[1][1] > 100
+
+def test_begun_is_what_has_made_an_update(run, tmp_path):
+    assert runs.begun(run) and not runs.begun(tmp_path / "none")
+    state = runs.load_state(run)
+    runs.save_state(run, state | {"at": {**state["at"], "epoch": 0}, "history": []})
+    assert not runs.begun(run)
+    (run / "state" / "state.pt").write_bytes(b"")
+    assert runs.begun(run)

@@ -328,7 +328,7 @@ def divergence(batches: ImageBatches, number: int, losses: list[float], run: Pat
 def restore(parts: dict[str, Any], state: dict, run: Path) -> None:
     """Give the parts their states of a checkpoint. Raises ValueError where they are not those of such parts."""
     for name, part in parts.items():
-        found = state[name]
+        found = state.get(name)
         if part is None:
             continue
         try:

@@ -1,0 +1,43 @@
+"""curves.png of a run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from empf.training.curves import plot_curves
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path
+
+
+def test_the_curves_are_a_picture(run):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2)]
+    plot_curves(run, history, "title")
+    with Image.open(run / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width >= 800
+        assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 50
+
+
+def test_the_curves_show_the_health(run):
+    """A second row of panels, with the warnings in red; runs without health and epochs without it are fine."""
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2, 3)]
+    shapes = {}
+    for warnings in ([], ["layer: it is silent: lower --lr"]):
+        for record in history[1:]:
+            record["health"] = {"density": {"a": 0.3, "b": 0.1}, "flips": {"c": 0.01}, "warnings": warnings}
+        plot_curves(run, history, "title")
+        with Image.open(run / "curves.png") as image:
+            pixels = np.asarray(image.convert("RGB"))[image.height // 2 :].reshape(-1, 3)
+            shapes[len(warnings)] = image.size, ((pixels[:, 0] > 180) & (pixels[:, 1:] < 90).all(1)).sum()
+    assert shapes[0][0] == shapes[1][0] and shapes[0][0][1] > 900
+    assert shapes[0][1] == 0 and shapes[1][1] > 100
