@@ -2,6 +2,7 @@
 
     python bench/aot.py matmul conv                   a line per kernel module, case and target
     python bench/aot.py matmul --targets sm_90 --json
+    python bench/aot.py matmul conv --once            each case for one of the targets, in turn
 
     compile_cases("matmul")                                      the same from Python: a list of `Facts`
     compile_cases("matmul", targets=("sm_90",), only=("bf16",))  cases whose name contains one of these
@@ -49,17 +50,19 @@ class Facts:
     loop: dict[str, int]  # instructions of the loop by name: {"HGMMA": 4, "LOP3": 32, ...}
 
 
-def compile_cases(*modules: str, targets: tuple[str, ...] = TARGETS, only: tuple[str, ...] = ()) -> list[Facts]:
+def compile_cases(
+    *modules: str, targets: tuple[str, ...] = TARGETS, only: tuple[str, ...] = (), once: bool = False
+) -> list[Facts]:
     """Compile the cases of `empf.kernels.<module>` in `PROCESSES` fresh processes and return the facts, in order.
 
-    `only` keeps the cases whose name contains one of these. Raises RuntimeError, with the compiler's message, where one
-    fails.
+    `only` keeps the cases whose name contains one of these; `once` compiles each for one of its targets, in turn.
+    Raises RuntimeError, with the compiler's message, where one fails.
     """
     for what, asked, known in (("modules", modules, CASES), ("targets", targets, TARGETS)):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = ["--json", "--targets", *targets, *(["--only", *only] if only else [])]
+    options = ["--json", "--targets", *targets, *(["--only", *only] if only else []), *["--once"] * once]
 
     def compiled(part):
         command = [sys.executable, __file__, *modules, *options, "--part", str(part)]
@@ -167,15 +170,19 @@ def _facts(found, **rest) -> dict:
     return counts | {"loop_instructions": sum(found["loop"].values()), "loop": dict(found["loop"])} | rest
 
 
-def _run(modules, targets, only, part) -> list[Facts]:
+def _options(options, target) -> dict:
+    return options("cuda" if target.startswith("sm_") else "hip") if callable(options) else options
+
+
+def _run(modules, targets, only, once, part) -> list[Facts]:
     """Facts of all cases, or of every PROCESSES-th from number `part` on."""
     listed = []
     for module in modules:
-        for name, kernel, types, constexprs, options in CASES[module]():
-            for target in targets:
-                chosen = options("cuda" if target.startswith("sm_") else "hip") if callable(options) else options
-                if any(text in name for text in only or [""]) and target in chosen.get("targets", TARGETS):
-                    listed.append((module, name, target, (kernel, types, constexprs, chosen)))
+        for number, (name, kernel, types, constexprs, options) in enumerate(CASES[module]()):
+            fitting = [t for t in targets if t in _options(options, t).get("targets", TARGETS)]
+            for target in [fitting[number % len(fitting)]] if once and fitting else fitting:
+                if any(text in name for text in only or [""]):
+                    listed.append((module, name, target, (kernel, types, constexprs, _options(options, target))))
     result = []
     for module, name, target, arguments in listed if part is None else listed[part::PROCESSES]:
         print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
@@ -192,6 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--only", nargs="+", default=[], help="only cases whose name contains one of these")
+    parser.add_argument("--once", action="store_true", help="each case for one of its targets, in turn")
     parser.add_argument(
         "--part", type=int, choices=range(PROCESSES), help=f"only every {PROCESSES}th case, from here on"
     )
@@ -199,7 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled")
-    result = _run(arguments.modules, arguments.targets, arguments.only, arguments.part)
+    result = _run(arguments.modules, arguments.targets, arguments.only, arguments.once, arguments.part)
     if arguments.json:
         print(json.dumps([asdict(facts) for facts in result]))
         return

@@ -134,9 +134,11 @@ def test_every_tile(tile, device, kernels_on, monkeypatch):
 
 def test_choice_of_tile_and_block():
     """Expected values follow from the rule in words: a program for each of 128 multiprocessors, half a tile used."""
-    large, small = Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)
-    assert pick_tile(2, 512, 32 * 128) == large and pick_tile(2, 512, 31 * 128) == small
-    assert pick_tile(1, 64, 10**6) == small and pick_tile(1, 65, 10**6) == large
+    large, wide, small = Tile(128, 128, 8, 3), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4)
+    assert pick_tile(2, 512, 32 * 128) == large and pick_tile(2, 512, 31 * 128) == wide
+    assert pick_tile(2, 512, 16 * 128) == wide and pick_tile(2, 512, 15 * 128) == small
+    assert pick_tile(1, 32, 10**6) == small and pick_tile(1, 33, 10**6) == wide
+    assert pick_tile(1, 64, 10**6) == wide and pick_tile(1, 65, 10**6) == large
     assert [pick_block(1, c) for c in (3, 33, 96, 128, 256)] == [32, 64, 32, 128, 128]
     assert [pick_block(2, c) for c in (32, 64, 128)] == [32, 64, 64] and pick_block(4, 128) == 32
 

@@ -163,6 +163,8 @@ def test_choice_of_configuration(itemsize):
     assert matmul._choose(1, 16384, 16384, itemsize, 132, True)[1] == 2
     assert matmul._choose(1, 4096, 4096, itemsize, 132, True)[1] == 8
     assert matmul._choose(4096, 4096, 4096, itemsize, 132, True)[0] == CONFIGS[itemsize][1]
+    if itemsize < 4:  # 256 rows: 128 by 64 leaves 128 programs, and half the unpacking of 64 by 64
+        assert matmul._choose(256, 4096, 4096, itemsize, 132, True)[0][:2] == (128, 64)
 
 
 @pytest.mark.kernel
