@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from empf.kernels.neuron import NeuronParams, on_kernels
 from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics
 from empf.kernels.neuron_engine import Running, Stats, Term, neuron_again, neuron_backward, neuron_forward
-from empf.synapse import conv2d, conv2d_backward
 
 MAX_TERMS = 4  # a longer sum of currents is kept: making it again would take longer than it is worth
 SMALL = 1 << 16  # numbers of a step in an activation; up to here the calls cost more than the passes over memory
@@ -47,7 +46,25 @@ def enabled(flag: bool) -> Iterator[None]:
 
 def active(x: Tensor) -> bool:
     """Is this done to x (k, N, ...)? Not to a small one: it would cost more time than it is worth."""
-    return _enabled and not torch.compiler.is_compiling() and x[0].numel() > SMALL
+    return _enabled and not torch.compiler.is_compiling() and x[0].numel() > SMALL and not transformed()
+
+
+def transformed() -> bool:
+    """Is a transform of torch.func, or forward-mode differentiation, at work? Both are left to the definitions."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def second_order_refused() -> bool:
+    return _enabled and not torch.compiler.is_compiling() and not transformed()
+
+
+def refuse_second_order(_: Tensor) -> None:
+    """As a hook: a small activation, which is kept, behaves as a large one, which is made again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "neurons have gradients of first order only, and create_graph=True asks for more: "
+            "run forward and backward within empf.layer.enabled(False)"
+        )
 
 
 def hooked(module: nn.Module) -> bool:
@@ -67,6 +84,77 @@ def check_count(x: Tensor) -> None:
         raise ValueError(
             f"batch norm needs more than one value per channel to train, got a batch of shape {tuple(x.shape[1:])}: "
             "use a larger batch (--batch-size), or larger images"
+        )
+
+
+# ---- convolution
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor:
+    """`F.conv2d`; on a CPU, a 1x1 convolution with a stride is given only the pixels that it looks at.
+
+    Given all of them, oneDNN (torch 2.13) writes the weight gradient beyond the end of its memory, if fewer than 8
+    channels lie in channels_last.
+    """
+    if strided_1x1(x, weight, padding):
+        x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def strided_1x1(x: Tensor, weight: Tensor, padding) -> bool:
+    return x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0)
+
+
+def conv2d_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups, for_x: bool, for_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x and weight of `conv2d`, each where it is asked for; where autocast ran it, in half precision."""
+    seen, one = x, stride
+    if strided_1x1(x, weight, padding):
+        seen, one = x[..., :: stride[0], :: stride[1]], (1, 1)
+    d_seen, d_weight, _ = torch.ops.aten.convolution_backward(
+        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, dilation, False, (0, 0), groups,
+        (for_x, for_weight, False),
+    )  # fmt: skip
+    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+    if d_seen is None or seen.shape == x.shape:
+        return d_seen, d_weight
+    d_x = d_seen.new_zeros(x.shape)
+    d_x[..., :: stride[0], :: stride[1]] = d_seen
+    return d_x, d_weight
+
+
+class Convolution(nn.Conv2d):
+    """Convolution (N, C, H, W) -> (N, C_out, H', W') with `effective_weight()`; arguments as `nn.Conv2d`.
+
+    Raises ValueError for another padding than zeros and their number.
+    """
+
+    def __init__(self, *args, bias: bool = False, **options):
+        super().__init__(*args, bias=bias, **options)
+        check_padding(self)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight
+
+    def place(self) -> tuple:
+        """Stride, padding, dilation and groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.effective_weight(), self.bias, *self.place())
+
+    @property
+    def made_again(self) -> bool:
+        """Can `SpikingLayerFn` run it?"""
+        return type(self).forward is Convolution.forward and "forward" not in vars(self) and self.bias is None
+
+
+def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"a convolution of this library is padded with zeros, and their number is given: padding_mode="
+            f"{conv.padding_mode!r}, padding={conv.padding!r} are not supported; use F.pad before it"
         )
 
 
@@ -184,6 +272,13 @@ class Current:
         return self.y.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.y.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.y.is_floating_point()
+
+    @property
     def pending(self) -> bool:
         """Is this BN(y) alone, not formed yet, so that a neuron may take it?"""
         return self._pending and self._value is None
@@ -243,7 +338,7 @@ class Layer:
     stats: Stats | None
     options: dict  # of `NeuronParams`
     pool: nn.Module | None
-    places: Sequence[tuple]  # stride and padding of each synapse
+    places: Sequence[tuple]  # of each synapse
     observer: Callable[[Tensor], None] | None
 
 
@@ -270,7 +365,7 @@ class SpikingLayerFn(Function):
         if not synapses:
             return v_out, spikes
         read = spikes[0] if layer.pool is None else layer.pool(spikes[0])
-        return v_out, *(conv2d(read, w, *place)[None] for w, place in zip(synapses, layer.places, strict=True))
+        return v_out, *(conv2d(read, w, None, *place)[None] for w, place in zip(synapses, layer.places, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -310,8 +405,8 @@ def unpooled(pool: nn.Module | None, x: Tensor, d: Tensor) -> Tensor:
 
 
 def fire_into(
-    current: Current, v: Tensor | None, p: NeuronParams, *, running: Running | None, synapses: Sequence[nn.Module] = (),
-    pool: nn.Module | None = None, observer: Callable[[Tensor], None] | None = None,
+    current: Current, v: Tensor | None, p: NeuronParams, *, running: Running | None,
+    synapses: Sequence[Convolution] = (), pool: nn.Module | None = None, observer: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """One step with gradient: (v, [y of each synapse]), or (v, [spikes]) without any. `p` may hold Mem-BN."""
     if p.alpha is None and current.pending:
@@ -322,7 +417,7 @@ def fire_into(
     names = ("bits", "step", "parallel", "detach", "eps")
     layer = Layer(
         terms, v, running, stats, {name: getattr(p, name) for name in names}, pool,
-        [(s.stride, s.padding) for s in synapses], observer,
+        [s.place() for s in synapses], observer,
     )  # fmt: skip
     v, *outputs = SpikingLayerFn.apply(layer, x, *p.tensors(), *(s.effective_weight() for s in synapses))
     if current.pending:

@@ -174,10 +174,16 @@ class SpikingNetwork(nn.Module, ABC):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.t = 0
+        self.reset()
+
+    holds_state = True  # for `empf.reset`
+    runs_steps = True  # `online_backward` may name steps and past
 
     def reset(self) -> None:
         self.t = 0
+
+    def __getstate__(self) -> dict:  # as its neurons
+        return {**super().__getstate__(), "t": 0}
 
     def encode(self, x: Tensor, repeat: int) -> Current:
         """Input current of the first neurons (k, N, C, H, W); k = 1 for a static image."""
@@ -188,27 +194,35 @@ class SpikingNetwork(nn.Module, ABC):
         """Logits (k, N, classes) of k steps with this input current."""
 
     def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
+        if self.t is None:
+            raise RuntimeError("the last call was interrupted and its neurons differ in time: call empf.reset(model)")
         steps = self.config.T - self.t - past if steps is None else steps
         x = self._check_input(x, steps, past)
+        before, self.t = self.t, None  # until all neurons are through
         static = len(x) == 1
         if static:
             current = self.encode(x, repeat=past + steps)
         if past:
-            before = current.value.detach() if static else None
+            image = current.value.detach() if static else None
             with torch.no_grad():
-                before = self.encode(x[:past], repeat=1).value if before is None else before
-                self.body(Current(before.expand(past, *before.shape[1:])))
+                frames = self.encode(x[:past], repeat=1).value if image is None else image
+                self.body(Current(frames.expand(past, *frames.shape[1:])))
         if not static:
             current = self.encode(x[past:], repeat=1)
         elif steps > 1:
             current = Current(current.value.expand(steps, *current.shape[1:]))
         logits = self.body(current)
-        self.t += past + steps
+        self.t = before + past + steps
         return logits
 
     def _check_input(self, x: Tensor, steps: int, past: int) -> Tensor:
         """The frames to run as (k, N, C, H, W); k = 1 for a static image."""
         c, total = self.config, past + steps
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"the input must be a tensor of floating-point numbers, normalised, got {kind}")
+        if type(steps) is not int or type(past) is not int:
+            raise TypeError(f"steps and past must be whole numbers, got {steps!r} and {past!r}")
         if steps < 1 or past < 0 or self.t + total > c.T:
             raise ValueError(
                 f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "

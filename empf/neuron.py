@@ -24,10 +24,17 @@ from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kern
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
 from empf.kernels.neuron_engine import Running, neuron_forward
 from empf.kernels.norm_neuron import norm_neuron
-from empf.layer import Current, active, check_count, fire_into, hooked, over_steps
-from empf.synapse import BinaryConv2d, FullConv2d
-
-CONVOLUTIONS = (BinaryConv2d, FullConv2d)
+from empf.layer import (
+    Convolution,
+    Current,
+    active,
+    check_count,
+    fire_into,
+    hooked,
+    over_steps,
+    refuse_second_order,
+    second_order_refused,
+)
 
 
 def logit(p: float) -> float:
@@ -38,14 +45,17 @@ def logit(p: float) -> float:
 class StatefulNeuron(nn.Module):
     """Time and membrane potential of a neuron that is fed k steps at a time.
 
-    `.v` (N, C, ...) or None (= 0) and `.t` (steps done) are plain state: not saved, not synchronised between processes.
-    `.online` (default True): the potential is detached between steps, the gradient of a step stays in that step.
+    `.v` (N, C, ...) or None (= 0) and `.t` (steps done) are plain state: not saved, not copied, not synchronised
+    between processes. `.online` (default True): the potential is detached between steps, the gradient of a step stays
+    in that step. T: number of time steps, None for streams of open length, whose steps share their parameters.
     """
 
-    def __init__(self, T: int):
+    holds_state = True  # for `empf.reset`
+
+    def __init__(self, T: int | None):
         super().__init__()
-        if T < 1:
-            raise ValueError(f"T is the number of time steps and must be at least 1, got {T}")
+        if T is not None and (type(T) is not int or T < 1):
+            raise ValueError(f"T is the number of time steps, at least 1, or None for an open end; got {T!r}")
         self.T = T
         self.online = True
         self.observer: Callable[[Tensor], None] | None = None  # is handed the spikes of each call
@@ -56,28 +66,46 @@ class StatefulNeuron(nn.Module):
         self.v: Tensor | None = None
         self.t = 0
 
+    def __getstate__(self) -> dict:  # a potential belongs to a batch
+        return {**super().__getstate__(), "v": None, "t": 0, "observer": None}
+
     def advance(self, current: Tensor | Current) -> slice:
         """Check the k steps of `current` against time and state; return the slice of per-step parameters, move on."""
-        steps = slice(self.t, self.t + current.shape[0])
-        if steps.stop > self.T:
+        shape = current.shape
+        if len(shape) < 3 or not current.is_floating_point():
+            raise ValueError(
+                f"a neuron takes floating-point currents of k time steps, (k, N, C, ...), got {tuple(shape)} of "
+                f"{current.dtype}: give a single step as x.unsqueeze(0)"
+            )
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a neuron was called within a backward pass, as torch.utils.checkpoint does, but its time has moved on: "
+                "leave checkpointing out, the layers of this library make their activations again by themselves"
+            )
+        steps = slice(self.t, self.t + shape[0])
+        if self.T is not None and steps.stop > self.T:
             raise ValueError(
                 f"time step {steps.stop} asked of a neuron with T = {self.T}: call empf.reset(model) before a new batch"
             )
-        if self.v is not None and self.v.shape != current.shape[1:]:
+        if self.v is not None and self.v.shape != shape[1:]:
             raise ValueError(
-                f"the membrane potential has shape {tuple(self.v.shape)} but the input {tuple(current.shape[1:])}: "
+                f"the membrane potential has shape {tuple(self.v.shape)} but the input {tuple(shape[1:])}: "
                 "call empf.reset(model) before a batch of another size"
             )
         self.t = steps.stop
         return steps
+
+    def of_steps(self, p: Tensor, steps: slice) -> Tensor:
+        """The parameter (T,) or (T, C) of these steps; one that all steps share, (1,) or (1, C), is expanded."""
+        return p[steps] if self.T is not None else p.expand(steps.stop - steps.start, *p.shape[1:])
 
 
 class EMPFNeuron(StatefulNeuron):
     """Neuron with floating-point spikes: vanilla, Mem-BN or parallel.
 
     Args:
-        T: time steps, each with its own parameters.
-        channels: C, needed for `mem_bn` and `per_channel`.
+        T: time steps, each with its own parameters; None: an open end, all steps share one set.
+        channels: C, needed for `mem_bn` and `per_channel`; where it is given, it is checked.
         mem_bn: normalise the membrane potential, one batch norm per time step (statistics, gain and bias each (T, C)).
         parallel: no state, `s[t] = act(I[t] - threshold[t])`; all steps are one tensor operation.
         per_channel: leak, threshold, alpha, beta are (T, C) instead of (T,).
@@ -93,7 +121,7 @@ class EMPFNeuron(StatefulNeuron):
 
     def __init__(
         self,
-        T: int,
+        T: int | None,
         channels: int | None = None,
         *,
         mem_bn: bool = False,
@@ -116,6 +144,10 @@ class EMPFNeuron(StatefulNeuron):
             raise ValueError(f"spike_bits must be None or 1..8, got {spike_bits}")
         if (mem_bn or per_channel) and channels is None:
             raise ValueError("mem_bn and per_channel need channels")
+        if channels is not None and (type(channels) is not int or channels < 1):
+            raise ValueError(f"channels must be a whole number of at least 1, got {channels!r}")
+        if mem_bn and T is None:
+            raise ValueError("mem_bn has a batch norm for each time step: give their number T")
         if mem_bn and parallel:
             raise ValueError("a parallel neuron has no membrane potential to normalise: mem_bn and parallel exclude")
         for name, value in (("leak", leak), ("threshold", threshold)):
@@ -124,7 +156,8 @@ class EMPFNeuron(StatefulNeuron):
         self.parallel, self.mem_bn = parallel, mem_bn
         self.spike_bits, self.spike_step, self.activation = spike_bits, spike_step, activation
         self.eps, self.momentum = eps, momentum
-        shape = (T, channels) if per_channel else (T,)
+        self.channels = channels
+        shape = (T or 1, channels) if per_channel else (T or 1,)
         self.threshold_logit = nn.Parameter(torch.full(shape, logit(threshold)))
         if not parallel:
             self.leak_logit = nn.Parameter(torch.full(shape, logit(leak)))
@@ -170,12 +203,18 @@ class EMPFNeuron(StatefulNeuron):
     def forward(self, current: Tensor | Current) -> Tensor:
         return self.outputs(Current.of(current))[0]
 
-    def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
+    def outputs(self, current: Current, synapses: Sequence[Convolution] = (), pool: nn.Module | None = None):
         """[spikes], or where they are `made_again` the outputs of the convolutions that read them (pooled)."""
+        if self.channels not in (None, current.shape[min(2, len(current.shape) - 1)]):
+            raise ValueError(
+                f"a neuron with {self.channels} channels takes (k, N, {self.channels}, ...), k time steps first, got "
+                f"{tuple(current.shape)}"
+            )
         steps = self.advance(current)
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
+        leak = None if self.parallel else self.of_steps(self.leak_logit, steps).sigmoid()
         p = NeuronParams(
-            None if self.parallel else self.leak_logit[steps].sigmoid(), self.threshold_logit[steps].sigmoid(),
+            leak, self.of_steps(self.threshold_logit, steps).sigmoid(),
             bits=self.spike_bits, step=self.spike_step, parallel=self.parallel, detach=self.online, eps=self.eps,
         )  # fmt: skip
         running = None
@@ -195,6 +234,8 @@ class EMPFNeuron(StatefulNeuron):
             return found
         spikes, v = self.kept(current, p, running, steps)
         self.v = None if self.parallel else v
+        if spikes.requires_grad and second_order_refused():
+            spikes.register_hook(refuse_second_order)
         if self.observer is not None:
             self.observer(spikes.detach())
         return [spikes]
@@ -249,15 +290,26 @@ class EMPFNeuron(StatefulNeuron):
 class TriangleSpike(torch.autograd.Function):
     """Heaviside step of x = m - threshold; surrogate gradient `max(0, g - |x|) / g^2` with g = 1."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, d_spike: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return d_spike * (1 - x.abs()).clamp(min=0)
+
+    @staticmethod
+    def jvp(ctx, d_x: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return d_x * (1 - x.abs()).clamp(min=0)
 
 
 def lif_step(i: Tensor, v: Tensor | None, leak, threshold) -> tuple[Tensor, Tensor]:
@@ -276,19 +328,20 @@ class LIFNeuron(StatefulNeuron):
     (SLTT), without it the gradient goes through time. It is kept in fp32 at least. Forward and errors as `EMPFNeuron`.
     """
 
-    def __init__(self, T: int, *, leak: float = 0.5, threshold: float = 1.0):
+    def __init__(self, T: int | None, *, leak: float = 0.5, threshold: float = 1.0):
         super().__init__(T)
-        self.register_buffer("leak", torch.full((T,), float(leak)), persistent=False)
-        self.register_buffer("threshold", torch.full((T,), float(threshold)), persistent=False)
+        self.register_buffer("leak", torch.full((T or 1,), float(leak)), persistent=False)
+        self.register_buffer("threshold", torch.full((T or 1,), float(threshold)), persistent=False)
 
     def forward(self, current: Tensor | Current) -> Tensor:
         current = Current.of(current).value
         steps = self.advance(current)
         v, spikes, dtype = self.v, [], working_dtype(current)
-        for k, t in enumerate(range(steps.start, steps.stop)):
+        leak, threshold = self.of_steps(self.leak, steps), self.of_steps(self.threshold, steps)
+        for k in range(len(current)):
             if v is not None and self.online:
                 v = v.detach()
-            s, v = lif_step(current[k].to(dtype), v, self.leak[t], self.threshold[t])
+            s, v = lif_step(current[k].to(dtype), v, leak[k], threshold[k])
             spikes.append(s.to(current.dtype))
         self.v = v.detach() if self.online else v
         spikes = torch.stack(spikes)
@@ -317,7 +370,7 @@ def spiking_layer(
     operation where that saves memory, see `empf.layer`, unless somebody watches one of them with a hook.
     """
     current = Current.of(current)
-    known = unchanged(neuron) and all(type(s) in CONVOLUTIONS for s in synapses)
+    known = unchanged(neuron) and all(getattr(s, "made_again", False) for s in synapses)
     watched = any(hooked(m) for m in (neuron, *synapses, pool) if m is not None)
     if known and not watched and neuron.made_again(current):
         return neuron.outputs(current, synapses, pool)

@@ -9,11 +9,13 @@ In `random` and `every` v is detached between steps, so memory for back-propagat
 arXiv 2410.07547, sec. 4 and alg. 1
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from empf.layer import StepBatchNorm
 from empf.neuron import EMPFNeuron, StatefulNeuron
@@ -22,15 +24,18 @@ LEARNING = ("random", "every", "stbp")
 
 
 def reset(model: nn.Module) -> None:
-    """Start a new batch: v = 0 and t = 0 everywhere. Also works on wrapped models (DDP)."""
+    """Start a new batch: v = 0 and t = 0 everywhere. Also works on wrapped models (DDP).
+
+    Calls `reset()` of what this library owns; a module of your own joins in with the attribute `holds_state = True`.
+    """
     for module in model.modules():
-        if callable(getattr(module, "reset", None)):  # networks, also packed ones, neurons, synapses
+        if getattr(module, "holds_state", False) is True:
             module.reset()
 
 
-def time_steps(model: nn.Module) -> int:
-    """T of the neurons; ValueError unless there are neurons of the library, all with the same."""
-    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)})
+def time_steps(model: nn.Module) -> int | None:
+    """T of the neurons, None for an open end; ValueError unless there are neurons of the library that agree in it."""
+    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)}, key=str)
     if len(found) != 1:
         raise ValueError(
             "the network needs neurons of this library (EMPFNeuron, LIFNeuron or another StatefulNeuron), all with the "
@@ -47,10 +52,57 @@ def set_online(model: nn.Module, online: bool) -> None:
 
 
 def freeze_norm(model: nn.Module, frozen: bool = True) -> None:
-    """Let training use the running statistics of every batch norm and Mem-BN and leave them as they are."""
-    for module in model.modules():
+    """Let training use the running statistics of every batch norm and Mem-BN and leave them as they are.
+
+    Torch's own batch norms know no such mode: they are named by a warning.
+    """
+    foreign = []
+    for name, module in model.named_modules():
         if isinstance(module, StepBatchNorm | EMPFNeuron):
             module.frozen_norm = frozen
+        elif isinstance(module, _BatchNorm):
+            foreign.append(name)
+    if foreign:
+        warnings.warn(
+            f"freeze_norm leaves torch's own batch norms alone ({', '.join(foreign)}): call their eval() after each "
+            "model.train(), or use empf.StepBatchNorm",
+            stacklevel=2,
+        )
+
+
+class PerStep(nn.Module):
+    """A module applied to each time step by itself, (k, N, ...) -> (k, N, ...): torch's own batch norms need it.
+
+    Called with folded steps, (k N, ...), a batch norm in training would take one mean of all of them.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.module(step) for step in x])
+
+
+@contextmanager
+def mixing_watched(model: nn.Module, k: int, n: int) -> Iterator[None]:
+    """Warn where a batch norm of torch is fed k > 1 steps of n at once in training: its statistics would mix them."""
+
+    def look(module, inputs) -> None:
+        if module.training and len(inputs[0]) == k * n:
+            warnings.warn(
+                f"{type(module).__name__} is fed {k} time steps at once, and its statistics mix them: wrap it as "
+                "empf.PerStep(norm), which takes (k, N, ...), or use empf.StepBatchNorm",
+                stacklevel=2,
+            )
+
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if k > 1 else []
+    handles = [m.register_forward_pre_hook(look) for m in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def draw_steps(T: int, k: int, seed: int, iteration: int) -> list[int]:
@@ -79,8 +131,10 @@ def online_backward(
     """Reset the model, run one batch and accumulate gradients in its parameters.
 
     Args:
-        model: a `SpikingNetwork`, possibly wrapped for data-parallel training.
-        x: images (N, C, H, W) or events (T, N, C, H, W); target: whatever `criterion(logits, target)` takes.
+        model: a `SpikingNetwork`, or any network of this library's neurons, time first: net(x [k, N, ...]) gives
+            [k, N, ...] for any number k of steps. Possibly wrapped for data-parallel training.
+        x: of a `SpikingNetwork` images (N, C, H, W) or events (T, N, C, H, W); of another network [T, N, ...],
+            `x.expand(T, ...)` where the input stands still. target: whatever `criterion(logits, target)` takes.
         learning: random | every | stbp.
         steps: for `random` the ascending steps of 1..T to back-propagate, drawn with `draw_steps`; it has no default,
             as every process has to draw the same.
@@ -88,34 +142,50 @@ def online_backward(
         no_sync: context in which gradients stay on their process; used for all but the last backward of a batch.
 
     Returns (loss, logits), detached: the mean of the steps' losses, the logits (N, classes) of the steps, summed.
-    Raises ValueError for an unknown mode, and for `random` without steps or with such that are not ascending in 1..T.
+    Raises ValueError for an unknown mode, for `random` without steps or with such that are not ascending in 1..T, and
+    for an x without T steps.
     """
-    config = (model.module if hasattr(model, "module") else model).config
+    network = model.module if hasattr(model, "module") else model
+    own = not getattr(network, "runs_steps", False)
+    T = time_steps(network)
+    T = len(x) if T is None else T
     if learning not in LEARNING:
         raise ValueError(f"learning must be one of {', '.join(LEARNING)}, got {learning!r}")
+    if own and (x.dim() < 2 or len(x) != T):
+        raise ValueError(f"x must have its {T} time steps first, [T, N, ...], got {tuple(x.shape)}: x.expand({T}, ...)")
     if learning == "random" and steps is None:
         raise ValueError(
-            f"learning='random' needs steps: pass steps=empf.draw_steps({config.T}, 1, seed, iteration), "
+            f"learning='random' needs steps: pass steps=empf.draw_steps({T}, 1, seed, iteration), "
             "iteration being the number of the batch"
         )
     reset(model)
     if learning == "stbp":
         set_online(model, False)
         try:
-            logits = model(x).mean(0)
+            with mixing_watched(network, T, x.shape[1]) if own else nullcontext():
+                logits = model(x).mean(0)
             loss = criterion(logits, target)
             backward(loss)
         finally:
             set_online(model, True)
+            for module in network.modules():
+                if isinstance(module, StatefulNeuron) and module.v is not None:
+                    module.v = module.v.detach()  # it held the whole graph
         return loss.detach(), logits.detach()
 
-    steps = list(range(1, config.T + 1)) if learning == "every" else list(steps)
-    if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > config.T:
-        raise ValueError(f"steps must be ascending and within 1..T = {config.T}, got {steps}")
+    steps = list(range(1, T + 1)) if learning == "every" else list(steps)
+    if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > T:
+        raise ValueError(f"steps must be ascending and within 1..T = {T}, got {steps}")
     total_loss, total_logits, done = 0.0, 0.0, 0
     for t in steps:
         with nullcontext() if t == steps[-1] else no_sync():
-            logits = model(x, steps=1, past=t - done - 1)[0]
+            if own:
+                if t - 1 > done:
+                    with torch.no_grad(), mixing_watched(network, t - 1 - done, x.shape[1]):
+                        model(x[done : t - 1])
+                logits = model(x[t - 1 : t])[0]
+            else:
+                logits = model(x, steps=1, past=t - done - 1)[0]
             loss = criterion(logits, target) / len(steps)
             backward(loss)
         done = t

@@ -9,6 +9,9 @@ Backward: straight-through, zero where |W| > 1; a_c and d_c are constants for th
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from empf.layer import Convolution, check_padding, transformed
 
 KINDS = ("binary", "ternary")
 GRANULARITIES = ("channel", "layer")
@@ -41,38 +44,62 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
 class StraightThrough(torch.autograd.Function):
     """Stands the effective weight in for the latent one; the gradient passes where |W| <= 1."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, w: Tensor, effective: Tensor) -> Tensor:
-        ctx.save_for_backward(w)
+    def forward(w: Tensor, effective: Tensor) -> Tensor:
         return effective.view_as(effective)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx, d_effective: Tensor):
         (w,) = ctx.saved_tensors
         return d_effective * (w.abs() <= 1), None
 
+    @staticmethod
+    def jvp(ctx, d_w: Tensor, d_effective):
+        (w,) = ctx.saved_tensors
+        return d_w * (w.abs() <= 1)
+
+
+_updates = 0  # of any optimizer, fused ones included, which write to weights behind the back of the version counter
+
+
+def _count_update(*_) -> None:
+    global _updates
+    _updates += 1
+
+
+register_optimizer_step_post_hook(_count_update)
+
 
 class QuantizedWeight:
     """Mixin: `effective_weight()` of `self.weight`, formed once per weight update and kept for the steps of a batch.
 
-    It is formed anew when the weight has been written to (torch's version counter), moved, or after `reset()`, which
-    starts every batch: so a write that the counter does not see (through `.data`) is picked up as well.
+    It is formed anew when an optimizer has made a step, the weight has been written to (torch's version counter) or
+    moved, and after `reset()`, which starts every batch: so a write that nothing sees (through `.data`) is picked up.
     """
 
     kind: str
     granularity: str
+    holds_state = True  # for `empf.reset`
 
     def reset(self) -> None:
         self._formed: tuple | None = None
 
     def effective_weight(self) -> Tensor:
         w = self.weight
-        if torch.compiler.is_compiling():  # a version counter cannot be traced; the compiled graph forms the weight
+        if torch.compiler.is_compiling() or transformed() or w.is_inference():  # without a counter that can be read
             effective = quantize_weight(w, self.kind, self.granularity)
         else:
-            key = (w._version, w.data_ptr(), w.dtype)
+            key = (_updates, w._version, w.data_ptr(), w.dtype)
             if self._formed is None or self._formed[0] != key:
-                self._formed = (key, quantize_weight(w, self.kind, self.granularity))
+                with torch.inference_mode(False):  # it may be used with gradient later
+                    self._formed = (key, quantize_weight(w, self.kind, self.granularity))
             effective = self._formed[1]
         return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
 
@@ -84,80 +111,51 @@ class QuantizedWeight:
     def __getstate__(self):  # copies and pickles form their own effective weight
         return {**self.__dict__, "_formed": None}
 
-
-def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """`F.conv2d` without a bias; on a CPU, a 1x1 convolution with a stride is given only the pixels that it looks at.
-
-    Given all of them, oneDNN (torch 2.13) writes the weight gradient beyond the end of its memory, if fewer than 8
-    channels lie in channels_last.
-    """
-    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0):
-        x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-    return F.conv2d(x, weight, None, stride, padding)
-
-
-def conv2d_backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, stride, padding, for_x: bool, for_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x and weight of `conv2d`, each where it is asked for; where autocast ran it, in half precision."""
-    seen = x
-    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0):
-        seen, one = x[..., :: stride[0], :: stride[1]], (1, 1)
-    else:
-        one = stride
-    d_seen, d_weight, _ = torch.ops.aten.convolution_backward(
-        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, (1, 1), False, (0, 0), 1,
-        (for_x, for_weight, False),
-    )  # fmt: skip
-    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-    if d_seen is None or seen.shape == x.shape:
-        return d_seen, d_weight
-    d_x = d_seen.new_zeros(x.shape)
-    d_x[..., :: stride[0], :: stride[1]] = d_seen
-    return d_x, d_weight
-
-
-class FullConv2d(nn.Conv2d):
-    """Convolution (N, C, H, W) -> (N, C_out, H', W') in full precision and without a bias; args as `nn.Conv2d`."""
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-
-    def effective_weight(self) -> Tensor:
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.stride, self.padding)
-
-
-class BinaryConv2d(QuantizedWeight, nn.Conv2d):
-    """Convolution (N, C, H, W) -> (N, C_out, H', W') with binary or ternary weights and no bias.
-
-    Args as `nn.Conv2d`; `kind` "binary" | "ternary", `granularity` of the scales "channel" | "layer".
-    """
-
-    def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=0, *, kind="binary", granularity="channel"
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self._check_kind(kind, granularity)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.effective_weight(), self.stride, self.padding)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
-class BinaryLinear(QuantizedWeight, nn.Linear):
-    """Linear layer (..., C) -> (..., C_out) with binary or ternary weights; `bias` stays full precision."""
+class FullConv2d(Convolution):
+    """`nn.Conv2d` in full precision, without a bias unless it is asked for; see `empf.layer.Convolution`."""
 
-    def __init__(self, in_features, out_features, bias=False, *, kind="binary", granularity="channel"):
-        super().__init__(in_features, out_features, bias)
+
+class BinaryConv2d(QuantizedWeight, Convolution):
+    """Convolution (N, C, H, W) -> (N, C_out, H', W') with binary or ternary weights.
+
+    Arguments as `nn.Conv2d`, but for the bias, which is off by default and full precision; padding is with zeros.
+    `kind` "binary" | "ternary", `granularity` of the scales "channel" | "layer". Raises ValueError for others.
+    """
+
+    def __init__(self, *args, kind: str = "binary", granularity: str = "channel", **options):
+        super().__init__(*args, **options)
+        self._check_kind(kind, granularity)
+
+
+class BinaryConv1d(QuantizedWeight, nn.Conv1d):
+    """Convolution (N, C, L) -> (N, C_out, L') with binary or ternary weights; arguments as `BinaryConv2d`."""
+
+    def __init__(self, *args, bias: bool = False, kind: str = "binary", granularity: str = "channel", **options):
+        super().__init__(*args, bias=bias, **options)
+        check_padding(self)
+        self._check_kind(kind, granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv1d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class BinaryLinear(QuantizedWeight, nn.Linear):
+    """Linear layer (..., C) -> (..., C_out) with binary or ternary weights; a bias, off by default, is full precision.
+
+    Arguments as `nn.Linear`, `kind` and `granularity` as `BinaryConv2d`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, kind: str = "binary",
+        granularity: str = "channel", **options,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, **options)
         self._check_kind(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.effective_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kind={self.kind}"
