@@ -15,14 +15,15 @@ from empf.layer import SECA, StepBatchNorm
 from empf.machine import VERSION
 from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron
-from empf.online import PerStep, draw_steps, freeze_norm, online_backward, reset, set_online, time_steps
+from empf.norms import PerStep, freeze_norm
+from empf.online import draw_steps, online_backward, reset, set_online, time_steps
 from empf.runs import load
 from empf.synapse import BinaryConv1d, BinaryConv2d, BinaryLinear
 
 __version__ = VERSION
 __all__ = [
-    "SECA", "BinaryConv1d", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel", "PerStep", "SpikingNetwork", "StepBatchNorm",
-    "account", "build", "calibrate", "draw_steps", "export_onnx", "freeze_norm", "from_pretrained", "load",
-    "load_packed", "measure_separability", "online_backward", "pack", "reset", "resnet18", "resnet19", "resnet34",
-    "set_online", "spike_account", "time_steps", "vgg_snn",
+    "BinaryConv1d", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel",
+    "PerStep", "SECA", "SpikingNetwork", "StepBatchNorm", "account", "build", "calibrate", "draw_steps",
+    "export_onnx", "freeze_norm", "from_pretrained", "load", "load_packed", "measure_separability", "online_backward",
+    "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online", "spike_account", "time_steps", "vgg_snn",
 ]  # fmt: skip

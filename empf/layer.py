@@ -14,16 +14,17 @@ Here are also the parts of a network that work on currents: `StepBatchNorm` and 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 
-from empf.kernels.neuron import NeuronParams, on_kernels
+from empf.kernels.convolution import conv2d, conv2d_backward
+from empf.kernels.neuron import NeuronParams, on_kernels, transformed
 from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics
 from empf.kernels.neuron_engine import Running, Stats, Term, neuron_again, neuron_backward, neuron_forward
 
@@ -49,22 +50,22 @@ def active(x: Tensor) -> bool:
     return _enabled and not torch.compiler.is_compiling() and x[0].numel() > SMALL and not transformed()
 
 
-def transformed() -> bool:
-    """Is a transform of torch.func, or forward-mode differentiation, at work? Both are left to the definitions."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def second_order_refused() -> bool:
-    return _enabled and not torch.compiler.is_compiling() and not transformed()
-
-
-def refuse_second_order(_: Tensor) -> None:
+def refuse_second_order(_: Tensor | None = None) -> None:
     """As a hook: a small activation, which is kept, behaves as a large one, which is made again."""
-    if torch.is_grad_enabled():
+    if _enabled and torch.is_grad_enabled():
         raise RuntimeError(
             "neurons have gradients of first order only, and create_graph=True asks for more: "
             "run forward and backward within empf.layer.enabled(False)"
         )
+
+
+def first_order(backward: Callable) -> Callable:
+    @wraps(backward)
+    def run(ctx, *gradients):
+        refuse_second_order()
+        return backward(ctx, *gradients)
+
+    return run
 
 
 def hooked(module: nn.Module) -> bool:
@@ -84,77 +85,6 @@ def check_count(x: Tensor) -> None:
         raise ValueError(
             f"batch norm needs more than one value per channel to train, got a batch of shape {tuple(x.shape[1:])}: "
             "use a larger batch (--batch-size), or larger images"
-        )
-
-
-# ---- convolution
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor:
-    """`F.conv2d`; on a CPU, a 1x1 convolution with a stride is given only the pixels that it looks at.
-
-    Given all of them, oneDNN (torch 2.13) writes the weight gradient beyond the end of its memory, if fewer than 8
-    channels lie in channels_last.
-    """
-    if strided_1x1(x, weight, padding):
-        x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
-def strided_1x1(x: Tensor, weight: Tensor, padding) -> bool:
-    return x.device.type == "cpu" and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0)
-
-
-def conv2d_backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups, for_x: bool, for_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x and weight of `conv2d`, each where it is asked for; where autocast ran it, in half precision."""
-    seen, one = x, stride
-    if strided_1x1(x, weight, padding):
-        seen, one = x[..., :: stride[0], :: stride[1]], (1, 1)
-    d_seen, d_weight, _ = torch.ops.aten.convolution_backward(
-        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, dilation, False, (0, 0), groups,
-        (for_x, for_weight, False),
-    )  # fmt: skip
-    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-    if d_seen is None or seen.shape == x.shape:
-        return d_seen, d_weight
-    d_x = d_seen.new_zeros(x.shape)
-    d_x[..., :: stride[0], :: stride[1]] = d_seen
-    return d_x, d_weight
-
-
-class Convolution(nn.Conv2d):
-    """Convolution (N, C, H, W) -> (N, C_out, H', W') with `effective_weight()`; arguments as `nn.Conv2d`.
-
-    Raises ValueError for another padding than zeros and their number.
-    """
-
-    def __init__(self, *args, bias: bool = False, **options):
-        super().__init__(*args, bias=bias, **options)
-        check_padding(self)
-
-    def effective_weight(self) -> Tensor:
-        return self.weight
-
-    def place(self) -> tuple:
-        """Stride, padding, dilation and groups."""
-        return self.stride, self.padding, self.dilation, self.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.effective_weight(), self.bias, *self.place())
-
-    @property
-    def made_again(self) -> bool:
-        """Can `SpikingLayerFn` run it?"""
-        return type(self).forward is Convolution.forward and "forward" not in vars(self) and self.bias is None
-
-
-def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise ValueError(
-            f"a convolution of this library is padded with zeros, and their number is given: padding_mode="
-            f"{conv.padding_mode!r}, padding={conv.padding!r} are not supported; use F.pad before it"
         )
 
 
@@ -238,7 +168,7 @@ class NormFn(Function):
         return normalise(y, *folded(weight, bias, mean, rstd), rest)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_current: Tensor):
         y, weight, mean, rstd = ctx.saved_tensors
         d_y, d_weight, d_bias = norm_backward(d_current, ctx.again() if ctx.again else y, weight, mean, rstd)
@@ -368,7 +298,7 @@ class SpikingLayerFn(Function):
         return v_out, *(conv2d(read, w, None, *place)[None] for w, place in zip(synapses, layer.places, strict=True))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _, *d_outputs):
         v, mean, var, *rest = ctx.saved_tensors
         p, stats = NeuronParams(*rest[:6], **ctx.options), None if mean is None else (mean, var)
@@ -406,7 +336,8 @@ def unpooled(pool: nn.Module | None, x: Tensor, d: Tensor) -> Tensor:
 
 def fire_into(
     current: Current, v: Tensor | None, p: NeuronParams, *, running: Running | None,
-    synapses: Sequence[Convolution] = (), pool: nn.Module | None = None, observer: Callable[[Tensor], None] | None = None,
+    synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None,
+    observer: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """One step with gradient: (v, [y of each synapse]), or (v, [spikes]) without any. `p` may hold Mem-BN."""
     if p.alpha is None and current.pending:

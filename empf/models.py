@@ -140,10 +140,8 @@ class Stem(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, image_size: int):
         super().__init__()
-        large = image_size > 96
-        self.conv = nn.Conv2d(
-            in_channels, channels, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False
-        )
+        size, stride = (7, 2) if image_size > 96 else (3, 1)
+        self.conv = nn.Conv2d(in_channels, channels, size, stride, size // 2, bias=False)
         self.bn = StepBatchNorm(channels)
         self.pool = nn.MaxPool2d(3, 2, 1) if image_size > 48 else None
 
@@ -219,7 +217,7 @@ class SpikingNetwork(nn.Module, ABC):
         """The frames to run as (k, N, C, H, W); k = 1 for a static image."""
         c, total = self.config, past + steps
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            kind = getattr(x, "dtype", type(x).__name__)
             raise TypeError(f"the input must be a tensor of floating-point numbers, normalised, got {kind}")
         if type(steps) is not int or type(past) is not int:
             raise TypeError(f"steps and past must be whole numbers, got {steps!r} and {past!r}")

@@ -20,21 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron
+from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron, transformed
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
 from empf.kernels.neuron_engine import Running, neuron_forward
 from empf.kernels.norm_neuron import norm_neuron
-from empf.layer import (
-    Convolution,
-    Current,
-    active,
-    check_count,
-    fire_into,
-    hooked,
-    over_steps,
-    refuse_second_order,
-    second_order_refused,
-)
+from empf.layer import Current, active, check_count, fire_into, hooked, over_steps, refuse_second_order
 
 
 def logit(p: float) -> float:
@@ -79,7 +69,7 @@ class StatefulNeuron(nn.Module):
             )
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "a neuron was called within a backward pass, as torch.utils.checkpoint does, but its time has moved on: "
+                "a neuron was called within a backward pass, as by torch.utils.checkpoint, and its time has moved on: "
                 "leave checkpointing out, the layers of this library make their activations again by themselves"
             )
         steps = slice(self.t, self.t + shape[0])
@@ -203,13 +193,11 @@ class EMPFNeuron(StatefulNeuron):
     def forward(self, current: Tensor | Current) -> Tensor:
         return self.outputs(Current.of(current))[0]
 
-    def outputs(self, current: Current, synapses: Sequence[Convolution] = (), pool: nn.Module | None = None):
+    def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
         """[spikes], or where they are `made_again` the outputs of the convolutions that read them (pooled)."""
-        if self.channels not in (None, current.shape[min(2, len(current.shape) - 1)]):
-            raise ValueError(
-                f"a neuron with {self.channels} channels takes (k, N, {self.channels}, ...), k time steps first, got "
-                f"{tuple(current.shape)}"
-            )
+        c, shape = self.channels, tuple(current.shape)
+        if c is not None and shape[2:3] != (c,):
+            raise ValueError(f"a neuron with {c} channels takes (k, N, {c}, ...), k time steps first, got {shape}")
         steps = self.advance(current)
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
         leak = None if self.parallel else self.of_steps(self.leak_logit, steps).sigmoid()
@@ -234,7 +222,7 @@ class EMPFNeuron(StatefulNeuron):
             return found
         spikes, v = self.kept(current, p, running, steps)
         self.v = None if self.parallel else v
-        if spikes.requires_grad and second_order_refused():
+        if spikes.requires_grad and not torch.compiler.is_compiling() and not transformed():
             spikes.register_hook(refuse_second_order)
         if self.observer is not None:
             self.observer(spikes.detach())
@@ -244,13 +232,13 @@ class EMPFNeuron(StatefulNeuron):
         """(spikes, v) of k steps; what backward needs is left to autograd."""
         own = self.activation == "relu" and (running is None or self.batch_norm is F.batch_norm)
         fast = not torch.is_grad_enabled() and active(current.y) and own and p.gain is None
-        if own and running is None and current.pending and on_kernels(current.y):
-            spikes, v, *stats = norm_neuron(current.y, self.v, current.leave_norm(p))
+        if own and running is None and current.pending and (fast or on_kernels(current.y)):
+            p = current.leave_norm(p)
+            if fast and not on_kernels(current.y):
+                return neuron_forward(current.y, self.v, p, stats=current.stats())[:2]
+            spikes, v, *stats = norm_neuron(current.y, self.v, p)
             move(current.running, stats, current.y)
             return spikes, v
-        if fast and running is None and current.pending and not on_kernels(current.y):
-            p = current.leave_norm(p)
-            return neuron_forward(current.y, self.v, p, stats=current.stats())[:2]
         x = current.value
         if fast and not on_kernels(x):
             return neuron_forward(x, self.v, p, running=running)[:2]

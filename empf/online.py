@@ -9,16 +9,14 @@ In `random` and `every` v is detached between steps, so memory for back-propagat
 arXiv 2410.07547, sec. 4 and alg. 1
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from empf.layer import StepBatchNorm
-from empf.neuron import EMPFNeuron, StatefulNeuron
+from empf.neuron import StatefulNeuron
+from empf.norms import mixing_watched
 
 LEARNING = ("random", "every", "stbp")
 
@@ -51,60 +49,6 @@ def set_online(model: nn.Module, online: bool) -> None:
             module.online = online
 
 
-def freeze_norm(model: nn.Module, frozen: bool = True) -> None:
-    """Let training use the running statistics of every batch norm and Mem-BN and leave them as they are.
-
-    Torch's own batch norms know no such mode: they are named by a warning.
-    """
-    foreign = []
-    for name, module in model.named_modules():
-        if isinstance(module, StepBatchNorm | EMPFNeuron):
-            module.frozen_norm = frozen
-        elif isinstance(module, _BatchNorm):
-            foreign.append(name)
-    if foreign:
-        warnings.warn(
-            f"freeze_norm leaves torch's own batch norms alone ({', '.join(foreign)}): call their eval() after each "
-            "model.train(), or use empf.StepBatchNorm",
-            stacklevel=2,
-        )
-
-
-class PerStep(nn.Module):
-    """A module applied to each time step by itself, (k, N, ...) -> (k, N, ...): torch's own batch norms need it.
-
-    Called with folded steps, (k N, ...), a batch norm in training would take one mean of all of them.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.module(step) for step in x])
-
-
-@contextmanager
-def mixing_watched(model: nn.Module, k: int, n: int) -> Iterator[None]:
-    """Warn where a batch norm of torch is fed k > 1 steps of n at once in training: its statistics would mix them."""
-
-    def look(module, inputs) -> None:
-        if module.training and len(inputs[0]) == k * n:
-            warnings.warn(
-                f"{type(module).__name__} is fed {k} time steps at once, and its statistics mix them: wrap it as "
-                "empf.PerStep(norm), which takes (k, N, ...), or use empf.StepBatchNorm",
-                stacklevel=2,
-            )
-
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if k > 1 else []
-    handles = [m.register_forward_pre_hook(look) for m in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def draw_steps(T: int, k: int, seed: int, iteration: int) -> list[int]:
     """k different time steps of 1..T, ascending, uniform; a pure function of (seed, iteration).
 
@@ -133,8 +77,8 @@ def online_backward(
     Args:
         model: a `SpikingNetwork`, or any network of this library's neurons, time first: net(x [k, N, ...]) gives
             [k, N, ...] for any number k of steps. Possibly wrapped for data-parallel training.
-        x: of a `SpikingNetwork` images (N, C, H, W) or events (T, N, C, H, W); of another network [T, N, ...],
-            `x.expand(T, ...)` where the input stands still. target: whatever `criterion(logits, target)` takes.
+        x: of a `SpikingNetwork` images (N, C, H, W) or events (T, N, C, H, W); of another [T, N, ...], for instance
+            `x.expand(T, ...)`. target: whatever `criterion(logits, target)` takes.
         learning: random | every | stbp.
         steps: for `random` the ascending steps of 1..T to back-propagate, drawn with `draw_steps`; it has no default,
             as every process has to draw the same.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from empf.layer import Convolution, check_padding, transformed
+from empf.kernels.convolution import conv2d
+from empf.kernels.neuron import transformed
 
 KINDS = ("binary", "ternary")
 GRANULARITIES = ("channel", "layer")
@@ -94,16 +95,17 @@ class QuantizedWeight:
     def effective_weight(self) -> Tensor:
         w = self.weight
         if torch.compiler.is_compiling() or transformed() or w.is_inference():  # without a counter that can be read
-            effective = quantize_weight(w, self.kind, self.granularity)
+            effective = quantize_weight(w.detach(), self.kind, self.granularity)
         else:
             key = (_updates, w._version, w.data_ptr(), w.dtype)
             if self._formed is None or self._formed[0] != key:
                 with torch.inference_mode(False):  # it may be used with gradient later
                     self._formed = (key, quantize_weight(w, self.kind, self.granularity))
             effective = self._formed[1]
-        return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
+        learns = torch.is_grad_enabled() and w.requires_grad or transformed()
+        return StraightThrough.apply(w, effective) if learns else effective
 
-    def _check_kind(self, kind: str, granularity: str) -> None:
+    def quantize_as(self, kind: str, granularity: str) -> None:
         check_kind(kind, granularity)
         self.kind, self.granularity = kind, granularity
         self.reset()
@@ -115,8 +117,42 @@ class QuantizedWeight:
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
+class Convolution(nn.Conv2d):
+    """Convolution (N, C, H, W) -> (N, C_out, H', W') with `effective_weight()`; arguments as `nn.Conv2d`.
+
+    Raises ValueError for another padding than zeros and their number.
+    """
+
+    def __init__(self, *args, bias: bool = False, **options):
+        super().__init__(*args, bias=bias, **options)
+        check_padding(self)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight
+
+    def place(self) -> tuple:
+        """Stride, padding, dilation and groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.effective_weight(), self.bias, *self.place())
+
+    @property
+    def made_again(self) -> bool:
+        """Can `SpikingLayerFn` run it?"""
+        return type(self).forward is Convolution.forward and "forward" not in vars(self) and self.bias is None
+
+
+def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"a convolution of this library is padded with zeros, and their number is given: padding_mode="
+            f"{conv.padding_mode!r}, padding={conv.padding!r} are not supported; use F.pad before it"
+        )
+
+
 class FullConv2d(Convolution):
-    """`nn.Conv2d` in full precision, without a bias unless it is asked for; see `empf.layer.Convolution`."""
+    """`nn.Conv2d` in full precision, without a bias unless it is asked for; see `Convolution`."""
 
 
 class BinaryConv2d(QuantizedWeight, Convolution):
@@ -128,7 +164,7 @@ class BinaryConv2d(QuantizedWeight, Convolution):
 
     def __init__(self, *args, kind: str = "binary", granularity: str = "channel", **options):
         super().__init__(*args, **options)
-        self._check_kind(kind, granularity)
+        self.quantize_as(kind, granularity)
 
 
 class BinaryConv1d(QuantizedWeight, nn.Conv1d):
@@ -137,7 +173,7 @@ class BinaryConv1d(QuantizedWeight, nn.Conv1d):
     def __init__(self, *args, bias: bool = False, kind: str = "binary", granularity: str = "channel", **options):
         super().__init__(*args, bias=bias, **options)
         check_padding(self)
-        self._check_kind(kind, granularity)
+        self.quantize_as(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.effective_weight()
@@ -155,7 +191,7 @@ class BinaryLinear(QuantizedWeight, nn.Linear):
         granularity: str = "channel", **options,
     ):  # fmt: skip
         super().__init__(in_features, out_features, bias, **options)
-        self._check_kind(kind, granularity)
+        self.quantize_as(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.effective_weight(), self.bias)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dispatch import LAUNCHES, OPS, use_triton
 from .neuron_kernels import _neuron_backward_kernel, _neuron_forward_kernel
@@ -279,6 +280,11 @@ _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
 def on_kernels(x: Tensor) -> bool:
     """Whether the Triton kernels take x: in fp64 everything is left to the definitions."""
     return x.dtype != torch.float64 and use_triton(x)
+
+
+def transformed() -> bool:
+    """Is a transform of torch.func, or forward-mode differentiation, at work? Both are left to the definitions."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def number(value, name: str) -> float:

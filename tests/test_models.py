@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,3 +287,41 @@ def test_configuration_round_trip():
     config = ModelConfig(arch="vgg_snn", spike_bits=4, width=0.5)
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert set(config.to_dict()) == {f.name for f in fields(ModelConfig)}
+
+
+def test_hooks_on_layers_and_blocks_fire_with_tensors():
+    for model, x, watched in (
+        (empf.resnet18(width=0.125, image_size=32), torch.randn(4, 3, 32, 32), ["blocks.0", "blocks.2.conv1", "stem"]),
+        (empf.vgg_snn(width=0.125, image_size=16, T=2), torch.randn(2, 4, 2, 16, 16), ["layers.1", "layers.5"]),
+    ):
+        seen = []
+        for name in watched:
+            module = model.get_submodule(name)
+            module.register_forward_hook(
+                lambda m, inputs, out, name=name, seen=seen: seen.append((name, inputs[0], out))
+            )
+        wanted = model(x, steps=1)
+        wanted.square().sum().backward()
+        assert sorted({name for name, _, _ in seen}) == sorted(watched)
+        for _, given, out in seen:
+            out = out if isinstance(out, tuple) else (out,)
+            assert isinstance(given, torch.Tensor) and all(isinstance(o, torch.Tensor) for o in out)
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating-point numbers, normalised, got torch.uint8"),
+        (np.zeros((2, 3, 8, 8), np.float32), "got float32"),
+        ([[1.0]], "got list"),
+        (None, "got NoneType"),
+    ],
+)
+def test_another_kind_of_input(x, error):
+    with pytest.raises(TypeError, match=error):
+        empf.resnet18(width=0.0625, image_size=8)(x)
+
+
+def test_steps_are_whole_numbers():
+    with pytest.raises(TypeError, match="whole numbers, got 1.5 and 0"):
+        empf.resnet18(width=0.0625, image_size=8)(torch.randn(1, 3, 8, 8), steps=1.5)

@@ -1,12 +1,16 @@
 """Online learning: what is drawn, what is remembered, and how the modes relate."""
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
 
 import empf
+from empf import layer
 from empf.diagnose.memory import Storages, saved_for_backward
 from empf.online import draw_steps, online_backward
 
@@ -204,3 +208,140 @@ def test_bad_mode():
     x, y = batch()
     with pytest.raises(ValueError, match="learning must be one of random, every, stbp, got 'bptt'"):
         online_backward(small(), x, y, F.cross_entropy, learning="bptt")
+
+
+class OwnNet(nn.Module):
+    """A network of a stranger: a synapse that is used twice, a functional pooling, its own head."""
+
+    def __init__(self, T: int | None = 4, neuron=empf.EMPFNeuron):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 4, 3, padding=1), empf.BinaryConv2d(4, 4, 3, padding=1, bias=True)
+        self.neurons = nn.ModuleList(neuron(T) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):  # k N 1 H W
+        current = self.stem(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        for neuron in self.neurons[:2]:
+            current = current + self.conv(neuron(current).flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.head(
+            F.avg_pool2d(self.neurons[2](current).flatten(0, 1), 2).mean((-2, -1)).unflatten(0, x.shape[:2])
+        )
+
+
+def own_gradients(net, run):
+    net.zero_grad()
+    empf.reset(net)
+    loss = run()
+    return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("neuron", [empf.EMPFNeuron, empf.LIFNeuron])
+@pytest.mark.parametrize("open_end", [False, True])
+@pytest.mark.parametrize(
+    ("learning", "steps"), [("random", [1]), ("random", [3]), ("random", [1, 4]), ("every", None), ("stbp", None)]
+)
+def test_any_network_learns_as_a_loop_written_by_hand(learning, steps, neuron, open_end):
+    torch.manual_seed(0)
+    net = OwnNet(None if open_end else 4, neuron).double()
+    x, target = torch.randn(4, 6, 1, 6, 6, dtype=torch.float64) + 0.5, torch.arange(6) % 5
+
+    def by_hand():
+        if learning == "stbp":
+            empf.set_online(net, False)
+            loss = F.cross_entropy(sum(net(frame[None])[0] for frame in x) / 4, target)
+            loss.backward()
+            empf.set_online(net, True)
+            return loss
+        wanted = steps or [1, 2, 3, 4]
+        total = 0.0
+        for t, frame in enumerate(x[: wanted[-1]], 1):
+            with torch.set_grad_enabled(t in wanted):
+                logits = net(frame[None])[0]
+            if t in wanted:
+                loss = F.cross_entropy(logits, target) / len(wanted)
+                loss.backward()
+                total = total + loss
+        return total
+
+    options = {"learning": learning, "steps": steps}
+    loss, found = own_gradients(net, lambda: empf.online_backward(net, x, target, F.cross_entropy, **options)[0])
+    wanted_loss, wanted = own_gradients(net, by_hand)
+    assert abs(loss - wanted_loss) < 1e-12 and found.keys() == wanted.keys()
+    assert wanted["conv.weight"].any() and wanted["conv.bias"].any()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).abs().max() <= 1e-12 * (1 + gradient.abs().max()), name
+
+
+def test_another_number_of_frames_is_refused():
+    with pytest.raises(ValueError, match=r"4 time steps first, \[T, N, \.\.\.\], got \(6, 1, 6, 6\): x\.expand\(4"):
+        empf.online_backward(
+            OwnNet(), torch.randn(6, 1, 6, 6), torch.zeros(6).long(), F.cross_entropy, learning="every"
+        )
+
+
+def test_after_learning_through_time_nothing_holds_the_graph():
+    net = OwnNet()
+    empf.online_backward(net, torch.randn(4, 6, 1, 6, 6), torch.arange(6) % 5, F.cross_entropy, learning="stbp")
+    assert all(n.v.grad_fn is None for n in net.neurons)
+    copy.deepcopy(net)
+    model = empf.resnet18(width=0.0625, image_size=8, T=2)
+    empf.online_backward(model, torch.randn(6, 3, 8, 8), torch.arange(6) % 5, F.cross_entropy, learning="stbp")
+    torch.optim.swa_utils.AveragedModel(model)
+
+
+def test_reset_leaves_the_modules_of_others_alone():
+    class Metric(nn.Module):
+        def reset(self, what):
+            raise AssertionError("this is not ours")
+
+    class Own(nn.Module):
+        holds_state = True
+
+        def reset(self):
+            self.done = True
+
+    net = nn.ModuleList([Metric(), Own(), empf.EMPFNeuron(2)])
+    empf.reset(net)
+    assert net[1].done
+
+
+def test_a_forward_that_was_interrupted_asks_for_reset():
+    model = empf.resnet18(width=0.0625, image_size=8, T=2).eval()
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model(x, steps=1)
+
+    def fail(module, inputs):
+        raise KeyboardInterrupt
+
+    empf.reset(model)
+    handle = model.blocks[5].conv2.conv.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(x, steps=1)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"interrupted .* empf\.reset\(model\)"):
+        model(x, steps=1)
+    empf.reset(model)
+    assert torch.equal(model(x, steps=1), wanted)
+
+
+@pytest.mark.parametrize("size", [6, 80])  # kept, and made again
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_refused(size, reentrant):
+    neuron, conv = empf.EMPFNeuron(2), empf.BinaryConv2d(4, 4, 3, padding=1)
+    x = torch.randn(1, 3, 4, size, size, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda x: conv(neuron(x)[0]), x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="within a backward pass, as by torch.utils.checkpoint"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("size", [6, 80])
+def test_gradients_of_second_order_are_refused(size):
+    neuron = empf.EMPFNeuron(2)
+    x = torch.randn(1, 3, 4, size, size, requires_grad=True)
+    with pytest.raises(RuntimeError, match="create_graph=True asks for more"):
+        (d_x,) = torch.autograd.grad(neuron(x).square().sum(), x, create_graph=True)
+        d_x.sum().backward()
+    empf.reset(neuron)
+    with layer.enabled(False):
+        (d_x,) = torch.autograd.grad(neuron(x).square().sum(), x, create_graph=True)
+        d_x.sum().backward()

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import empf
 from empf import synapse
-from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d, quantize_weight
+from empf.neuron import spiking_layer
+from empf.synapse import BinaryConv1d, BinaryConv2d, BinaryLinear, FullConv2d, quantize_weight
 
 
 def loop_quantize(w, kind):
@@ -182,3 +183,82 @@ def test_gradients_of_narrow_networks_stay_in_their_memory():
     env = {**os.environ, "LD_PRELOAD": checker, "MALLOC_CHECK_": "3"}
     done = subprocess.run([sys.executable, "-c", NARROW], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_fused_optimizers_are_seen(optimizer):
+    """They do not count in the version of a tensor; a network without `reset` in its loop trained frozen weights."""
+    torch.manual_seed(0)
+    layer = BinaryLinear(8, 4)
+    try:
+        step = optimizer(layer.parameters(), lr=1.0, fused=True)
+    except (TypeError, RuntimeError) as error:
+        pytest.skip(f"torch {torch.__version__} has no such fused optimizer on a CPU: {error}")
+    x = torch.randn(3, 8)
+    before = layer(x)
+    before.square().sum().backward()
+    step.step()
+    after = layer(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, F.linear(x, quantize_weight(layer.weight)))
+
+
+def test_inference_mode_first_then_training():
+    layer = BinaryLinear(3, 2)
+    with torch.inference_mode():
+        layer(torch.randn(1, 3))
+    layer(torch.randn(1, 3)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.inference_mode():
+        loaded = BinaryLinear(3, 2)
+        assert torch.equal(loaded(torch.eye(3)), quantize_weight(loaded.weight).t())
+
+
+@pytest.mark.parametrize("make", [BinaryLinear, BinaryConv1d, BinaryConv2d])
+def test_gradients_per_sample_and_tangents(make):
+    torch.manual_seed(0)
+    layer = (make(6, 3) if make is BinaryLinear else make(2, 3, 2)).double()
+    shape = {"BinaryLinear": (6,), "BinaryConv2d": (2, 3, 3), "BinaryConv1d": (2, 4)}[type(layer).__name__]
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    weights = {"weight": layer.weight.detach()}
+
+    def loss(weights, one):
+        return torch.func.functional_call(layer, weights, (one.unsqueeze(0),)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)["weight"]
+    for one, gradient in zip(x, found, strict=True):
+        layer.weight.grad = None
+        layer(one.unsqueeze(0)).square().sum().backward()
+        assert torch.allclose(gradient, layer.weight.grad, rtol=1e-12, atol=1e-12) and gradient.any()
+    direction = {"weight": torch.randn_like(layer.weight)}
+    _, tangent = torch.func.jvp(lambda w: loss(w, x[0]), (weights,), (direction,))
+    assert torch.allclose(tangent, (found[0] * direction["weight"]).sum(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [5, 70])  # also where the layer makes its spikes again
+@pytest.mark.parametrize(
+    "options",
+    [dict(bias=True), dict(groups=2), dict(dilation=2), dict(groups=4, dilation=2, stride=2, bias=True)],
+    ids=str,
+)
+def test_arguments_of_torch(options, size):
+    torch.manual_seed(0)
+    conv = BinaryConv2d(4, 8, 3, padding=1, dtype=torch.float64, **options)
+    neuron = empf.EMPFNeuron(1).double()
+    current = torch.randn(1, 4, 4, size, size, dtype=torch.float64)
+    (y,) = spiking_layer(neuron, current, conv)
+    y.square().sum().backward()
+    weight = quantize_weight(conv.weight.detach()).requires_grad_()
+    spikes = (current[0] - neuron.threshold).relu()
+    wanted = F.conv2d(spikes, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert torch.allclose(y[0], wanted, rtol=1e-12, atol=1e-12)
+    (d_weight,) = torch.autograd.grad(wanted.square().sum(), weight)
+    assert torch.allclose(conv.weight.grad, d_weight * (conv.weight.abs() <= 1), rtol=1e-9, atol=1e-9)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    for options in (dict(padding_mode="circular"), dict(padding="same")):
+        for kind in (BinaryConv1d, BinaryConv2d):
+            with pytest.raises(ValueError, match=r"padded with zeros, and their number .*F\.pad"):
+                kind(2, 3, 3, **options)
+    assert BinaryConv1d(2, 3, 3, device="meta").weight.is_meta
