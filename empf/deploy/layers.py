@@ -98,15 +98,16 @@ class PackedNeuron(StatefulNeuron, PackedPart):
     def __getstate__(self) -> dict:  # copies make their own
         return {**super().__getstate__(), "_lanes": {}}
 
-    def of_steps(self, steps: slice) -> tuple[Tensor | None, ...]:
+    def parameters_of(self, steps: slice) -> tuple[Tensor | None, ...]:
         """leak, threshold, gain, shift of these steps."""
-        return tuple(None if p is None else p[steps] for p in (self.leak, self.threshold, self.gain, self.shift))
+        found = (self.leak, self.threshold, self.gain, self.shift)
+        return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
     def lanes(self, steps: slice, dims: int) -> list[tuple[Tensor | None, ...]]:
-        """For each step what `of_steps` gives it, shaped for (N, C, ...) of `dims` axes; kept for the next call."""
+        """For each step what `parameters_of` gives it, shaped for (N, C, ...) of `dims` axes; kept for the next call."""
         key = (steps.start, steps.stop, dims)
         if key not in self._lanes:
-            rows = zip(*(repeat(None) if p is None else p for p in self.of_steps(steps)), strict=False)
+            rows = zip(*(repeat(None) if p is None else p for p in self.parameters_of(steps)), strict=False)
             self._lanes[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
         return self._lanes[key]
 
@@ -122,7 +123,7 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return spikes if self.spike_bits is None else Spikes(spikes, self.spike_step, 2**self.spike_bits - 1)
 
     def on_kernels(self, current: Tensor, steps: slice) -> tuple[Tensor, Tensor]:
-        leak, threshold, gain, shift = self.of_steps(steps)
+        leak, threshold, gain, shift = self.parameters_of(steps)
         keywords = {"gain": gain, "shift": shift, "parallel": self.parallel}
         if self.spike_bits is not None:
             keywords |= {"bits": self.spike_bits, "step": self.spike_step, "codes": True}
@@ -342,13 +343,11 @@ class PackedNorm(PackedPart):
     def forget(self) -> None:
         self.version += 1
 
-    def forward(self, x: Tensor, repeat: int = 1, rest: Tensor | None = None, again=None) -> Tensor:
+    def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
         if isinstance(x, Product) and x.bare and len(x.lead) == self.lead:
-            y = x.changed(norm=self)
-            return y if rest is None else y + rest
+            return x.changed(norm=self)
         x, like = plain(x), (-1, *[1] * (x.dim() - self.lead - 1))
-        y = torch.addcmul(self.shift.to(x.dtype).view(like), x, self.gain.to(x.dtype).view(like))
-        return y if rest is None else y + rest
+        return torch.addcmul(self.shift.to(x.dtype).view(like), x, self.gain.to(x.dtype).view(like))
 
 
 def packed_part(module: nn.Module, name: str) -> PackedPart | None:
