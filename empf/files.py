@@ -84,9 +84,9 @@ def parse_json(data: bytes | str) -> object:
         raise ValueError(shown(error, 100)) from error
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A checksum of names, types and numbers."""
-    total = hashlib.sha256()
+def fingerprint(state: Mapping[str, Tensor], text: str = "") -> str:
+    """A checksum of names, types and numbers, and of a text."""
+    total = hashlib.sha256(text.encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

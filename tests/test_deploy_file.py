@@ -1,7 +1,6 @@
 """The packed file: identity, size, and refusal of everything that is not a whole and unaltered file."""
 
 import json
-import math
 import zlib
 
 import numpy as np
@@ -9,13 +8,15 @@ import pytest
 import safetensors.numpy
 import torch
 from deploy_tools import logits, trained
+from fuzz_packed import fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_deploy_layers import Plain
 
 import empf
 from empf.deploy import file as packed_file
 from empf.deploy.origin import Origin
-from empf.deploy.pack import load_packed, pack
+from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.kernels.pack import PackedWeight, signs
 from empf.kernels.pack import pack as pack_weight
 
@@ -206,7 +207,7 @@ def test_a_byte_above_242_is_no_ternary_weight(example):
         load_packed(folder / "trits.safetensors")
 
 
-def test_foreign_and_newer_files(example):
+def test_foreign_and_older_files(example):
     folder, data, _, _ = example
     path = folder / "foreign.safetensors"
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, path, {"format": "pt"})
@@ -215,8 +216,10 @@ def test_foreign_and_newer_files(example):
     torch.save({"w": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="is not a packed network"):
         load_packed(path)
-    path.write_bytes(data.replace(b'"version":"1"', b'"version":"2"'))
-    with pytest.raises(ValueError, match="version '2' of the packed format .* reads 1: update empf"):
+    path.write_bytes(data.replace(b'"version":"2"', b'"version":"1"'))
+    with pytest.raises(
+        ValueError, match="version '1' of the packed format .* reads 2: update empf, or pack the network again"
+    ):
         load_packed(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_packed(folder / "none.safetensors")
@@ -268,8 +271,8 @@ def test_saving_twice_gives_the_same_file():
 
 
 def test_parameters_survive_to_the_last_bit():
-    """Also those that are not numbers one would expect: tiny, infinite, minus zero."""
-    values = torch.tensor([math.inf, -0.0, 1e-45, 3.4e38, -1.0, 1 / 3])
+    """Also those that are not numbers one would expect: tiny, large, minus zero."""
+    values = torch.tensor([-0.0, 1e-45, 3.4e38, -1.0, 1 / 3])
     state = {"w.bits": pack_weight(torch.ones(1, 1)).bits, "values": values}
     about = {"w.bits": ((1, 1), "binary")}
     found = packed_file.decode(packed_file.encode(state, about), state, about)
@@ -283,3 +286,108 @@ def test_a_loaded_network_runs_and_can_be_saved_again(tmp_path):
     again = load_packed(tmp_path / "a.safetensors")
     assert torch.equal(logits(again, x), logits(packed, x))
     assert again.to_bytes() == packed.to_bytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_altered_file_is_refused_or_the_same_network(seed, tmp_path):
+    """2,000 cases in all; `python tests/fuzz_packed.py 20000` for more."""
+    outcomes, wrong, slowest = fuzz(500, seed, tmp_path)
+    assert wrong == [] and sum(outcomes.values()) == 500
+    assert outcomes["refused"] > 300 and outcomes["the same network"] > 0 and outcomes["another network"] > 0
+
+
+def sealed(example, tmp_path, monkeypatch, change) -> str:
+    """The words of refusal for a file whose checksum and fingerprint are right; `change(state, about)` made it."""
+    _, data, state, _ = example
+    packed = load_packed(tmp_path / "net" if (tmp_path / "net").write_bytes(data) else None)
+    about = json.loads(json.loads(split(data)[0][8:])["__metadata__"]["about"]) | {"fingerprint": "sealed"}
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    change(state, about)
+    monkeypatch.setattr(packed_file, "_check_finite", lambda name, numbers: None)
+    arrays = packed_file.encode(state, packed.packed_weights())
+    monkeypatch.undo()
+    monkeypatch.setattr(PackedModel, "fingerprint", lambda self: "sealed")
+    (tmp_path / "net").write_bytes(packed_file.to_bytes(arrays, about))
+    with pytest.raises(ValueError) as error:
+        load_packed(tmp_path / "net")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["scale", "gain", "shift", "threshold", "leak", "weight"])
+def test_numbers_that_are_not_finite_are_refused_by_name(example, tmp_path, monkeypatch, kind, value):
+    name = next(name for name in example[2] if name.endswith(f".{kind}"))
+
+    def change(state, about):
+        state[name].flatten()[-1] = value
+
+    assert f"({name} holds numbers that are not finite)" in sealed(example, tmp_path, monkeypatch, change)
+
+
+def test_a_network_with_such_numbers_is_not_saved(tmp_path):
+    packed = pack(trained()[0])
+    packed.net.blocks[2].conv1.bn.gain[0] = float("nan")
+    with pytest.raises(ValueError, match="blocks.2.conv1.bn.gain holds numbers that are not finite"):
+        packed.save(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{"image_size": 20000}, {"image_size": 10**18}, {"T": 10**7}], ids=str)
+def test_the_work_that_a_file_may_ask_for_is_bounded(example, tmp_path, monkeypatch, changes):
+    """Sizes follow from the configuration by arithmetic; nothing of them is built."""
+    words = sealed(example, tmp_path, monkeypatch, lambda state, about: about["model"].update(changes))
+    assert (
+        "asks for currents of" in words or f"{next(iter(changes))} must be at most" in words or "not as many" in words
+    )
+
+
+def test_parameters_are_not_inflated_beyond_what_their_size_makes_likely(tmp_path, monkeypatch):
+    """And a network whose parameters are that regular is stored without compression."""
+    zeros = {"w.bits": pack_weight(torch.ones(1, 1)).bits, "values": torch.zeros(2**20)}
+    about = {"w.bits": ((1, 1), "binary")}
+    arrays = packed_file.encode(zeros, about)
+    assert arrays["parameters"].size > 2**22 and not packed_file.decode(arrays, zeros, about)["values"].any()
+    bomb = arrays | {"parameters": np.frombuffer(zlib.compress(bytes(2**22), 9), np.uint8)}
+    with pytest.raises(ValueError, match=r"bytes would become 4,194,304 bytes of parameters"):
+        packed_file.decode(bomb, zeros, about)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [("mean", [float("nan")], "mean must be finite"), ("std", [0.0], "std must be positive"),
+     ("accuracy", [float("inf")], "accuracy must be finite"), ("classes", 3, "not iterable")],
+)  # fmt: skip
+def test_a_normalisation_that_cannot_be_is_refused(example, tmp_path, monkeypatch, field, value, words):
+    assert words in sealed(example, tmp_path, monkeypatch, lambda state, about: about["origin"].update({field: value}))
+
+
+def test_sentences_about_hostile_names_are_short_and_printable(example, tmp_path, monkeypatch):
+    name = "\x1b]0;x\x07\n" + "x" * 10000
+    words = sealed(example, tmp_path, monkeypatch, lambda state, about: about["model"].update({name: 1}))
+    assert words.isprintable() and len(words) < len(str(tmp_path)) + 400 and "unknown model setting ?]0;x??xxx" in words
+
+
+def test_the_fingerprint_covers_weights_and_description(example):
+    """A right checksum alone does not make another network of it: activations and tensors of equal shape count."""
+    folder, data, state, _ = example
+    about = json.loads(json.loads(split(data)[0][8:])["__metadata__"]["about"])
+    arrays = safetensors.numpy.load(data)
+    a, b = (f"blocks.0.conv{i}.conv.bits" for i in (1, 2))
+    swapped = arrays | {a: arrays[b], b: arrays[a]}
+    path = folder / "other.safetensors"
+    for changed in ((about | {"model": about["model"] | {"activation": "gelu"}}, arrays), (about, swapped)):
+        path.write_bytes(packed_file.to_bytes(changed[1], changed[0]))
+        with pytest.raises(ValueError, match="other.safetensors does not hold the network that was saved"):
+            load_packed(path)
+
+
+def test_integers_of_an_own_network_are_stored_where_they_can_be(tmp_path):
+    class Counting(Plain):
+        def __init__(self, start=3):
+            super().__init__()
+            self.register_buffer("count", torch.tensor([start, 2]))
+
+    pack(Counting()).save(tmp_path / "net.safetensors")
+    found = load_packed(tmp_path / "net.safetensors", net=Counting(0)).net.count
+    assert found.tolist() == [3, 2] and found.dtype == torch.int64
+    with pytest.raises(ValueError, match="count holds numbers of type torch.int64 that a packed file"):
+        pack(Counting(2**40 + 1)).save(tmp_path / "net.safetensors")

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from empf.deploy.origin import Origin, fingerprint
+from empf.deploy.origin import Origin
+from empf.files import fingerprint
 
 
 @pytest.mark.parametrize("name, value, kind", [("dataset", [], "str"), ("epochs", "3", "int"), ("split", 1, "str")])
@@ -28,4 +29,4 @@ def test_a_fingerprint_changes_with_every_number_name_type_and_shape():
         state | {"a": torch.arange(6.0).int()}, {"a": state["a"], "c": state["b"]},
     ]  # fmt: skip
     assert fingerprint(state) == fingerprint(same)
-    assert len({fingerprint(other) for other in [state, *others]}) == 5
+    assert len({fingerprint(state, "text"), *(fingerprint(other) for other in [state, *others])}) == 6

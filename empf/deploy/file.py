@@ -26,11 +26,13 @@ from safetensors.numpy import load as load_arrays
 from torch import Tensor
 
 from empf.kernels.pack import weights_per_word
+from empf.terminal import shown
 
-FORMAT, VERSION = "empf-packed", 1
+FORMAT, VERSION = "empf-packed", 2
 UNSIGNED = "0" * 64  # stands in place of the checksum while it is computed
 MAX_HEADER = 2**24  # bytes; the header of a ResNet-34 has 5,000 and those of the names of its classes
-MAX_NUMBERS = 2**28  # fp32 parameters; zlib makes a thousand bytes of one, a file must not ask for all memory
+MAX_NUMBERS = 2**28  # fp32 parameters: a file must not ask for all memory
+MOST_INFLATED = 64  # times the compressed size, beyond the first megabyte: zlib makes a thousand bytes of one
 PARAMETERS = "parameters"
 _TERNARY_DIGIT = np.array([0, 1, 0, 2], np.uint8)  # of a 2-bit code; minus zero (code 2) is zero
 _POWERS = 3 ** np.arange(5)
@@ -40,14 +42,33 @@ _TERNARY_CODES = np.array([0, 1, 3], np.uint8)[np.arange(243)[:, None] // _POWER
 def encode(state: Mapping[str, Tensor], weights: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
     """The arrays of the file: packed `bits` named in `weights` (dense shape, kind), all else fp32 parameters.
 
-    Raises ValueError for more parameters than `decode` reads.
+    Raises ValueError for more parameters than `decode` reads, and for numbers that are not finite.
     """
     arrays = {name: _encode_bits(state[name], *weights[name]) for name in weights}
-    floats = [tensor.float().cpu().numpy().ravel() for name, tensor in state.items() if name not in weights]
+    floats = [_as_floats(name, tensor) for name, tensor in state.items() if name not in weights]
     _check_size(sum(map(len, floats)))
-    planes = np.concatenate(floats).astype("<f4").view(np.uint8).reshape(-1, 4).T
-    arrays[PARAMETERS] = np.frombuffer(zlib.compress(planes.tobytes(), 9), np.uint8)
+    planes = np.concatenate(floats).astype("<f4").view(np.uint8).reshape(-1, 4).T.tobytes()
+    small = zlib.compress(planes, 9)
+    small = small if _may_inflate(len(small), len(planes)) else zlib.compress(planes, 0)
+    arrays[PARAMETERS] = np.frombuffer(small, np.uint8)
     return arrays
+
+
+def _as_floats(name: str, tensor: Tensor) -> np.ndarray:
+    numbers = tensor.detach().float().cpu()
+    _check_finite(name, numbers)
+    if not tensor.is_floating_point() and not torch.equal(numbers.to(tensor.dtype), tensor.cpu()):
+        raise ValueError(f"{name} holds numbers of type {tensor.dtype} that a packed file, of float32, cannot store")
+    return numbers.numpy().ravel()
+
+
+def _check_finite(name: str, numbers: Tensor) -> None:
+    if not torch.isfinite(numbers).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def _may_inflate(compressed: int, size: int) -> bool:
+    return size <= 2**20 + MOST_INFLATED * compressed
 
 
 def decode(
@@ -57,7 +78,7 @@ def decode(
 ) -> dict[str, Tensor]:
     """The state dict whose names and shapes are those of `wanted` (tensors on any device, also meta).
 
-    Raises ValueError where the arrays do not fit.
+    Raises ValueError where the arrays do not fit, or hold a number that is not finite.
     """
     if set(arrays) != {*weights, PARAMETERS} or any(a.dtype != np.uint8 for a in arrays.values()):
         raise ValueError("its tensors are not those of the network it describes")
@@ -65,6 +86,8 @@ def decode(
     shapes = {name: tensor.shape for name, tensor in wanted.items() if name not in weights}
     size = 4 * sum(shape.numel() for shape in shapes.values())
     _check_size(size // 4)
+    if not _may_inflate(arrays[PARAMETERS].size, size):
+        raise ValueError(f"{arrays[PARAMETERS].size:,} bytes would become {size:,} bytes of parameters")
     unzip = zlib.decompressobj()
     try:
         planes = unzip.decompress(arrays[PARAMETERS].tobytes(), size)  # never more than the network needs
@@ -74,7 +97,9 @@ def decode(
         raise ValueError("its parameters are not as many as those of the network it describes")
     numbers = np.frombuffer(planes, np.uint8).reshape(4, -1).T.ravel().view("<f4").astype(np.float32)
     parts = torch.from_numpy(numbers).split([shape.numel() for shape in shapes.values()])
-    state |= {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    for (name, shape), part in zip(shapes.items(), parts, strict=True):
+        _check_finite(name, part)
+        state[name] = part.view(shape).to(wanted[name].dtype, copy=True)
     return state
 
 
@@ -111,8 +136,8 @@ def read(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         metadata = _metadata(path, file)
         if metadata.get("version") != str(VERSION):
             raise ValueError(
-                f"{path} has version {metadata.get('version')!r} of the packed format and this version of empf reads "
-                f"{VERSION}: update empf, or pack the network again"
+                f"{path} has version {shown(metadata.get('version'), 20)!r} of the packed format and this version of "
+                f"empf reads {VERSION}: update empf, or pack the network again"
             )
         file.seek(0)
         data = file.read()
@@ -121,7 +146,7 @@ def read(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         return json.loads(metadata["about"]), load_arrays(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a packed network ({error}): pack it again") from error
+        raise ValueError(f"{path} is not a packed network ({shown(error, 100)}): pack it again") from error
 
 
 def is_packed(path: Path) -> bool:

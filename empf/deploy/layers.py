@@ -376,7 +376,7 @@ def packed_copy(model: nn.Module) -> nn.Module:
         part = packed_part(module, name)
         if part is not None:
             made[id(module)] = part
-    return copy.deepcopy(model, made).requires_grad_(False).eval()
+    return copy.deepcopy(model, made).requires_grad_(False).float().eval()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Where the weights of a network come from: what its run recorded, and whether they are still those of the run."""
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -37,6 +38,10 @@ class Origin:
             kind = int if name == "epochs" else str
             if name not in lists and not isinstance(value, kind | None):
                 raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+            if lists.get(name) is float and not all(math.isfinite(number) for number in made[name]):
+                raise ValueError(f"{name} must be finite numbers, got {value!r}")
+        if not all(deviation > 0 for deviation in made.get("std", ())):
+            raise ValueError(f"std must be positive, got {values['std']!r}")
         return cls(**{**values, **made})
 
     def frames(self) -> dict[str, str]:

@@ -4,6 +4,7 @@
 `packed.save(path)`, `load_packed(path)`: the file, see file.py.
 """
 
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from empf.deploy import file as packed_file
 from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
 from empf.deploy.lazy import plain
-from empf.deploy.origin import Origin, fingerprint
-from empf.files import write_atomic
+from empf.deploy.origin import Origin
+from empf.files import fingerprint, write_atomic
 from empf.models import ModelConfig, SpikingNetwork, build
 from empf.neuron import StatefulNeuron
 from empf.online import reset
 from empf.synapse import QuantizedWeight
+from empf.terminal import shown
 
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
+MOST_AT_ONCE = 2**28  # the same of one image: a file must not ask for all memory as soon as its network is called
 
 
 class PackedModel(nn.Module):
@@ -102,10 +105,7 @@ class PackedModel(nn.Module):
     def images_at_once(self, steps: int, device: torch.device) -> int:
         if device.type != "cpu" or torch.compiler.is_compiling():
             return sys.maxsize
-        stem, size = self.net.stem, self.net.config.image_size
-        for stride in (stem.conv.stride[0], 1 if stem.pool is None else stem.pool.stride):
-            size = -(-size // stride)
-        return max(1, AT_ONCE * torch.get_num_threads() // (max(1, steps) * stem.conv.out_channels * size**2))
+        return max(1, AT_ONCE * torch.get_num_threads() // (max(1, steps) * numbers_of_a_step(self.net)))
 
     def step(self, frame: Tensor) -> Tensor:
         """The next step of a stream: frame (N, C, H, W) -> logits (N, classes) of this step alone.
@@ -122,16 +122,22 @@ class PackedModel(nn.Module):
 
     def stated_origin(self) -> Origin:
         """What is saved as the origin: without results where the weights were changed since packing or loading."""
-        same = self.packed_as == fingerprint(self.net.state_dict())
-        return self.origin if same else self.origin.without_results()
+        return self.origin if self.packed_as == self.fingerprint() else self.origin.without_results()
+
+    def description(self) -> dict:
+        """What has to be known besides the tensors: the configuration, or the class and its parts."""
+        if self.config is not None:
+            return {"model": self.config.to_dict()}
+        return {"network": type(self.net).__name__, "parts": parts(self.net)}
+
+    def fingerprint(self) -> str:
+        """A checksum of what is computed, which says whether two packed networks are the same."""
+        stored = {n: t.float() if t.is_floating_point() else t for n, t in self.net.state_dict().items()}
+        return fingerprint(stored, json.dumps(self.description(), sort_keys=True))
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; see empf/deploy/file.py."""
-        about = {"origin": asdict(self.stated_origin())}
-        if self.config is None:
-            about |= {"network": type(self.net).__name__, "parts": parts(self.net)}
-        else:
-            about |= {"model": self.config.to_dict()}
+        about = {**self.description(), "origin": asdict(self.stated_origin()), "fingerprint": self.fingerprint()}
         return packed_file.to_bytes(packed_file.encode(self.net.state_dict(), self.packed_weights()), about)
 
     def save(self, path: str | Path) -> None:
@@ -140,6 +146,14 @@ class PackedModel(nn.Module):
         Raises OSError with one sentence where the disk refuses.
         """
         write_atomic(Path(path), self.to_bytes())
+
+
+def numbers_of_a_step(net: SpikingNetwork) -> int:
+    """Numbers in the current behind the stem, of one image and step."""
+    size = net.config.image_size
+    for stride in (net.stem.conv.stride[0], 1 if net.stem.pool is None else net.stem.pool.stride):
+        size = -(-size // stride)
+    return net.stem.conv.out_channels * size**2
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -196,7 +210,7 @@ def pack(net: nn.Module) -> PackedModel:
     packed = PackedModel(made, described(made), Origin.of(net))
     if packed.config is not None:
         absorb(made)
-    packed.packed_as = fingerprint(made.state_dict())
+    packed.packed_as = packed.fingerprint()
     return packed
 
 
@@ -239,16 +253,23 @@ def load_packed(
             wrong = misfit(about, made, model.config)
         elif "model" in about:
             model = skeleton(ModelConfig.from_dict(about["model"]), origin)
+            work = model.config.T * numbers_of_a_step(model.net)
+            if work > MOST_AT_ONCE:
+                wrong = f"asks for currents of {work:,} numbers for one image, of {MOST_AT_ONCE:,}: it is refused"
         else:
             wrong = f"holds a network of your own: call load_packed(path, net={about['network']}(...))"
         if wrong is None:
             state = packed_file.decode(arrays, model.net.state_dict(), model.packed_weights())
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold a network of this version ({error}): pack it again") from error
+        raise ValueError(
+            f"{path} does not hold a network of this version ({shown(error, 200)}): pack it again"
+        ) from error
     if wrong is not None:
-        raise ValueError(f"{path} {wrong}")
+        raise ValueError(f"{path} {shown(wrong)}")
     model.net.load_state_dict(state, assign=True)
-    model.packed_as = fingerprint(state)
+    model.packed_as = model.fingerprint()
+    if model.packed_as != about.get("fingerprint"):
+        raise ValueError(f"{path} does not hold the network that was saved as it, but an altered one: pack it again")
     return model.to(device)
 
 
