@@ -7,6 +7,7 @@ is computed anew, or the fingerprint of the network as well, as somebody would d
 be another network, which must be sound, and must not ask for more memory or time than a file of its kind.
 """
 
+import copy
 import json
 import random
 import sys
@@ -72,7 +73,7 @@ def some_bytes(data: bytes, r: random.Random) -> bytes:
 def some_description(about: dict, r: random.Random):
     """Another value, a missing or a new key somewhere in the description, or something else in its place."""
     if r.random() < 0.05:
-        return r.choice(NASTY)
+        return copy.deepcopy(r.choice(NASTY))
     part = about
     while True:
         inner = [value for value in part.values() if isinstance(value, dict) and value]
@@ -89,7 +90,7 @@ def some_description(about: dict, r: random.Random):
             nested = [nested]
         part[name] = nested
     else:
-        part[name] = r.choice(NASTY)
+        part[name] = copy.deepcopy(r.choice(NASTY))
     return about
 
 
