@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from empf.data.auto_augment import augmented, check_policy
 from empf.data.sets import ImageSet
 from empf.data.stream_set import StreamSet
 
@@ -26,11 +27,11 @@ class Augment:
     """What is done to training images, in this order. Everything is off by default.
 
     `crop`: shift by up to the dataset's `crop_padding` pixels, black beyond the border. `flip`: mirror left to right
-    with probability 1/2, where that keeps the class. `roll`: of events alone, see `EventAugment`. `cutout`: side in
-    pixels of a square at a uniform centre that is set to the mean colour. `mixup`, `cutmix`: alpha of the
-    Beta(alpha, alpha) that draws the share of the image itself; the rest comes from the image at the mirrored place of
-    the joined batch; where both are on, each batch gets one of them with probability 1/2. `label_smoothing`: share of
-    the target spread evenly over all classes.
+    with probability 1/2, where that keeps the class. `roll`: of events alone, see `EventAugment`. `auto_augment`,
+    `erasing`: see `empf/data/auto_augment.py`. `cutout`: side in pixels of a square at a uniform centre that is set to
+    the mean colour. `mixup`, `cutmix`: alpha of the Beta(alpha, alpha) that draws the share of the image itself; the
+    rest comes from the image at the mirrored place of the joined batch; where both are on, each batch gets one of them
+    with probability 1/2. `label_smoothing`: share of the target spread evenly over all classes.
     """
 
     crop: bool = False
@@ -40,8 +41,11 @@ class Augment:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
+    auto_augment: str = "none"
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_policy(self.auto_augment, self.erasing)
         for name in ("roll", "cutout", "mixup", "cutmix", "label_smoothing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -110,8 +114,12 @@ class ImageBatches(ABC):
         """First and last + 1 of this rank's part of `count` rows."""
         return count * self.rank // self.world, count * (self.rank + 1) // self.world
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self._gain).add_(self._shift)
+    def _normalise(self, images: Tensor, *drawn: int) -> Tensor:
+        """Pixels as the network takes them; `drawn`: what draws the policy, for a batch in training."""
+        images = images.float()
+        if drawn and (self.augment.auto_augment != "none" or self.augment.erasing):
+            images = augmented(images, self.augment.auto_augment, self.augment.erasing, (self.seed, self.epoch, *drawn))
+        return images.mul_(self._gain).add_(self._shift)
 
     def _cut_out(self, images: Tensor, y: Tensor, x: Tensor) -> None:
         """A square at the centres `y, x` [B] of each image becomes the mean colour."""
@@ -149,10 +157,10 @@ class Batches(ImageBatches):
 
     Training: rank r of `world` gets the r-th part of a joined batch of `batch_size * world` images, so that several
     processes see together what one process with the larger batch sees: the same images in the same order, augmented
-    and mixed the same way. Everything drawn is a pure function of (seed, epoch, number of the batch), so
-    `set_epoch(e)` and `iterate(start=k)` continue an interrupted epoch exactly. Targets are int64 [B], or float32
-    [B, classes] if `augment` mixes images or smooths labels. The rest of the images that does not fill a joined batch
-    is left out.
+    and mixed the same way; only `auto_augment` and `erasing` are drawn by each process. Everything drawn is a pure
+    function of (seed, epoch, number of the batch, and the rank for these two), so `set_epoch(e)` and `iterate(start=k)`
+    continue an interrupted epoch exactly. Targets are int64 [B], or float32 [B, classes] if `augment` mixes images or
+    smooths labels. The rest of the images that does not fill a joined batch is left out.
 
     Test: images in their order, not augmented, targets int64 [B]. Each rank gets one contiguous part, every image in
     exactly one of them; the parts differ by at most one image and the last batch may be smaller, so ranks may differ
@@ -170,9 +178,9 @@ class Batches(ImageBatches):
         order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(len(self.data))
         for number in range(start, len(self)):
             rng = np.random.default_rng((self.seed, self.epoch, number + 1))
-            yield self._train_batch(order[number * joined : (number + 1) * joined], rng)
+            yield self._train_batch(order[number * joined : (number + 1) * joined], rng, number)
 
-    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator, number: int) -> tuple[Tensor, Tensor]:
         """This rank's part of the joined batch `rows`; the random numbers are drawn for the joined batch."""
         spec, augment = self.data.spec, self.augment
         shifts = 2 * spec.crop_padding + 1
@@ -181,19 +189,19 @@ class Batches(ImageBatches):
         drawn = rng.integers(0, (shifts, shifts, 2, *spec.size), (len(rows), 5))
         drawn = np.concatenate((rows[:, None], drawn), axis=1)
         first, last = self._share(len(rows))
-        images, labels = self._augmented(drawn[first:last])
+        images, labels = self._augmented(drawn[first:last], number, self.rank)
         targets = self._targets(labels) if augment.soft_targets else labels
         if augment.mixup == 0 and augment.cutmix == 0:
             return images, targets
         if self.world == 1:
             mates, mate_targets = images.flip(0), targets.flip(0)
         else:  # the partners lie on other ranks, where they are augmented the same way
-            mates, labels = self._augmented(drawn[::-1][first:last])
+            mates, labels = self._augmented(drawn[::-1][first:last], number, self.world - 1 - self.rank)
             mate_targets = self._targets(labels)
         return self._mixed(images, targets, mates, mate_targets, rng)
 
-    def _augmented(self, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Crop, flip, normalise and cut out the images that `drawn` [B, 6] names; with their labels."""
+    def _augmented(self, drawn: np.ndarray, number: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Crop, flip, normalise and cut out the images that `drawn` [B, 6] names, of a rank; with their labels."""
         spec, augment = self.data.spec, self.augment
         (height, width), padding = spec.size, spec.crop_padding
         rows, y, x, flip, *hole = torch.from_numpy(drawn.T.copy()).to(self.data.images.device)
@@ -203,7 +211,7 @@ class Batches(ImageBatches):
             images = windows[torch.arange(len(rows), device=rows.device), :, y, x]
         if augment.flip and spec.flip:
             images = torch.where(flip[:, None, None, None] > 0, images.flip(3), images)
-        images = self._normalise(images)
+        images = self._normalise(images, number, rank)
         if augment.cutout:
             self._cut_out(images, *hole)
         return images, self.data.labels[rows]

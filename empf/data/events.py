@@ -204,10 +204,10 @@ class EventBatches(Batches):
     ) -> None:
         super().__init__(data, batch_size, train=train, augment=augment or EventAugment(), **options)
 
-    def _normalise(self, frames: Tensor) -> Tensor:
+    def _normalise(self, frames: Tensor, *drawn: int) -> Tensor:
         return frames.transpose(0, 1).float().contiguous()
 
-    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _train_batch(self, rows: np.ndarray, rng: np.random.Generator, number: int) -> tuple[Tensor, Tensor]:
         """This rank's part of the joined batch `rows`; the random numbers are drawn for the joined batch."""
         a, device = self.augment, self.data.device
         # per recording: flip, then (y, x) of roll and crop, as numbers in 0..1: switching one of them on leaves the

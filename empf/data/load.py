@@ -163,7 +163,9 @@ def make_batches(
     if isinstance(data, StreamSet):
         return StreamBatches(data, batch_size, workers=workers, **options)
     if augment is not None:
-        wrong = [name for name in ("cutout", "mixup", "cutmix") if getattr(augment, name)]
+        wrong = [name for name in ("cutout", "mixup", "cutmix", "erasing") if getattr(augment, name)]
+        if augment.auto_augment != "none":
+            raise ValueError("auto_augment is for images, not for events: set it to none")
         if wrong:
             raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
         crop = data.spec.crop_padding if augment.crop else 0

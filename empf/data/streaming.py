@@ -115,7 +115,8 @@ class StreamBatches(ImageBatches):
             ready = []
             for rank, part in zip(shares, parts, strict=True):
                 if len(part.labels):
-                    images = self._normalise(part.images.to(device, non_blocking=True))
+                    drawn = (number, rank) if self.train else ()
+                    images = self._normalise(part.images.to(device, non_blocking=True), *drawn)
                     labels = part.labels.to(device, non_blocking=True)
                     ready.append(self._prepared(images, labels, rank, number) if self.train else (images, labels))
                 elif self.train:

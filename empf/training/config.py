@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 
 from empf.data.aedat import ORIENTATIONS
+from empf.data.auto_augment import POLICIES
 from empf.data.batches import Augment
 from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
 from empf.data.recordings import has_recordings
@@ -91,6 +92,8 @@ class TrainConfig:
     crop: bool = setting(True, "random crop after zero padding")
     flip: bool = setting(True, "random horizontal flip")
     roll: int = setting(0, "events only: pixels of a random shift, what leaves on one side comes back; 0 is off")
+    auto_augment: str = setting("none", "policy of colours and shapes, e.g. TrivialAugment", POLICIES)
+    erasing: float = setting(0.0, "share of the images of which a random rectangle is erased; 0 is off")
     cutout: int = setting(0, "side of the square cut out, in pixels; 0 is off")
     mixup: float = setting(0.8, "alpha of mixup; 0 is off")
     cutmix: float = setting(1.0, "alpha of cutmix; 0 is off; with mixup, one of the two per batch")
