@@ -102,7 +102,7 @@ def trace(run: Path) -> tuple:
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--rounds", type=int, default=30, help="signals (default: 30)")
-    p.add_argument("--epochs", type=int, default=60, help="of 10 batches each (default: 60)")
+    p.add_argument("--epochs", type=int, default=30, help="of 25 batches each (default: 30)")
     p.add_argument("--seed", type=int, default=0, help="of the signals and their moments")
     args = p.parse_args(argv)
     rng = random.Random(args.seed)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +235,51 @@ def test_a_dead_process_stops_the_job_and_loses_nothing(tmp_path):
 
 
 # ---- the launcher
+
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    "launcher, number",
+    [
+        *((ACCELERATE, n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)),
+        (TORCHRUN, signal.SIGHUP), (TORCHRUN, signal.SIGKILL),
+    ],
+    ids=lambda value: getattr(value, "name", None) or value[0].split(".")[0],
+)  # fmt: skip
+def test_processes_end_with_their_launcher(tmp_path, launcher, number):
+    """They save and end, as a scheduler or a closed terminal expects; none trains on alone."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", *launcher, str(ROOT / "train.py"), *TINY, "--epochs", "100000"]
+    with subprocess.Popen(
+        [*command, "--batch-size", "16", "--output-dir", str(run)], env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as job:  # fmt: skip
+        while not (run / "metrics.jsonl").exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        workers = psutil.Process(job.pid).children(recursive=True)
+        job.send_signal(number)
+        job.wait(60)
+    left = psutil.wait_procs(workers, timeout=60)[1]
+    for process in left:
+        process.kill()
+    assert workers and left == []
+    assert (run / "log.txt").read_text().splitlines()[-1].startswith("stopped and saved; continue with")
+    assert runs.load_state(run)["at"]["epoch"] >= len(metrics(run)) >= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes need two GPUs there")
+@pytest.mark.parametrize("launcher", [TORCHRUN, ["accelerate.commands.launch", "--num_processes", "2"]], ids=" ".join)
+def test_processes_join_without_a_word_of_cpus(tmp_path, monkeypatch, launcher):
+    """Not two trainings into one folder, nor one instead of two."""
+    flags = [*TINY, "--epochs", "1", "--batch-size", "16", "--output-dir", str(tmp_path / "run")]
+    unsaid = {name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"}
+    monkeypatch.setitem(globals(), "environment", lambda: unsaid)
+    printed = run(*launcher, str(ROOT / "train.py"), *flags, cwd=tmp_path)
+    assert printed.count("2 x cpu (1 threads)") == printed.count("finished") == 1
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
