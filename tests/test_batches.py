@@ -312,5 +312,7 @@ def test_batches_of_events_are_made_by_the_factory():
     assert_same(list(made), list(expected))
     ((plain, _),) = make_batches(events, 6, train=False)
     assert torch.equal(plain, frames.transpose(0, 1).float())
-    with pytest.raises(ValueError, match="cutout and mixup are for images, not for events: set them to 0"):
-        make_batches(events, 4, train=True, augment=Augment(cutout=3, mixup=0.1))
+    with pytest.raises(ValueError, match="mixup and cutmix are for images, not for events: set them to 0"):
+        make_batches(events, 4, train=True, augment=Augment(cutmix=3, mixup=0.1))
+    with pytest.raises(ValueError, match="mixup is for images, not for events: set it to 0"):
+        make_batches(events, 4, train=True, augment=Augment(mixup=0.1))

@@ -44,7 +44,7 @@ VALUES = {
     "threshold": "0.3", "per_channel": True,
     "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
     "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False,
-    "roll": "2", "auto_augment": "trivial", "erasing": "0.1",
+    "roll": "2", "rotate": "9", "shear": "0.2", "drop": "0.3", "auto_augment": "trivial", "erasing": "0.1",
     "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
     "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
     "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16",

@@ -11,7 +11,7 @@ from train_tools import metrics, run_train
 
 import eval
 from empf.data.event_frames import FrameSettings, event_frames_of_file
-from empf.data.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet
+from empf.data.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, _slanted
 
 
 def numbers(events, folder, **settings):
@@ -205,6 +205,43 @@ def test_roll_and_crop_move_all_steps_alike(augment):
     counts = {s: seen.count([s]) for (s,) in seen}
     assert set(counts) == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
     assert min(counts.values()) > 10  # 240 recordings, 9 shifts
+
+
+def test_frames_are_dropped_whole():
+    emptied = []
+    for after, before in augmented(EventAugment(drop=0.3), epochs=4):
+        empty = (after == 0).flatten(1).all(1)
+        assert torch.equal(after[~empty], before[~empty])
+        emptied += empty.tolist()
+    assert 0.2 < sum(emptied) / len(emptied) < 0.4
+
+
+def test_a_square_is_cut_out_of_all_steps_alike():
+    places = set()
+    for after, before in augmented(EventAugment(cutout=2), epochs=4):
+        hole = (after != before).flatten(0, 1).any(0)
+        assert (after[:, :, hole] == 0).all() and 1 <= hole.sum() <= 4
+        places.add(tuple(hole.nonzero()[0].tolist()))
+    assert len(places) > 10
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90.0, 1), (-90.0, -1), (180.0, 2)])
+def test_turning_is_exact_at_right_angles(degrees, turns):
+    events = event_set(4).frames.transpose(0, 1).float()
+    turned = _slanted(events, torch.full((4,), degrees), torch.zeros(4))
+    torch.testing.assert_close(turned, events.rot90(turns, (-2, -1)), rtol=0, atol=1e-3)
+
+
+def test_turned_and_slanted_events_stay_together():
+    square = torch.zeros(3, 2, 2, 17, 33)
+    square[..., 6:11, 14:19] = 1
+    slanted = _slanted(square, torch.tensor([20.0, 0.0]), torch.tensor([0.0, 0.5]))
+    assert torch.equal(slanted[0], slanted[2]) and slanted.sum() == pytest.approx(square.sum().item(), rel=0.03)
+    rows = torch.arange(33.0)
+    centres = [(slanted[0, 1, 0, y] * rows).sum() / slanted[0, 1, 0, y].sum() for y in (7, 9)]
+    assert (centres[0] - centres[1]).abs() > 0.5  # the second one leans
+    for augment in (EventAugment(rotate=15), EventAugment(shear=0.2)):
+        assert sum(not torch.equal(a, b) for a, b in augmented(augment, epochs=1)) >= 19
 
 
 def test_one_augmentation_leaves_the_draws_of_the_others_alone():

@@ -27,7 +27,8 @@ class Augment:
     """What is done to training images, in this order. Everything is off by default.
 
     `crop`: shift by up to the dataset's `crop_padding` pixels, black beyond the border. `flip`: mirror left to right
-    with probability 1/2, where that keeps the class. `roll`: of events alone, see `EventAugment`. `auto_augment`,
+    with probability 1/2, where that keeps the class. `roll`, `rotate`, `shear`, `drop`: of events alone,
+    see `EventAugment`. `auto_augment`,
     `erasing`: see `empf/data/auto_augment.py`. `cutout`: side in pixels of a square at a uniform centre that is set to
     the mean colour. `mixup`, `cutmix`: alpha of the Beta(alpha, alpha) that draws the share of the image itself; the
     rest comes from the image at the mirrored place of the joined batch; where both are on, each batch gets one of them
@@ -37,6 +38,9 @@ class Augment:
     crop: bool = False
     flip: bool = False
     roll: int = 0
+    rotate: float = 0.0
+    shear: float = 0.0
+    drop: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -46,7 +50,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         check_policy(self.auto_augment, self.erasing)
-        for name in ("roll", "cutout", "mixup", "cutmix", "label_smoothing"):
+        for name in ("roll", "rotate", "shear", "drop", "cutout", "mixup", "cutmix", "label_smoothing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.label_smoothing > 1:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from empf.data.batches import Batches
@@ -176,20 +177,28 @@ class EventAugment:
 
     `flip`: mirror the scene left to right with probability 1/2, where that keeps the class. `roll`: shift by up to so
     many pixels in both directions, what leaves on one side comes back on the other. `crop`: the same, but it comes back
-    empty. `label_smoothing`: share of the target spread evenly over all classes.
+    empty. `rotate`: turn by up to so many degrees, `shear`: slant by up to this share of the side, about the centre.
+    `cutout`: side in pixels of a square at a uniform centre that is emptied. `drop`: probability with which each frame
+    is emptied. `label_smoothing`: share of the target spread evenly over all classes. Neuromorphic data augmentation:
+    arXiv 2203.06145; EventDrop: arXiv 2106.05836.
     """
 
     flip: bool = False
     roll: int = 0
     crop: int = 0
+    rotate: float = 0.0
+    shear: float = 0.0
+    cutout: int = 0
+    drop: float = 0.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("roll", "crop", "label_smoothing"):
+        for name in ("roll", "crop", "rotate", "shear", "cutout", "drop", "label_smoothing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.label_smoothing > 1:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
+        for name in ("drop", "label_smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
 class EventBatches(Batches):
@@ -215,7 +224,10 @@ class EventBatches(Batches):
         reach = np.array([a.roll] * 2 + [a.crop] * 2)
         choices = np.array([2, *(2 * reach + 1)])
         drawn = (rng.random((len(rows), 5)) * choices).astype(np.int64) - (0, *reach)
+        # the same for angle, shear, centre of the hole, and each frame
+        more = rng.random((len(rows), 4 + self.data.frames.shape[1]))
         first, last = self._share(len(rows))
+        more = torch.from_numpy(more[first:last].astype(np.float32)).to(device)
         drawn = np.concatenate((rows[:, None], drawn), axis=1)[first:last]
         rows, flip, *shifts = torch.from_numpy(drawn.T.copy()).to(device)  # B each
         flip = flip * (a.flip and self.data.spec.flip)
@@ -228,8 +240,30 @@ class EventBatches(Batches):
         events = self.data.frames[rows[:, None, None], :, :, y[:, :, None], x[:, None, :]]  # B H W T 2
         events = events * (y_inside[:, :, None] & x_inside[:, None, :])[..., None, None]
         events = events.permute(3, 0, 4, 1, 2).float().contiguous()  # T B 2 H W
+        if a.rotate or a.shear:
+            events = _slanted(events, (2 * more[:, 0] - 1) * a.rotate, (2 * more[:, 1] - 1) * a.shear)
+        if a.cutout:
+            centres = [(draw * side).long() for draw, side in zip(more[:, 2:4].T, events.shape[-2:], strict=True)]
+            by_recording = events.transpose(0, 1).flatten(1, 2)  # B T*2 H W
+            self._cut_out(by_recording, *centres)
+            events = by_recording.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+        if a.drop:
+            events = events * (a.drop <= more[:, 4:].T)[..., None, None, None]
         labels = self.data.labels[rows]
         return events, self._targets(labels) if a.label_smoothing else labels
+
+
+def _slanted(events: Tensor, degrees: Tensor, shear: Tensor) -> Tensor:
+    """Turned and slanted about the centre, empty beyond the border; events [T, B, 2, H, W], degrees and shear [B]."""
+    T, B, _, H, W = events.shape
+    sine, cosine, zero = degrees.deg2rad().sin(), degrees.deg2rad().cos(), torch.zeros_like(shear)
+    # in units of half a side: turning keeps the aspect of pixels
+    x = torch.stack((cosine + shear * sine, (shear * cosine - sine) * H / W, zero), 1)
+    y = torch.stack((sine * W / H, cosine, zero), 1)
+    stacked = events.transpose(0, 1).reshape(B, T * 2, H, W)
+    grid = F.affine_grid(torch.stack((x, y), 1), stacked.shape, align_corners=False)
+    turned = F.grid_sample(stacked, grid, align_corners=False)
+    return turned.reshape(B, T, 2, H, W).transpose(0, 1).contiguous()
 
 
 def _sources(side: int, flip: Tensor, roll: Tensor, crop: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,24 +152,29 @@ def make_batches(
 ) -> Batches | StreamBatches | EventBatches:
     """Batches of what `load_data` returns, of the kind that fits it; all kinds are used alike.
 
-    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take `crop`,
-    `flip`, `roll` and `label_smoothing`, images all but `roll`; ValueError where it asks for the others.
+    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take all
+    but `mixup`, `cutmix`, `auto_augment` and `erasing`, images all but `roll`, `rotate`, `shear` and `drop`; ValueError
+    where it asks for the others.
     """
     options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
-    if isinstance(data, ImageSet | StreamSet) and augment is not None and augment.roll:
-        raise ValueError("roll is for events, not for images: set it to 0")
+    if isinstance(data, ImageSet | StreamSet) and augment is not None:
+        for name in ("roll", "rotate", "shear", "drop"):
+            if getattr(augment, name):
+                raise ValueError(f"{name} is for events, not for images: set it to 0")
     if isinstance(data, ImageSet):
         return Batches(data, batch_size, **options)
     if isinstance(data, StreamSet):
         return StreamBatches(data, batch_size, workers=workers, **options)
     if augment is not None:
-        wrong = [name for name in ("cutout", "mixup", "cutmix", "erasing") if getattr(augment, name)]
+        wrong = [name for name in ("mixup", "cutmix", "erasing") if getattr(augment, name)]
         if augment.auto_augment != "none":
             raise ValueError("auto_augment is for images, not for events: set it to none")
         if wrong:
-            raise ValueError(f"{' and '.join(wrong)} are for images, not for events: set them to 0")
+            are, them = ("is", "it") if len(wrong) == 1 else ("are", "them")
+            raise ValueError(f"{' and '.join(wrong)} {are} for images, not for events: set {them} to 0")
         crop = data.spec.crop_padding if augment.crop else 0
-        kept = dict(flip=augment.flip, roll=augment.roll, label_smoothing=augment.label_smoothing)
+        shared = ("flip", "roll", "rotate", "shear", "drop", "cutout", "label_smoothing")
+        kept = {name: getattr(augment, name) for name in shared}
         options["augment"] = EventAugment(crop=crop, **kept)
     return EventBatches(data, batch_size, **options)
 
