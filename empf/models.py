@@ -1,10 +1,10 @@
-"""Networks: pre-activation spiking ResNet-18, -19, -34 and the VGG-SNN for events.
+"""Pre-activation spiking ResNet-18, -19, -34 and the VGG-SNN for events.
 
 stem: convolution + BN (full precision), once per batch for a static image
 block: I1 = BN(conv(neuron(x)));  I2 = BN(conv(neuron(I1)));  x <- I2 + shortcut
 shortcut: x, or BN(conv1x1(neuron(x))) where the shape changes: low-bit synapses only ever see spikes
-head: global average pooling of the current, linear layer (full precision), logits of every step; of ResNet-19: a
-    neuron, pooling of its spikes, a hidden low-bit layer and its neuron before that linear layer
+head: global average pooling of the current, linear layer (full precision), logits of every step; of ResNet-19 before
+    it a neuron, pooling of its spikes, a hidden low-bit layer and its neuron
 
 image (N, C, H, W) or events (T, N, C, H, W)  ->  logits (T, N, classes)      arXiv 2410.07547, sec. 5
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from empf.layer import SECA, Current, StepBatchNorm, hooked, over_steps, plus
 from empf.model_config import ModelConfig
-from empf.neuron import EMPFNeuron, LIFNeuron, spikes_of, spiking_layer
+from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, spikes_of, spiking_layer
 from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d
 
 RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
@@ -178,7 +178,7 @@ class SpikingNetwork(nn.Module, ABC):
     runs_steps = True  # `online_backward` may name steps and past
 
     def reset(self) -> None:
-        self.t = 0
+        self.t, self.unfinished = 0, False
 
     def __getstate__(self) -> dict:  # as its neurons
         return {**super().__getstate__(), "t": 0}
@@ -192,11 +192,11 @@ class SpikingNetwork(nn.Module, ABC):
         """Logits (k, N, classes) of k steps with this input current."""
 
     def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
-        if self.t is None:
-            raise RuntimeError("the last call was interrupted and its neurons differ in time: call empf.reset(model)")
+        if self.unfinished and any(m.t != self.t for m in self.modules() if isinstance(m, StatefulNeuron)):
+            raise RuntimeError("the last call was interrupted, its neurons differ in time: call empf.reset(model)")
         steps = self.config.T - self.t - past if steps is None else steps
         x = self._check_input(x, steps, past)
-        before, self.t = self.t, None  # until all neurons are through
+        self.unfinished = True  # until all neurons are through
         static = len(x) == 1
         if static:
             current = self.encode(x, repeat=past + steps)
@@ -210,7 +210,7 @@ class SpikingNetwork(nn.Module, ABC):
         elif steps > 1:
             current = Current(current.value.expand(steps, *current.shape[1:]))
         logits = self.body(current)
-        self.t = before + past + steps
+        self.t, self.unfinished = self.t + past + steps, False
         return logits
 
     def _check_input(self, x: Tensor, steps: int, past: int) -> Tensor:
@@ -308,8 +308,7 @@ def _builder(arch: str, **defaults):
     def make(**config) -> SpikingNetwork:
         return build(ModelConfig.from_dict({**defaults, **config, "arch": arch}))
 
-    make.__name__ = arch
-    make.__doc__ = f"Build {arch}; keywords are the fields of `ModelConfig`. Returns logits (T, N, classes)."
+    make.__name__, make.__doc__ = arch, f"Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes)."
     return make
 
 

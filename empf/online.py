@@ -35,10 +35,8 @@ def time_steps(model: nn.Module) -> int | None:
     """T of the neurons, None for an open end; ValueError unless there are neurons of the library that agree in it."""
     found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)}, key=str)
     if len(found) != 1:
-        raise ValueError(
-            "the network needs neurons of this library (EMPFNeuron, LIFNeuron or another StatefulNeuron), all with the "
-            f"same number of time steps: found {' and '.join(f'T = {T}' for T in found) or 'none'}"
-        )
+        listed = " and ".join(f"T = {T}" for T in found) or "none"
+        raise ValueError(f"the network needs neurons of this library, all of the same T: found {listed}")
     return found[0]
 
 

@@ -104,7 +104,7 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
     def lanes(self, steps: slice, dims: int) -> list[tuple[Tensor | None, ...]]:
-        """For each step what `parameters_of` gives it, shaped for (N, C, ...) of `dims` axes; kept for the next call."""
+        """For each step what `parameters_of` gives it, shaped for (N, C, ...) of `dims` axes; kept."""
         key = (steps.start, steps.stop, dims)
         if key not in self._lanes:
             rows = zip(*(repeat(None) if p is None else p for p in self.parameters_of(steps)), strict=False)
