@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,10 +66,8 @@ def hit(processes: list[psutil.Process], rng: random.Random) -> str:
     number, whom = rng.choice(SIGNALS), rng.choice(("launcher", "worker", "all"))
     targets = {"launcher": processes[:1], "worker": processes[-1:], "all": processes}[whom]
     for process in targets:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-        except psutil.NoSuchProcess:
-            pass
     return f"{number.name} to {whom}"
 
 

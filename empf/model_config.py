@@ -42,8 +42,9 @@ class ModelConfig:
 
     Args:
         arch: resnet18 | resnet19 | resnet34 | vgg_snn.
-        num_classes, in_channels, image_size: shape of the task; the stem follows from image_size
-            (up to 48: 3x3; up to 96: 3x3 + max-pool; larger: 7x7 stride 2 + max-pool).
+        num_classes, in_channels, image_size: shape of the task, image_size being the side of a square or (height,
+            width); the stem follows from the longer side (up to 48: 3x3; up to 96: 3x3 + max-pool; larger: 7x7
+            stride 2 + max-pool).
         T: time steps.
         weights: binary | ternary | full.
         neuron: empf | mem_bn | lif (baseline).
@@ -61,7 +62,7 @@ class ModelConfig:
     arch: str = "resnet18"
     num_classes: int = 10
     in_channels: int = 3
-    image_size: int = 32
+    image_size: int | tuple = 32
     T: int = 4
     weights: str = "binary"
     neuron: str = "empf"
@@ -74,6 +75,11 @@ class ModelConfig:
     width: float = 1.0
 
     def __post_init__(self):
+        if isinstance(self.image_size, list | tuple):  # JSON has lists; a square has one name
+            sides = tuple(self.image_size)
+            if len(sides) != 2 or any(type(side) is not int for side in sides):
+                raise ValueError(f"image_size must be the side of a square or (height, width), got {self.image_size}")
+            object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else sides)
         check_types(self)
         choices = {
             "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
@@ -83,8 +89,9 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         for name, most in LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                bound = "at least 1" if getattr(self, name) < 1 else f"at most {most:,}"
+            values = getattr(self, name) if isinstance(getattr(self, name), tuple) else (getattr(self, name),)
+            if not 1 <= min(values) <= max(values) <= most:
+                bound = "at least 1" if min(values) < 1 else f"at most {most:,}"
                 raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
         if not 0 <= self.parallel <= 1:
             raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
@@ -95,6 +102,11 @@ class ModelConfig:
         unfit = [n for n in NOT_FOR_LIF if getattr(self, n) != getattr(type(self), n)]
         if self.neuron == "lif" and unfit:
             raise ValueError(f"the LIF baseline has binary spikes and constants: it takes no {' or '.join(unfit)}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":

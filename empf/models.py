@@ -138,12 +138,12 @@ class Block(nn.Module):
 class Stem(nn.Module):
     """Full-precision convolution, BN and, for larger images, max-pooling: (k, N, C, H, W) -> (k, N, C', H', W')."""
 
-    def __init__(self, in_channels: int, channels: int, image_size: int):
+    def __init__(self, in_channels: int, channels: int, side: int):
         super().__init__()
-        size, stride = (7, 2) if image_size > 96 else (3, 1)
+        size, stride = (7, 2) if side > 96 else (3, 1)
         self.conv = nn.Conv2d(in_channels, channels, size, stride, size // 2, bias=False)
         self.bn = StepBatchNorm(channels)
-        self.pool = nn.MaxPool2d(3, 2, 1) if image_size > 48 else None
+        self.pool = nn.MaxPool2d(3, 2, 1) if side > 48 else None
 
     def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
         return self.current(x, repeat).value
@@ -226,7 +226,7 @@ class SpikingNetwork(nn.Module, ABC):
                 f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "
                 "new batch, or ask for fewer steps"
             )
-        wanted = (c.in_channels, c.image_size, c.image_size)
+        wanted = (c.in_channels, *c.size)
         if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != wanted:
             raise ValueError(
                 f"the input must be images (N, {', '.join(map(str, wanted))}) or events (T, N, ...), "
@@ -247,7 +247,7 @@ class ResNet(SpikingNetwork):
         depths, widths, hidden = RESNETS[config.arch]
         make = Builder(config)
         c_in = make.channels(64 if hidden is None else widths[0])
-        self.stem = Stem(config.in_channels, c_in, config.image_size)
+        self.stem = Stem(config.in_channels, c_in, max(config.size))
         blocks = []
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             for i in range(depth):
@@ -276,21 +276,21 @@ class VGGSNN(SpikingNetwork):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         make = Builder(config)
-        c_in, size = make.channels(VGG[0]), config.image_size
-        self.stem = Stem(config.in_channels, c_in, image_size=1)  # 3x3, never pooled: the pooling follows the neurons
+        c_in, (height, width) = make.channels(VGG[0]), config.size
+        self.stem = Stem(config.in_channels, c_in, side=1)  # 3x3, never pooled: the pooling follows the neurons
         layers, pool = [], False
         for item in VGG[1:]:
             if item == "P":
-                pool, size = True, size // 2
+                pool, height, width = True, height // 2, width // 2
                 continue
             layers.append(SpikingConv(make, c_in, make.channels(item), pool=pool))
             c_in, pool = make.channels(item), False
-        if size < 1:
+        if min(height, width) < 1:
             raise ValueError(f"vgg_snn pools four times and needs images of at least 16x16, got {config.image_size}")
         self.layers = nn.Sequential(*layers)
         self.neuron = make.neuron(c_in)
         self.pool = nn.AvgPool2d(2)
-        self.head = nn.Linear(c_in * size * size, config.num_classes)
+        self.head = nn.Linear(c_in * height * width, config.num_classes)
 
     def body(self, current: Current) -> Tensor:
         for layer in self.layers:

@@ -35,8 +35,8 @@ from empf.deploy.pack import PackedModel, load_packed, numbers_of_a_step, pack
 SHALLOW = {"resnet18": ([1, 1], [64, 128], None), "resnet19": ([1, 1], [128, 256], 256)}
 NASTY = [
     None, True, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "binary", "\x1b]0;x\x07", "a\nb", "ä" * 5000, [], ["x"], {}, {"a": []}, "resnet19", "vgg_snn", "ternary", "mem_bn", "lif",
-    4, 8,
+    "binary", "\x1b]0;x\x07", "a\nb", "ä" * 5000, [], ["x"], {}, {"a": []}, "resnet19", "vgg_snn", "ternary", "mem_bn",
+    "lif", 4, 8,
 ]  # fmt: skip
 FLOATS = [float("nan"), float("inf"), -float("inf"), 1e38, -1.0, 0.0]
 

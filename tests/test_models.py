@@ -1,5 +1,6 @@
 """Networks: shapes, stems, the two orders of computation, state and errors."""
 
+import json
 from dataclasses import fields
 
 import numpy as np
@@ -325,3 +326,27 @@ def test_another_kind_of_input(x, error):
 def test_steps_are_whole_numbers():
     with pytest.raises(TypeError, match="whole numbers, got 1.5 and 0"):
         empf.resnet18(width=0.0625, image_size=8)(torch.randn(1, 3, 8, 8), steps=1.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [("resnet18", (24, 40)), ("resnet18", (40, 64)), ("resnet19", [8, 16]), ("vgg_snn", (16, 48))]
+)
+def test_images_that_are_not_square(arch, size):
+    model = getattr(empf, arch)(width=0.0625, in_channels=2, image_size=size, T=2).eval()
+    x = torch.randn(3, 2, *size)
+    logits = model(x)
+    assert logits.shape == (2, 3, 10) and (model.stem.pool is not None) == (max(size) > 48 and arch != "vgg_snn")
+    assert torch.allclose(empf.pack(model)(x), logits, atol=1e-5)
+    empf.reset(model)
+    with pytest.raises(ValueError, match=rf"images \(N, 2, {size[0]}, {size[1]}\)"):
+        model(x.transpose(2, 3))
+    empf.online_backward(model.train(), x, torch.arange(3), torch.nn.functional.cross_entropy, steps=[2])
+
+
+def test_sizes_of_images():
+    config = empf.ModelConfig(image_size=(24, 40))
+    assert empf.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert empf.ModelConfig(image_size=(32, 32)) == empf.ModelConfig()
+    for size in ((0, 8), (8, 8, 8), ("8", 8), (8, 10_000)):
+        with pytest.raises(ValueError, match="image_size must be"):
+            empf.ModelConfig(image_size=size)

@@ -131,7 +131,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
     spikes = "binary spikes" if c.neuron == "lif" else spikes
     title = f"{c.arch}" + (f" on {origin.dataset}" if origin.dataset else "")
     rows = [
-        ("network", f"{c.arch}, width x {c.width:g}, {c.in_channels}x{c.image_size}x{c.image_size} input"),
+        ("network", f"{c.arch}, width x {c.width:g}, {c.in_channels}x{'x'.join(map(str, c.size))} input"),
         ("synapses", c.weights),
         ("neurons", f"{c.neuron}, {c.parallel:.0%} parallel, {spikes}, T = {c.T}"),
         ("channel attention", "none" if c.seca == 0 else f"SECA-{'I' * c.seca}"),

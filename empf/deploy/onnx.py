@@ -54,7 +54,7 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
         if not builtin:
             raise ValueError("a network of your own needs an example: export_onnx(packed, path, x), x (T, N, ...)")
         c = packed.net.config
-        x = torch.zeros(*[c.T] * (c.arch == "vgg_snn"), 2, c.in_channels, c.image_size, c.image_size)
+        x = torch.zeros(*[c.T] * (c.arch == "vgg_snn"), 2, c.in_channels, *c.size)
     batch = x.dim() - 4 if builtin else 1
     whole, x = WholeSequence(packed), x.detach().cpu()
     whole(x)

@@ -150,10 +150,10 @@ class PackedModel(nn.Module):
 
 def numbers_of_a_step(net: SpikingNetwork) -> int:
     """Numbers in the current behind the stem, of one image and step."""
-    size = net.config.image_size
+    height, width = net.config.size
     for stride in (net.stem.conv.stride[0], 1 if net.stem.pool is None else net.stem.pool.stride):
-        size = -(-size // stride)
-    return net.stem.conv.out_channels * size**2
+        height, width = -(-height // stride), -(-width // stride)
+    return net.stem.conv.out_channels * height * width
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from empf.data.event_frames import event_frames_of_file
 from empf.data.images import BROKEN, centre_crop, converted
 from empf.data.rows import one_line
-from empf.data.sets import DATASETS
+from empf.data.sets import DATASETS, both
 from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel
 from empf.models import SpikingNetwork
@@ -22,9 +22,9 @@ from empf.online import reset
 def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tuple[str, float]]:
     """The k most probable (class name, probability) of an image file: softmax of the mean logits, highest first.
 
-    The picture is cut to its central square and resized to the input of the network; of ImageNet, as the test images
-    were. Raises FileNotFoundError or ValueError with one sentence where it cannot be read, or where the network was not
-    trained on images.
+    The picture is cut to its centre and resized to the input of the network, as the test images were. Raises
+    FileNotFoundError or ValueError with one sentence where it cannot be read, or where the network was not trained on
+    images.
     """
     c, origin = packed.config, packed.origin
     if c.in_channels == 2:
@@ -34,7 +34,7 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
             "the network does not say how images are normalised and what its classes are called: pack it from a run "
             "folder that was trained on images"
         )
-    cropped = origin.dataset in DATASETS and DATASETS[origin.dataset].streamed
+    cropped = origin.dataset not in DATASETS or DATASETS[origin.dataset].streamed
     pixels = read_picture(picture, c.in_channels, c.image_size, cropped)  # C H W
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (origin.mean, origin.std))
     image = ((pixels / 255 - mean) / std).unsqueeze(0).to(next(packed.buffers()).device)
@@ -68,17 +68,20 @@ def follow_recording(net: PackedModel | SpikingNetwork, recording: str | Path) -
     reset(net)
 
 
-def read_picture(path: str | Path, channels: int, size: int, cropped: bool = False) -> Tensor:
-    """The central square of an image file, `cropped` as in testing on ImageNet, as uint8 (channels, size, size)."""
-    path = Path(path)
+def read_picture(path: str | Path, channels: int, size: int | tuple[int, int], cropped: bool = False) -> Tensor:
+    """The centre of an image file as uint8 (channels, height, width).
+
+    `cropped`: as images of another size are in testing, those of ImageNet and of one's own.
+    """
+    path, (height, width) = Path(path), both(size)
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}: check the path")
     try:
         with Image.open(path) as image:
             image = converted(ImageOps.exif_transpose(image), channels)
-            if cropped:
-                return torch.from_numpy(centre_crop(image, size).copy())
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            if cropped and image.size != (width, height):
+                return torch.from_numpy(centre_crop(image, size, channels).copy())
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     except BROKEN as error:
         raise ValueError(f"cannot read {path} as an image ({one_line(error)}): convert it to PNG") from error
-    return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
