@@ -24,7 +24,8 @@ from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 
 from empf.kernels.convolution import conv2d, conv2d_backward
-from empf.kernels.neuron import NeuronParams, on_kernels, transformed
+from empf.kernels.dispatch import transformed
+from empf.kernels.neuron import NeuronParams, on_kernels
 from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics
 from empf.kernels.neuron_engine import Running, Stats, Term, neuron_again, neuron_backward, neuron_forward
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron, transformed
+from empf.kernels.dispatch import transformed
+from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
 from empf.kernels.neuron_engine import Running, neuron_forward
 from empf.kernels.norm_neuron import norm_neuron

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from empf.kernels.convolution import conv2d
-from empf.kernels.neuron import transformed
+from empf.kernels.dispatch import transformed
 
 KINDS = ("binary", "ternary")
 GRANULARITIES = ("channel", "layer")

@@ -260,7 +260,7 @@ def binary_conv2d(
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if torch.compiler.is_compiling():
         return _conv2d_op(*product.arguments(x, bias, out_dtype, wants_grad))
-    if wants_grad or transformed(x, bias):
+    if wants_grad or transformed():
         return ProductFn.apply(x, bias, product, out_dtype)
     return product.run(x, bias, out_dtype)  # without the microseconds that autograd costs
 

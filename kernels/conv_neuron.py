@@ -389,7 +389,7 @@ def binary_conv2d_neuron(
     tensors = (x, packed.scale, bias, residual, v, leak, threshold, gain, shift)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in tensors):
         raise ValueError("binary_conv2d_neuron is for inference and has no gradient: call it under torch.no_grad()")
-    if transformed(*tensors):
+    if transformed():
         raise NotImplementedError(
             "binary_conv2d_neuron knows neither torch.func nor forward-mode AD: use binary_conv2d and neuron_update"
         )

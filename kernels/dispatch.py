@@ -77,12 +77,11 @@ def use_triton(x: torch.Tensor) -> bool:
     return name != "torch"
 
 
-def transformed(*tensors: torch.Tensor | None) -> bool:
-    """Whether torch.func or forward-mode AD follows what is computed from these tensors, in eager mode."""
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work around this call, in eager mode: left to the definitions."""
     if torch.compiler.is_compiling():
         return False
-    duals = (t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    return torch._C._are_functorch_transforms_active() or any(duals)
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @contextmanager

@@ -378,7 +378,7 @@ def binary_matmul(
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if torch.compiler.is_compiling():
         y = _matmul_op(*product.arguments(flat, bias, out_dtype))
-    elif wants_grad or transformed(x, bias):
+    elif wants_grad or transformed():
         y = ProductFn.apply(flat, bias, product, out_dtype)
     else:  # without the microseconds that autograd costs
         y = product.run(flat, bias, out_dtype)

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .dispatch import LAUNCHES, OPS, use_triton
+from .dispatch import LAUNCH, LAUNCHES, OPS, transformed, use_triton
 from .neuron_kernels import _neuron_backward_kernel, _neuron_forward_kernel
 from .steps import (
     cat_steps,
@@ -180,7 +179,7 @@ def _launch_forward(
         _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
             current, v, leak, threshold, gain, shift, spikes, v_out,
             *view, current.stride(0), 1 / step, step,
-            **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes,
+            **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes, **LAUNCH,
         )  # fmt: skip
     return spikes, v_out
 
@@ -233,7 +232,7 @@ def _neuron_backward(
             current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
             *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
             **tile, **_flags(current, leak, threshold, bits, parallel),
-            DETACH=detach, PARAMETERS=parameters,
+            DETACH=detach, PARAMETERS=parameters, **LAUNCH,
         )  # fmt: skip
     return d_current, d_v, partial.sum(1) if parameters else d_parameters
 
@@ -278,13 +277,8 @@ _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def on_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels take x: in fp64 everything is left to the definitions."""
-    return x.dtype != torch.float64 and use_triton(x)
-
-
-def transformed() -> bool:
-    """Is a transform of torch.func, or forward-mode differentiation, at work? Both are left to the definitions."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether the Triton kernels take x; in fp64, and under transforms of torch, all is left to the definitions."""
+    return x.dtype != torch.float64 and use_triton(x) and not transformed()
 
 
 def number(value, name: str) -> float:

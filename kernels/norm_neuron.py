@@ -229,8 +229,8 @@ def _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, 
                 f"{name} must be floating-point of shape {' or '.join(map(str, shapes[name]))} on {x.device}, "
                 f"got {tuple(p.shape)} {p.dtype} on {p.device}"
             )
-    if x[0, :, 0].numel() < 2:
-        raise ValueError(f"batch statistics need more than one value per channel, got {tuple(x.shape)}")
+    if C < 1 or x.shape[1] * x.shape[3:].numel() < 2:
+        raise ValueError(f"batch statistics need a channel and more than one value in each, got {tuple(x.shape)}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
 
