@@ -28,20 +28,8 @@ from empf.training.config import Parser
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
-TINY = [
-    "--width",
-    "0.0625",
-    "--T",
-    "2",
-    "--limit",
-    "320",
-    "--batch-size",
-    "16",
-    "--threads",
-    "1",
-    "--save-minutes",
-    "0",
-]
+TINY = ["--width", "0.0625", "--T", "2", "--limit", "800", "--batch-size", "16", "--threads", "1"]
+TINY += ["--save-minutes", "0"]  # after each look at the loss, twice in an epoch of 25 batches
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 PATIENCE = 60  # seconds until every process of a round has ended
 

@@ -171,6 +171,9 @@ def another_architecture(run: Path) -> None:
         (None, ["--limit", "x"], "argument --limit: invalid int value: 'x'"),
         (None, ["--fast"], "unrecognized arguments: --fast"),
         (None, ["--device", "toaster"], "cannot use --device toaster ("),
+        (None, ["--device", "meta"], "cannot use --device meta ("),
+        (None, ["--workers", "1000000"], "workers must lie in 0.."),
+        (None, ["--json", "RUN/config.json"], "config.json is a file of a run: choose another name"),
         (None, ["--data", "no/such/folder"], "no folder no/such/folder"),
         (None, ["--json", "/dev/null/result.json"], "could not write /dev/null/result.json ("),
     ],
@@ -180,11 +183,17 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sen
     if damage is not None:
         damage(copy)
     with pytest.raises(SystemExit) as stop:
-        run_eval(copy, "--limit", "32", *flags)
+        run_eval(copy, "--limit", "32", *(flag.replace("RUN", str(copy)) for flag in flags))
     code = stop.value.code
     message = code if isinstance(code, str) else capsys.readouterr().err  # a string: printed at exit, code 1
     assert code not in (0, None)
     assert message.startswith("error: ") and sentence in message and message.strip().count("\n") == 0
+
+
+def test_the_result_on_standard_output_is_nothing_but_json(run, capsys):
+    capsys.readouterr()
+    run_eval(run, "--limit", "32", "--json", "-")
+    assert json.loads(capsys.readouterr().out)["images"] == 32
 
 
 def test_wholly_other_classes_are_refused():
