@@ -71,12 +71,14 @@ def first_order(backward: Callable) -> Callable:
 
 def hooked(module: nn.Module) -> bool:
     """Does somebody watch what goes in and out of this module? Then it is called as any module, with tensors."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or torch_module._has_any_global_hook()
+    found = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(found) or torch_module._has_any_global_hook()
 
 
 def over_steps(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a layer without state to all steps as one folded batch: (k, N, ...) -> (k, N, ...)."""
+    if getattr(layer, "takes_steps", False):  # it does that itself
+        return layer(x)
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 

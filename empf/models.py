@@ -103,7 +103,7 @@ def like(x: Tensor | Current, current: Tensor | Current) -> Tensor | Current:
 
 def normalised(norm: nn.Module, y: Tensor, rest: Tensor | Current | None = None, **options) -> Current:
     """BN(y) + rest, not added up by a norm of this library, unless somebody watches it."""
-    if isinstance(norm, StepBatchNorm) and not hooked(norm):
+    if hasattr(norm, "current") and not hooked(norm):
         return norm.current(y, rest, **options)
     return Current(plus(norm(y), rest))
 

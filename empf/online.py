@@ -26,9 +26,14 @@ def reset(model: nn.Module) -> None:
 
     Calls `reset()` of what this library owns; a module of your own joins in with the attribute `holds_state = True`.
     """
-    for module in model.modules():
-        if getattr(module, "holds_state", False) is True:
-            module.reset()
+    left, seen = [model], set()
+    while left:  # as `model.modules()`, which takes a tenth of a small network's time on one image
+        module = left.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            left += module._modules.values()
+            if vars(module).get("holds_state", getattr(type(module), "holds_state", False)) is True:
+                module.reset()
 
 
 def time_steps(model: nn.Module) -> int | None:

@@ -110,7 +110,7 @@ def some_tensors(arrays: dict[str, np.ndarray], r: random.Random) -> None:
     elif how == 5:
         arrays[a] = arrays[a].astype(r.choice([np.int32, np.float32, np.int8, np.uint8]))
     elif how == 6:
-        arrays[a] = np.frombuffer(r.randbytes(arrays[a].nbytes), np.uint8).reshape(arrays[a].shape)
+        arrays[a] = np.frombuffer(r.randbytes(arrays[a].size), np.uint8).reshape(arrays[a].shape)
     else:
         arrays[a] = np.zeros((r.choice([0, 1, 10**6]), *arrays[a].shape[1:]), np.uint8)
 

@@ -32,7 +32,7 @@ from empf.kernels.neuron_cpu import per_channel
 from empf.kernels.pack import PackedWeight, signs, weights_per_word
 from empf.kernels.pack import pack as pack_weight
 from empf.kernels.steps import empty_like_steps, stack_steps
-from empf.layer import StepBatchNorm
+from empf.layer import Current, StepBatchNorm, plus
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron
 from empf.synapse import QuantizedWeight, quantize_weight
 
@@ -104,7 +104,9 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
     def lanes(self, steps: slice, dims: int) -> list[tuple[Tensor | None, ...]]:
-        """For each step what `parameters_of` gives it, shaped for (N, C, ...) of `dims` axes; kept."""
+        """For each step what `parameters_of` gives it, shaped for steps of `dims` axes; kept for the next call."""
+        if self.T is None:  # all steps have the same
+            steps = slice(0, steps.stop - steps.start)
         key = (steps.start, steps.stop, dims)
         if key not in self._lanes:
             rows = zip(*(repeat(None) if p is None else p for p in self.parameters_of(steps)), strict=False)
@@ -112,12 +114,13 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return self._lanes[key]
 
     def forward(self, current: Tensor) -> Tensor:
-        steps = self.advance(current)
-        if not self.fusible or backend(current.device) == "torch":
+        if not self.fusible or backend(self.threshold.device) == "torch":
             x = plain(current)
+            steps = self.advance(x)
             run = self.relu_steps if self.fusible else self.other_steps
             spikes, v = run(x, self.lanes(steps, x.dim() - 1))
         else:
+            steps = self.advance(current)
             spikes, v = self.on_kernels(current, steps)
         self.v = None if self.parallel or steps.stop == self.T else v  # after the last step nobody needs it
         return spikes if self.spike_bits is None else Spikes(spikes, self.spike_step, 2**self.spike_bits - 1)
@@ -151,8 +154,9 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         v = self.v
         spikes = empty_like_steps(x, torch.float32)
         after = empty_like_steps(x, torch.float32, one_step=True)
-        for i, s, (leak, threshold, gain, shift) in zip(x.float().unbind(), spikes.unbind(), lanes, strict=True):
-            m = i if v is None or self.parallel else torch.addcmul(i, v, leak, out=s)
+        charged, parallel = x if x.dtype == torch.float32 else x.float(), self.parallel
+        for i, s, (leak, threshold, gain, shift) in zip(charged.unbind(), spikes.unbind(), lanes, strict=True):
+            m = i if v is None or parallel else torch.addcmul(i, v, leak, out=s)
             m = m if gain is None else torch.addcmul(shift, m, gain, out=s)
             v = torch.minimum(m, threshold, out=after)
             torch.sub(m, v, out=s)
@@ -186,6 +190,8 @@ class PackedSynapse(PackedPart):
 
     A convolution also takes (k, N, C, ...) with a time axis.
     """
+
+    takes_steps = True
 
     def __init__(self, layer: QuantizedWeight):
         super().__init__()
@@ -240,17 +246,18 @@ class PackedSynapse(PackedPart):
     def forward(self, x: Tensor) -> Tensor:
         step = None
         if isinstance(x, Spikes) and x.unchanged:
-            fast = x.top < 128 and backend(x.device) != "torch"  # tensor cores read int8 faster than uint8
+            fast = x.top < 128 and backend(x.codes.device) != "torch"  # tensor cores read int8 faster than uint8
             x, step = x.codes.view(torch.int8) if fast else x.codes, x.step
         x = plain(x)
-        lead = x.shape[: x.dim() - self.dims - 1]
-        if not lead or x.dim() - len(lead) != self.dims + 1 or self.dims and len(lead) > 2:
-            raise ValueError(f"a packed layer of weights {self.shape} cannot read an input of shape {tuple(x.shape)}")
-        x = x.flatten(0, len(lead) - 1)
+        shape = x.shape
+        lead = tuple(shape[: len(shape) - self.dims - 1])
+        if not lead or self.dims and len(lead) > 2:
+            raise ValueError(f"a packed layer of weights {self.shape} cannot read an input of shape {tuple(shape)}")
+        x = x if len(lead) == 1 else x.flatten(0, len(lead) - 1)
         size = x.shape[1:]
         if size not in self._sizes:
             self._sizes[size] = self.output_size(size[1:])
-        product = Product(self, x, step, tuple(lead), self._sizes[size])
+        product = Product(self, x, step, lead, self._sizes[size])
         # what torch.compile traces is a graph of tensors
         return plain(product) if torch.compiler.is_dynamo_compiling() else product
 
@@ -343,9 +350,16 @@ class PackedNorm(PackedPart):
     def forget(self) -> None:
         self.version += 1
 
+    def current(self, y: Tensor, rest: Tensor | Current | None = None, **training) -> Current:
+        """As that of `StepBatchNorm`; nothing is added up before the value is read."""
+        rest = None if rest is None else Current.of(rest).value
+        if isinstance(y, Product) and y.bare and len(y.lead) == self.lead:
+            return Current(y.normalised(self, rest))
+        return Current(plus(self(y), rest))
+
     def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
         if isinstance(x, Product) and x.bare and len(x.lead) == self.lead:
-            return x.changed(norm=self)
+            return x.normalised(self)
         x, like = plain(x), (-1, *[1] * (x.dim() - self.lead - 1))
         return torch.addcmul(self.shift.to(x.dtype).view(like), x, self.gain.to(x.dtype).view(like))
 

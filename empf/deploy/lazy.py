@@ -93,7 +93,7 @@ class Spikes(Lazy):
     @property
     def unchanged(self) -> bool:
         """Whether the codes still say what the value does, which somebody may have written to."""
-        return self._value is None or versions(self._value) == (0,)
+        return self._value is None or version(self._value) == 0
 
     def _lazily(self, func, args, kwargs) -> "Lazy | None":
         if func in FLATTEN or func in UNFLATTEN or func in RESHAPE:
@@ -132,7 +132,7 @@ class Product(Lazy):
     def __init__(self, synapse, x: Tensor, step: float | None, lead: tuple, rest: tuple, norm=None, residual=None):
         self.synapse, self.x, self.step, self.lead, self.rest = synapse, x, step, lead, rest
         self.norm, self.residual = norm, residual
-        self.versions = versions(x, residual)
+        self.versions = version(x), version(residual)
         self.neuron = None  # which took this product without its sum
         self._value: Tensor | None = None
 
@@ -146,15 +146,14 @@ class Product(Lazy):
         """Whether a neuron can have this together with its steps: a convolution of (k, N, C, H, W)."""
         return self._value is None and len(self.lead) == 2 and self.synapse.plane
 
-    def changed(self, **parts) -> "Product":
-        """The same product with other `lead`, `norm` or `residual`."""
+    def normalised(self, norm, residual: Tensor | None = None) -> "Product":
+        """What `norm` makes of this product, plus a residual."""
         self.check()
-        same = {name: getattr(self, name) for name in ("synapse", "x", "step", "lead", "rest", "norm", "residual")}
-        return Product(**{**same, **parts})
+        return Product(self.synapse, self.x, self.step, self.lead, self.rest, norm=norm, residual=residual)
 
     def check(self) -> None:
         """Raise RuntimeError where the operands are no longer those of the call."""
-        if self.versions != versions(self.x, self.residual):
+        if self.versions != (version(self.x), version(self.residual)):
             raise RuntimeError(
                 "the input of a packed layer was changed in place before its output was read: write x = x + y in "
                 "place of x += y between them"
@@ -179,13 +178,15 @@ class Product(Lazy):
             return self.plus(args[1] if args[0] is self else args[0])
         if self.residual is None and (func in FLATTEN or func in UNFLATTEN or func in RESHAPE):
             lead = self.reshaped_lead(func, *args[1:], **kwargs)
-            return None if lead is None else self.changed(lead=lead)
+            if lead is not None:
+                self.check()
+                return Product(self.synapse, self.x, self.step, lead, self.rest, norm=self.norm)
         return None
 
     def plus(self, other) -> "Product | None":
         free = isinstance(other, Tensor) and self.residual is None and other is not self
-        alike = free and other.shape == self.shape and other.dtype == self.dtype
-        return self.changed(residual=other) if alike else None
+        alike = free and other.shape == (*self.lead, *self.rest) and other.dtype == self.dtype
+        return self.normalised(self.norm, other) if alike else None
 
     def reshaped_lead(self, func, *args, **kwargs) -> tuple | None:
         lead, shape = self.lead, (*self.lead, *self.rest)
@@ -217,8 +218,6 @@ class Product(Lazy):
         return sizes[:split] if count == wanted else None
 
 
-def versions(*tensors: Tensor | None) -> tuple:
-    """Counters that a write in place moves; of inference tensors there are none."""
-    return tuple(
-        None if t is None or isinstance(t, Lazy) or t.is_inference() else t._version for t in tensors
-    )  # fmt: skip
+def version(x: Tensor | None) -> int | None:
+    """A counter that a write in place moves; inference tensors have none, and lazy ones look after themselves."""
+    return None if x is None or isinstance(x, Lazy) or x.is_inference() else x._version

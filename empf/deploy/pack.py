@@ -69,19 +69,22 @@ class PackedModel(nn.Module):
                 f"the input must be normalised floating-point numbers, got {x.dtype}: call x.float() first"
             )
         half = x.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
-            logits = self.in_parts(x, *args, **kwargs)
+        before = self.states()
+        try:
+            with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
+                logits = self.in_parts(x, *args, **kwargs)
+        except (TypeError, ValueError):  # a call that is refused changes nothing
+            self.restore(before)
+            raise
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def in_parts(self, x: Tensor, steps: int | None = None) -> Tensor:
         """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
-        batch, net = x.dim() - 4, self.net
-        at_once = self.images_at_once(net.config.T - net.t if steps is None else steps, x.device)
-        if batch not in (0, 1) or x.shape[batch] <= at_once:
+        batch, net, before = x.dim() - 4, self.net, self.states()
+        at_once = self.images_at_once(steps if isinstance(steps, int) else net.config.T, x.device)
+        fits = all(v is None or len(v) == x.shape[batch] for _, v in before) and net.t is not None
+        if batch not in (0, 1) or x.shape[batch] <= at_once or not fits:  # the network says what is wrong
             return plain(net(channels_last(x), steps))
-        before = self.states()
-        if any(v is not None and len(v) != x.shape[batch] for _, v in before):
-            return plain(net(x, steps))  # says what is wrong
         logits, after = [], []
         for i, part in enumerate(x.split(at_once, batch)):
             self.restore([(t, None if v is None else v[i * at_once :][:at_once]) for t, v in before])
@@ -92,11 +95,11 @@ class PackedModel(nn.Module):
         )
         return torch.cat(logits, 1)
 
-    def states(self) -> list[tuple[int, Tensor | None]]:
+    def states(self) -> list[tuple[int | None, Tensor | None]]:
         """(t, v) of every part that holds a state."""
         return [(m.t, getattr(m, "v", None)) for m in self.stateful()]
 
-    def restore(self, states: list[tuple[int, Tensor | None]]) -> None:
+    def restore(self, states: list[tuple[int | None, Tensor | None]]) -> None:
         for module, (t, v) in zip(self.stateful(), states, strict=True):
             module.t = t
             if isinstance(module, StatefulNeuron):
@@ -176,7 +179,7 @@ def parts(net: nn.Module) -> dict[str, str]:
 def misfit(about: dict, net: nn.Module, config: ModelConfig | None) -> str | None:
     """What of the file that `about` describes is not in `net`, or otherwise; None if it fits."""
     if "model" in about:
-        same = config is not None and config.to_dict() == about["model"]
+        same = config == ModelConfig.from_dict(about["model"])
         return None if same else f"holds a {about['model']['arch']}: call load_packed(path) without net"
     here, there = parts(net), about["parts"]
     for name in sorted({*here, *there}):
