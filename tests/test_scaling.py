@@ -44,7 +44,7 @@ def test_every_gradient_is_exchanged_once_when_it_is_complete(work):
 def test_bytes_of_synchronised_norms(work, monkeypatch):
     """Counted where the norms send, mean over t*."""
     sent = []
-    monkeypatch.setattr(sync_norm, "over_processes", lambda values: sent.append(4 * values.numel()) or values)
+    monkeypatch.setattr(sync_norm, "joint_mean", lambda values: sent.append(4 * values.numel()) or values)
     monkeypatch.setattr(sync_norm.dist, "get_world_size", lambda: 1)
     model = build(TINY)
     sync_norm.sync_norms(model)

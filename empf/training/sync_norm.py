@@ -16,7 +16,7 @@ from empf.layer import StepBatchNorm
 from empf.neuron import EMPFNeuron
 
 
-def over_processes(values: Tensor) -> Tensor:
+def joint_mean(values: Tensor) -> Tensor:
     """The mean of the values of all processes, in place."""
     dist.all_reduce(values)
     return values.div_(dist.get_world_size())
@@ -30,7 +30,7 @@ class SyncBatchNormFn(torch.autograd.Function):
         dims = [d for d in range(x.dim()) if d != 1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         near = wide - per_channel(offset, x.dim())  # squares of numbers around 0 lose no digits
-        moments = over_processes(torch.stack([near.mean(dims), near.square().mean(dims)]))
+        moments = joint_mean(torch.stack([near.mean(dims), near.square().mean(dims)]))
         var = (moments[1] - moments[0].square()).clamp(min=0)
         mean, rstd = offset + moments[0], torch.rsqrt(var + eps)
         gain = weight * rstd
@@ -48,7 +48,7 @@ class SyncBatchNormFn(torch.autograd.Function):
         hat = (x.to(mean.dtype) - per_channel(mean, x.dim())) * per_channel(rstd, x.dim())
         d_bias, d_weight = d_y.sum(dims), (d_y * hat).sum(dims)  # of this process: DDP takes the mean
         count = x.numel() // x.shape[1]
-        common = over_processes(torch.stack([d_bias, d_weight]) / count)
+        common = joint_mean(torch.stack([d_bias, d_weight]) / count)
         d_hat = d_y - per_channel(common[0], x.dim()) - hat * per_channel(common[1], x.dim())
         return (d_hat * per_channel(weight * rstd, x.dim())).to(x.dtype), None, d_weight, d_bias, None
 
