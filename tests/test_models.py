@@ -350,3 +350,22 @@ def test_sizes_of_images():
     for size in ((0, 8), (8, 8, 8), ("8", 8), (8, 10_000)):
         with pytest.raises(ValueError, match="image_size must be"):
             empf.ModelConfig(image_size=size)
+
+
+def test_a_norm_with_its_own_forward_is_called():
+    class Louder(empf.StepBatchNorm):
+        def forward(self, x, repeat=1):
+            return 2 * super().forward(x, repeat)
+
+    model = empf.resnet18(width=0.0625, image_size=8, T=1).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    norm = model.blocks[7].conv2.bn
+    norm.__class__ = Louder
+    empf.reset(model)
+    after = model(x)
+    norm.__class__ = empf.StepBatchNorm
+    with torch.no_grad():
+        norm.weight.mul_(2), norm.bias.mul_(2)
+    empf.reset(model)
+    assert torch.allclose(after, model(x), atol=1e-6) and not torch.equal(after, before)
