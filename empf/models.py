@@ -103,7 +103,8 @@ def like(x: Tensor | Current, current: Tensor | Current) -> Tensor | Current:
 
 def normalised(norm: nn.Module, y: Tensor, rest: Tensor | Current | None = None, **options) -> Current:
     """BN(y) + rest, not added up by a norm of this library, unless somebody watches it."""
-    if hasattr(norm, "current") and not hooked(norm):
+    own = isinstance(norm, StepBatchNorm) and type(norm).forward is not StepBatchNorm.forward
+    if hasattr(norm, "current") and not own and not hooked(norm):
         return norm.current(y, rest, **options)
     return Current(plus(norm(y), rest))
 
