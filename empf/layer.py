@@ -132,11 +132,7 @@ class StepBatchNorm(nn.Module):
         return self.current(x, repeat=repeat).value
 
     def current(
-        self,
-        y: Tensor,
-        rest: "Tensor | Current | None" = None,
-        repeat: int | None = None,
-        again: Callable | None = None,
+        self, y: Tensor, rest: "Tensor | Current | None" = None, repeat: int | None = None, again: Callable = None
     ) -> "Current":
         """BN(y) + rest, not added up yet; without `repeat` a neuron may take the norm into its own pass.
 
@@ -348,11 +344,8 @@ def fire_into(
         stats, terms = None if on_kernels(x) else current.stats(), (Term(x.detach()),)
     else:
         x, stats, terms = current.value, None, current.terms()
-    names = ("bits", "step", "parallel", "detach", "eps")
-    layer = Layer(
-        terms, v, running, stats, {name: getattr(p, name) for name in names}, pool,
-        [s.place() for s in synapses], observer,
-    )  # fmt: skip
+    options = {name: getattr(p, name) for name in ("bits", "step", "parallel", "detach", "eps")}
+    layer = Layer(terms, v, running, stats, options, pool, [s.place() for s in synapses], observer)
     v, *outputs = SpikingLayerFn.apply(layer, x, *p.tensors(), *(s.effective_weight() for s in synapses))
     if current.pending:
         current._stats = layer.stats  # whoever asks for the value after all gets that of the same statistics
