@@ -360,7 +360,7 @@ def spiking_layer(
     """
     current = Current.of(current)
     known = unchanged(neuron) and all(getattr(s, "made_again", False) for s in synapses)
-    watched = any(hooked(m) for m in (neuron, *synapses, pool) if m is not None)
+    watched = known and any(hooked(m) for m in (neuron, *synapses, pool) if m is not None)
     if known and not watched and neuron.made_again(current):
         return neuron.outputs(current, synapses, pool)
     spikes = spikes_of(neuron, current)

@@ -191,7 +191,7 @@ def test_pixels_that_were_not_normalised_are_refused(dtype):
     """They would be taken for codes of spikes, also by the weights that are kept for the next call."""
     model, x = trained()
     packed = pack(model)
-    with pytest.raises(ValueError, match=f"floating-point numbers, got {dtype}: call x.float"):
+    with pytest.raises(TypeError, match=f"floating-point numbers, normalised, got {dtype}"):
         packed((100 * x).to(dtype))
     assert relative(logits(packed, x), logits(model, x)) < 2e-5
 

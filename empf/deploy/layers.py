@@ -151,14 +151,13 @@ class PackedNeuron(StatefulNeuron, PackedPart):
 
     def relu_steps(self, x: Tensor, lanes: list) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v) of (k, N, C, ...) in plain torch, with as few calls and buffers as it takes."""
-        v = self.v
+        v, after = self.v, None
         spikes = empty_like_steps(x, torch.float32)
-        after = empty_like_steps(x, torch.float32, one_step=True)
         charged, parallel = x if x.dtype == torch.float32 else x.float(), self.parallel
         for i, s, (leak, threshold, gain, shift) in zip(charged.unbind(), spikes.unbind(), lanes, strict=True):
             m = i if v is None or parallel else torch.addcmul(i, v, leak, out=s)
             m = m if gain is None else torch.addcmul(shift, m, gain, out=s)
-            v = torch.minimum(m, threshold, out=after)
+            v = after = torch.minimum(m, threshold, out=after)  # the first makes it, in the layout of m
             torch.sub(m, v, out=s)
         return self.rounded(spikes, x.dtype), v
 

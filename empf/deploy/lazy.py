@@ -20,15 +20,12 @@ ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tenso
 ABOUT |= {Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_meta.__get__, Tensor.is_complex}
 FLATTEN, UNFLATTEN = {Tensor.flatten, torch.flatten}, {Tensor.unflatten, torch.unflatten}
 RESHAPE = {Tensor.view, Tensor.reshape, torch.reshape}
+MAKE = Tensor._make_wrapper_subclass
 ADD = {Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add}
 
 
 class Lazy(Tensor):
     """A tensor whose `value` is computed when it is read for the first time."""
-
-    @staticmethod
-    def __new__(cls, shape, dtype: torch.dtype, device: torch.device):
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     @property
     def value(self) -> Tensor:
@@ -81,7 +78,7 @@ class Spikes(Lazy):
 
     @staticmethod
     def __new__(cls, codes: Tensor, step: float, top: int):
-        return Lazy.__new__(cls, codes.shape, torch.float32, codes.device)
+        return MAKE(cls, codes.shape, dtype=torch.float32, device=codes.device)
 
     def __init__(self, codes: Tensor, step: float, top: int):
         self.codes, self.step, self.top = codes, step, top
@@ -127,7 +124,7 @@ class Product(Lazy):
     @staticmethod
     def __new__(cls, synapse, x, step, lead, rest, **parts):
         dtype = x.dtype if step is None else torch.float32
-        return Lazy.__new__(cls, (*lead, *rest), dtype, x.device)
+        return MAKE(cls, (*lead, *rest), dtype=dtype, device=x.device)
 
     def __init__(self, synapse, x: Tensor, step: float | None, lead: tuple, rest: tuple, norm=None, residual=None):
         self.synapse, self.x, self.step, self.lead, self.rest = synapse, x, step, lead, rest

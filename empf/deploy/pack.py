@@ -7,6 +7,7 @@
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class PackedModel(nn.Module):
     `packed(x, steps=k)`: the next k steps. `packed.step(frame)`: one frame (N, ...) of a stream -> logits (N, classes)
     of this step. `packed.reset()` goes back to time 0; it is needed before a new batch. x is normalised as `origin`
     says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
-    Raises ValueError for another shape, integers, steps past T, or another batch size without a reset.
+    Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError for integers.
 
     `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
     names, normalisation and accuracy, where they are known. Make it with `pack` or `load_packed`.
@@ -62,28 +63,24 @@ class PackedModel(nn.Module):
     @torch.inference_mode(False)  # where tensors have the counters that tell of changes in place
     @torch.no_grad()
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not isinstance(self.net, SpikingNetwork):
+        known = isinstance(self.net, SpikingNetwork) and isinstance(x, Tensor) and x.is_floating_point()
+        if not known or x.dim() not in (4, 5):  # the network says what is wrong
             return plain(self.net(x, *args, **kwargs))
-        if not x.is_floating_point():
-            raise ValueError(
-                f"the input must be normalised floating-point numbers, got {x.dtype}: call x.float() first"
-            )
         half = x.dtype in (torch.bfloat16, torch.float16)
         before = self.states()
         try:
-            with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
-                logits = self.in_parts(x, *args, **kwargs)
+            with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+                logits = self.in_parts(x, before, *args, **kwargs)
         except (TypeError, ValueError):  # a call that is refused changes nothing
             self.restore(before)
             raise
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.float() if half else logits
 
-    def in_parts(self, x: Tensor, steps: int | None = None) -> Tensor:
+    def in_parts(self, x: Tensor, before: list, steps: int | None = None) -> Tensor:
         """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
-        batch, net, before = x.dim() - 4, self.net, self.states()
+        batch, net = x.dim() - 4, self.net
         at_once = self.images_at_once(steps if isinstance(steps, int) else net.config.T, x.device)
-        fits = all(v is None or len(v) == x.shape[batch] for _, v in before) and net.t is not None
-        if batch not in (0, 1) or x.shape[batch] <= at_once or not fits:  # the network says what is wrong
+        if x.shape[batch] <= at_once or any(v is not None and len(v) != x.shape[batch] for _, v in before):
             return plain(net(channels_last(x), steps))
         logits, after = [], []
         for i, part in enumerate(x.split(at_once, batch)):
@@ -97,7 +94,7 @@ class PackedModel(nn.Module):
 
     def states(self) -> list[tuple[int | None, Tensor | None]]:
         """(t, v) of every part that holds a state."""
-        return [(m.t, getattr(m, "v", None)) for m in self.stateful()]
+        return [(vars(m)["t"], vars(m).get("v")) for m in self.stateful()]
 
     def restore(self, states: list[tuple[int | None, Tensor | None]]) -> None:
         for module, (t, v) in zip(self.stateful(), states, strict=True):
