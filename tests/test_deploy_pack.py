@@ -276,3 +276,13 @@ def test_verify_sees_a_network_that_gives_no_numbers():
     packed.net.head.bias[0] = float("nan")
     with pytest.raises(ValueError, match="logits differ by nan"):
         verify(model, packed, [(x, None), (x[:5], None)])
+
+
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half, nn.Module.bfloat16])
+def test_a_network_of_other_numbers_says_what_to_do(convert):
+    model, x = trained()
+    packed = pack(model)
+    with pytest.raises(TypeError, match="call packed.float\\(\\), and convert x instead"):
+        convert(packed)(x)
+    assert relative(logits(packed.float(), x), logits(model, x)) < 0.1  # what was rounded stays so
+    assert relative(logits(pack(model), x.bfloat16()), logits(model, x)) < 0.1

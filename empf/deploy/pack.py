@@ -38,6 +38,8 @@ class PackedModel(nn.Module):
     says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
     Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError for integers.
 
+    The membrane potentials are state: threads need a network each, `copy.deepcopy(packed)`.
+
     `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
     names, normalisation and accuracy, where they are known. Make it with `pack` or `load_packed`.
     """
@@ -45,7 +47,14 @@ class PackedModel(nn.Module):
     def __init__(self, net: nn.Module, config: ModelConfig | None = None, origin: Origin | None = None):
         super().__init__()
         self.net, self.config, self.origin, self.packed_as = net.eval(), config, origin or Origin(), ""
+        self.single = True  # all numbers are float32
         self.reset()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        numbers = [*self.parameters(), *self.buffers()]
+        self.single = all(t.dtype == torch.float32 for t in numbers if t.is_floating_point())
+        return self
 
     def reset(self) -> None:
         """Back to time 0: v = 0."""
@@ -63,6 +72,11 @@ class PackedModel(nn.Module):
     @torch.inference_mode(False)  # where tensors have the counters that tell of changes in place
     @torch.no_grad()
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not self.single:
+            raise TypeError(
+                "a packed network computes in float32 or, where x is bfloat16 or float16, with activations of that "
+                "type: call packed.float(), and convert x instead"
+            )
         known = isinstance(self.net, SpikingNetwork) and isinstance(x, Tensor) and x.is_floating_point()
         if not known or x.dim() not in (4, 5):  # the network says what is wrong
             return plain(self.net(x, *args, **kwargs))
