@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from empf.files import write_atomic
 from empf.machine import installed
 
@@ -89,6 +92,55 @@ def lettered(axes) -> None:
     """a, b, c ... before the titles of the panels."""
     for letter, ax in zip("abcdefghijkl", axes, strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {ax.get_title('left')}")
+
+
+def raster(spikes: Tensor, potentials: Tensor, path: str | Path, *, neurons: int = 32) -> None:
+    """Draw what the neurons of one layer do over time for one input: the spikes they fire and what they keep.
+
+    Args:
+        spikes, potentials: (T, ...), all neurons of the layer at each step; the potentials after it has fired.
+        path: the picture; its suffix is the format.
+        neurons: the most that are drawn, evenly spread over the layer.
+
+    The area of a dot is the height of the spike. Raises ValueError for shapes that differ, and without a neuron.
+    """
+    if spikes.shape != potentials.shape or spikes.dim() < 2 or not spikes.numel() or neurons < 1:
+        raise ValueError(
+            "spikes and potentials must be (T, ...) of the same shape with at least one neuron to draw, "
+            f"got {tuple(spikes.shape)}, {tuple(potentials.shape)} and neurons={neurons}"
+        )
+    s, v = (x.detach().float().cpu().flatten(1) for x in (spikes, potentials))
+    firing = (s != 0).float().mean().item()
+    chosen = torch.linspace(0, s.shape[1] - 1, min(neurons, s.shape[1])).round().long()
+    s, v = s[:, chosen].T, v[:, chosen].T  # neurons T
+    row, step = s.nonzero(as_tuple=True)
+    heights, highest, reach = s[row, step].abs(), max(s.abs().max().item(), 1e-12), max(v.abs().max().item(), 1e-12)
+    area = lambda height: 40 * height / highest  # noqa: E731
+    with pyplot() as plt:
+        size = (WIDTH, 1.2 + 0.1 * max(10, len(chosen)))
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+        left.scatter(step + 1, row, area(heights), color=BLUE, linewidths=0)
+        for share in (0.25, 0.5, 1):
+            left.scatter([], [], area(highest * share), color=BLUE, linewidths=0, label=f"{highest * share:.2g}")
+        left.legend(title="spike", loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+        picture = right.imshow(v, "RdBu_r", aspect="auto", vmin=-reach, vmax=reach, extent=_cells(v), origin="lower")
+        figure.colorbar(picture, ax=right, label="membrane potential after the step", aspect=30)
+        left.set_title(f"Spikes: {firing:.0%} of the layer fires at a step")
+        right.set_title(f"Potentials of {len(chosen)} of {spikes[0].numel():,} neurons")
+        steps = torch.arange(1, s.shape[1] + 1, max(1, s.shape[1] // 10)).tolist()
+        labels = torch.arange(0, len(chosen), -(-len(chosen) // 16)).tolist()
+        for ax in (left, right):
+            ax.set(xlabel="time step", xticks=steps, xlim=(0.5, s.shape[1] + 0.5), ylim=(-0.5, len(chosen) - 0.5))
+        left.set_yticks(labels, chosen[labels].tolist())
+        left.set_ylabel("neuron (index in the layer)")
+        right.grid(visible=False)
+        lettered((left, right))
+        save_figure(plt, figure, Path(path))
+
+
+def _cells(values: Tensor) -> tuple[float, float, float, float]:
+    """Edges of an image (rows, T) whose rows are numbered from 0 and whose steps from 1."""
+    return 0.5, values.shape[1] + 0.5, -0.5, len(values) - 0.5
 
 
 def has_matplotlib() -> bool:

@@ -4,8 +4,9 @@ import math
 
 import matplotlib
 import pytest
+import torch
 
-from empf.figures import STYLE, by_layer, gaps, lettered, plain_log, pyplot, save_figure, shades, short_names
+from empf.figures import STYLE, by_layer, gaps, lettered, plain_log, pyplot, raster, save_figure, shades, short_names
 
 
 @pytest.fixture
@@ -78,3 +79,23 @@ def test_the_style_is_left_behind(tmp_path):
         k: v for k, v in before.items() if k != "backend"
     }
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_raster_shows_spikes_and_potentials_of_one_scale(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("empf.figures.save_figure", lambda plt, figure, path: figures.append((figure, path)))
+    spikes = torch.zeros(3, 2, 25)
+    spikes[1, 0, 0], spikes[2, 1, 24] = 2.0, 0.5
+    raster(spikes, spikes - 1, "a.png", neurons=10)
+    ((figure, path),) = figures
+    left, right, _ = figure.axes
+    assert left.collections[0].get_offsets().tolist() == [[2, 0], [3, 9]]  # step, row: the first and the last neuron
+    assert left.collections[0].get_sizes().tolist() == [40, 10] and path.name == "a.png"
+    assert right.images[0].get_clim() == (-1, 1) and "10 of 50" in right.get_title("left")
+    assert "1%" in left.get_title("left")
+
+
+@pytest.mark.parametrize(("spikes", "potentials"), [((3, 4), (3, 5)), ((3,), (3,)), ((3, 0), (3, 0))])
+def test_a_raster_refuses_what_it_cannot_draw(spikes, potentials, tmp_path):
+    with pytest.raises(ValueError, match="same shape"):
+        raster(torch.ones(spikes), torch.ones(potentials), tmp_path / "a.png")
