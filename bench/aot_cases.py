@@ -218,7 +218,9 @@ def norm_cases() -> list[tuple]:
             types |= {"stride_t": "i64", "stride_dt": "i64"}
             constants_of = tile | {"T": T, "BITS": bits, "MEM": mem, "DETACH": detach, "APPLY": apply}
             label = f"backward {name} {'apply' if apply else 'sums'}"
-            cases.append((label, norm_kernels._norm_backward_kernel, types, constants_of, options))
+            cases.append(
+                (label, norm_kernels._norm_backward_kernel, types, constants_of, options | {"enable_fp_fusion": True})
+            )
     types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "*fp32")
     types |= dict.fromkeys(("rows", "C"), "i32") | {"count": "fp32"}
     finish = {"T": 1, "ROWS": norm_kernels.FINISH[0], "BLOCK": norm_kernels.FINISH[1]}

@@ -68,7 +68,7 @@ class StatefulNeuron(nn.Module):
                 f"a neuron takes floating-point currents of k time steps, (k, N, C, ...), got {tuple(shape)} of "
                 f"{current.dtype}: give a single step as x.unsqueeze(0)"
             )
-        if torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a neuron was called within a backward pass, as by torch.utils.checkpoint, and its time has moved on: "
                 "leave checkpointing out, the layers of this library make their activations again by themselves"

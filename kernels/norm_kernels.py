@@ -354,7 +354,8 @@ def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem,
         _norm_backward_kernel[(rows, blocks)](
             d_spikes, d_v_out, x, v, p, mean, var, means, d_x if apply else None, d_v if apply else None, partial,
             *view, tiles, x.stride(0), d_spikes.stride(0), eps, (2**bits - 1) * step,
-            T=T, **tile, BITS=bits, MEM=mem, DETACH=detach, APPLY=apply, **LAUNCH,
+            T=T, **tile, BITS=bits, MEM=mem, DETACH=detach, APPLY=apply,
+            enable_fp_fusion=True,  # nothing is rounded to codes here, and without it registers spill
         )  # fmt: skip
         result.append(partial.sum(1))
         means = result[0][:2] / x[0, :, 0].numel()

@@ -320,4 +320,6 @@ def test_events_are_loaded_with_their_settings(monkeypatch):
     monkeypatch.setattr(data, "load_events", lambda *given, **options: asked.append((given, options)))
     settings = EventSettings(5, split="random", by="time", orientation="mirrored", resize="8bit")
     load_data("dvs-cifar10", "folder", events=settings, limit=3, seed=2)
-    assert asked == [(("folder", settings), dict(device="cpu", limit=3, seed=2))]
+    spec = DATASETS["dvs-cifar10"]
+    known = dict(device="cpu", limit=3, seed=2, spec=spec)
+    assert [(given, {n: options[n] for n in known}) for given, options in asked] == [(("folder", settings), known)]

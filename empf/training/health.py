@@ -46,7 +46,7 @@ class Health:
         every = max(20, -(-batches // LOOKS))
         self.looked_at = set(range(min(every, batches), batches + 1, every))
         self.neurons = {name: m for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
-        low_bit = {name: m for name, m in model.named_modules() if hasattr(m, "effective_weight")}
+        low_bit = {name: m for name, m in model.named_modules() if hasattr(m, "kind")}
         dense = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
         self.synapses = dense | low_bit
         self.kinds = {name: m.kind for name, m in low_bit.items()}
