@@ -288,17 +288,11 @@ class TriangleSpike(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, d_spike: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return d_spike * (1 - x.abs()).clamp(min=0)
-
-    @staticmethod
-    def jvp(ctx, d_x: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return d_x * (1 - x.abs()).clamp(min=0)
 
 
 def lif_step(i: Tensor, v: Tensor | None, leak, threshold) -> tuple[Tensor, Tensor]:

@@ -45,26 +45,15 @@ def quantize_weight(w: Tensor, kind: str = "binary", granularity: str = "channel
 class StraightThrough(torch.autograd.Function):
     """Stands the effective weight in for the latent one; the gradient passes where |W| <= 1."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(w: Tensor, effective: Tensor) -> Tensor:
+    def forward(ctx, w: Tensor, effective: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
         return effective.view_as(effective)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx, d_effective: Tensor):
         (w,) = ctx.saved_tensors
         return d_effective * (w.abs() <= 1), None
-
-    @staticmethod
-    def jvp(ctx, d_w: Tensor, d_effective):
-        (w,) = ctx.saved_tensors
-        return d_w * (w.abs() <= 1)
 
 
 _updates = 0  # of any optimizer, fused ones included, which write to weights behind the back of the version counter
@@ -102,8 +91,10 @@ class QuantizedWeight:
                 with torch.inference_mode(False):  # it may be used with gradient later
                     self._formed = (key, quantize_weight(w, self.kind, self.granularity))
             effective = self._formed[1]
-        learns = torch.is_grad_enabled() and w.requires_grad or transformed()
-        return StraightThrough.apply(w, effective) if learns else effective
+        if transformed():  # in operations that every transform of torch knows; the sum rounds
+            passing = w * (w.abs() <= 1)
+            return passing + (effective - passing).detach()
+        return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
 
     def quantize_as(self, kind: str, granularity: str) -> None:
         check_kind(kind, granularity)
