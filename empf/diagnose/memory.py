@@ -94,7 +94,7 @@ def effective_weights(model: nn.Module) -> Iterator[dict[StorageWeakRef, int]]:
 
 def run(model: nn.Module, x: Tensor, past: int, steps: int) -> Tensor:
     """Logits of `steps` time steps after `past` without gradient; a network of one's own gets x (T, N, ...) in two."""
-    if isinstance(model, SpikingNetwork):
+    if getattr(getattr(model, "module", model), "runs_steps", False):  # also wrapped
         return model(x, steps=steps, past=past)
     if past:
         with torch.no_grad():
