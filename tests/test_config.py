@@ -1,14 +1,17 @@
 """The one dataclass is the command line, the recipes and the metadata; a wrong setting is one sentence."""
 
 import argparse
+import json
 import math
-from dataclasses import FrozenInstanceError, fields
+import re
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 from train_tools import run_train
 
 from empf.models import ModelConfig
-from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser
+from empf.training.config import GROUPS, TrainConfig, batch_per_process, for_resume, from_flags, parser
+from empf.training.session import of_call
 
 
 def parse(*flags: str) -> TrainConfig:
@@ -38,16 +41,16 @@ VALUES = {
     "dataset": "dvs-cifar10", "data": "folder", "image_size": "64x96", "image_column": "photo",
     "label_column": "kind", "train_split": "big", "test_split": "exam", "config": "plain", "hold_out": "0.2",
     "streaming": True, "workers": "2", "split": "random",
-    "frames_by": "time", "orientation": "mirrored", "resize": "8bit",
+    "frames_by": "time", "orientation": "mirrored", "resize": "8bit", "limit": "99",
     "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
     "threshold": "0.3", "per_channel": True,
     "learning": "random", "steps_per_batch": "2", "epochs": "7", "batch_size": "33",
-    "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "crop": False, "flip": False,
+    "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "accumulate": "4", "ema": "0.9",
+    "crop": False, "flip": False,
     "roll": "2", "rotate": "9", "shear": "0.2", "drop": "0.3", "auto_augment": "trivial", "erasing": "0.1",
     "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",
-    "ema": "0.9", "seed": "11", "limit": "99", "accumulate": "4",
-    "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16",
+    "seed": "11", "sync_bn": True, "grad_compression": "powersgd", "health": False, "mixed_precision": "bf16",
     "cuda_graphs": True, "threads": "3", "output_dir": "out", "save_minutes": "2.5", "max_steps": "8",
     "tracker": "tensorboard",
 }  # fmt: skip
@@ -71,6 +74,66 @@ def test_every_flag_is_explained():
     for action in parser()._actions:
         assert action.help and (isinstance(action, argparse._HelpAction) or "%" not in action.help)
     assert "(default: 300; digits: 30)" in " ".join(parser().format_help().split())
+
+
+def test_help_has_every_flag_in_a_group():
+    text = parser().format_help()
+    at = [text.index(f"\n{name}:\n") for name in GROUPS.values()]
+    assert at == sorted(at)
+    for flag, group in {
+        "--limit": 0,
+        "--spike-bits": 1,
+        "--steps-per-batch": 2,
+        "--ema": 3,
+        "--mixup": 4,
+        "--resume": 5,
+    }.items():
+        assert at[group] < text.index(f"\n  {flag} ") < [*at, len(text)][group + 1]
+
+
+def test_a_file_of_settings_and_flags_that_win(tmp_path):
+    """Its values are read as those of flags are, whatever the format makes of `no` and `1e-3`."""
+    (tmp_path / "a.yaml").write_text(
+        "lr: 1e-3\nimage-size: 64\nmixed_precision: no\nflip: true\nlimit: null\nepochs: 7\n"
+    )
+    config = of_call(["--config", str(tmp_path / "a.yaml"), "--epochs", "9"])[0]
+    assert config == parse("--lr", "1e-3", "--image-size", "64", "--flip", "--epochs", "9")
+    (tmp_path / "b.JSON").write_text(
+        '{"dataset": "owner/set", "config": "plain", "T": 2, "crop": false, "data": "\\u732b"}'
+    )
+    config = of_call(["--config", str(tmp_path / "b.JSON")])[0]
+    assert config == parse("--dataset", "owner/set", "--config", "plain", "--T", "2", "--no-crop", "--data", "猫")
+
+
+def test_a_run_is_repeated_from_its_config_file(tmp_path):
+    config = TrainConfig(T=2, spike_bits=4, crop=False, data="a=b", output_dir=str(tmp_path / "run"), max_steps=3)
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": {}, "train": config.to_dict()}))
+    assert of_call(["--config", str(tmp_path / "config.json")])[0] == replace(config, output_dir=None, max_steps=None)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("epoch: 3", "unknown setting epoch; train.py --help lists them"),
+        ("epochs: many", "argument --epochs: invalid int value: 'many'"),
+        ("epochs: [1, 2]", 'epochs must be one value, got ["1", "2"]'),
+        ("flip: 1", "flip must be true or false, got 1"),
+        ("neuron: hh", "argument --neuron: invalid choice: 'hh'"),
+        ("epochs", "must hold names and values of flags"),
+        ("a: b: c", "cannot read"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_one_sentence(tmp_path, text, sentence):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)) as found:
+        of_call(["--config", str(file)])
+    assert str(file) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_missing_file_of_settings():
+    with pytest.raises(FileNotFoundError, match="no file of settings no.json: check"):
+        of_call(["--config", "no.json"])
 
 
 def test_cifar_has_the_recipe_of_the_authors():

@@ -328,3 +328,41 @@ def test_an_unknown_number_of_processes_is_one_sentence(monkeypatch):
     monkeypatch.setattr(launch, "end_with_launcher", lambda: None)
     with pytest.raises(ValueError, match="starts one process only on CPUs: .* torchrun --nproc-per-node N train.py"):
         launch.start_processes(["train.py"])
+
+
+def test_settings_of_the_launcher_are_taken_over(tmp_path, monkeypatch, capsys):
+    """As flags of train.py are: the loss is divided once."""
+    run_train("--output-dir", tmp_path / "flags", "--epochs", "1", "--accumulate", "2", "--mixed-precision", "bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    run_train("--output-dir", tmp_path / "launched", "--epochs", "1")
+    assert trace(tmp_path / "launched") == trace(tmp_path / "flags")
+    said = capsys.readouterr().out
+    assert said.count("note: --accumulate 2, as accelerate launch says") == 1
+    assert said.count("note: --mixed-precision bf16, as accelerate launch says") == 1
+
+
+@pytest.mark.parametrize(
+    "name, told, flags, sentence",
+    [
+        ("MIXED_PRECISION", "bf16", ["--mixed-precision", "no"], "was given --mixed_precision bf16, train.py"),
+        (
+            "MIXED_PRECISION",
+            "fp16",
+            [],
+            "was given --mixed_precision fp16, which cannot be: mixed_precision must be one",
+        ),
+        ("GRADIENT_ACCUMULATION_STEPS", "3", ["--accumulate", "2"], "steps 3, train.py --accumulate 2: give it once"),
+        ("GRADIENT_ACCUMULATION_STEPS", "auto", [], "--gradient_accumulation_steps auto, which cannot be"),
+    ],
+)
+def test_settings_of_the_launcher_are_contradicted_aloud(monkeypatch, name, told, flags, sentence):
+    monkeypatch.setenv(f"ACCELERATE_{name}", told)
+    with pytest.raises(SystemExit, match=f"^error: accelerate launch .*{sentence}"):
+        run_train(*flags)
+
+
+def test_what_the_launcher_says_by_default_changes_nothing(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert launch.of_launcher({"mixed_precision": "bf16", "accumulate": 4}) == {}

@@ -1,11 +1,13 @@
 """One frozen dataclass is the configuration of a training run, its command line and its metadata in the checkpoint."""
 
 import argparse
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import yaml  # comes with accelerate
 
 from empf.data.aedat import ORIENTATIONS
 from empf.data.auto_augment import POLICIES
@@ -13,6 +15,7 @@ from empf.data.batches import Augment
 from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
 from empf.data.recordings import has_recordings
 from empf.data.sets import DATASETS, DataSpec, ImageSettings, parsed
+from empf.files import read_json
 from empf.kernels.neuron import ACTIVATIONS
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.online import LEARNING
@@ -45,6 +48,14 @@ SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, lab
 OWN_EVENTS = dict(orientation="upright")  # on top of the recipe of dvs-cifar10
 
 
+# The groups of --help, by their first field.
+GROUPS = {
+    "dataset": "data", "arch": "network", "learning": "online learning", "epochs": "optimisation",
+    "crop": "augmentation", "seed": "run",
+}  # fmt: skip
+SETTINGS = (".yaml", ".yml", ".json")  # ends of the names of files of settings
+
+
 def setting(default, help: str, choices: tuple | None = None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -60,7 +71,9 @@ class TrainConfig:
     label_column: str | None = setting(None, "of a table, where it has another name than label, fine_label, ...")
     train_split: str | None = setting(None, "name of the split to train on, where it is not train")
     test_split: str | None = setting(None, "name of the split to test on; default: test, validation, valid or val")
-    config: str | None = setting(None, "which of several configurations of a data set")
+    config: str | None = setting(
+        None, "which of several configurations of a data set; what ends in .yaml, .yml or .json is a file of settings"
+    )
     hold_out: float = setting(0.1, "share of the training images to test on where there are no test images")
     streaming: bool = setting(False, "read images while training; from the Hub: without a download before")
     workers: int = setting(0, "processes that read and decode what does not fit in memory; 0: training itself does")
@@ -68,6 +81,7 @@ class TrainConfig:
     frames_by: str = setting("count", "what the T frames of a recording share equally: its events or its time", BINS)
     orientation: str = setting("transposed", "how x and y of AEDAT 2.0 recordings are read", tuple(ORIENTATIONS))
     resize: str = setting("area", "of event frames; 8bit: with the flaws of the literature, to compare", RESIZES)
+    limit: int | None = setting(None, "use only the first so many training and test images")
     arch: str = setting("resnet18", "network", ARCHS)
     width: float = setting(1.0, "multiplier of all channel counts")
     T: int = setting(4, "time steps")
@@ -89,6 +103,8 @@ class TrainConfig:
     warmup_epochs: float = setting(
         5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all; then cosine to 0"
     )
+    accumulate: int = setting(1, "batches per update of the weights")
+    ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
     crop: bool = setting(True, "random crop after zero padding")
     flip: bool = setting(True, "random horizontal flip")
     roll: int = setting(0, "events only: pixels of a random shift, what leaves on one side comes back; 0 is off")
@@ -101,10 +117,7 @@ class TrainConfig:
     mixup: float = setting(0.8, "alpha of mixup; 0 is off")
     cutmix: float = setting(1.0, "alpha of cutmix; 0 is off; with mixup, one of the two per batch")
     label_smoothing: float = setting(0.1, "share of the label spread over all classes")
-    ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
     seed: int = setting(0, "of the initial weights, the data order, the augmentation and the drawn steps")
-    limit: int | None = setting(None, "use only the first so many training and test images")
-    accumulate: int = setting(1, "batches per update of the weights")
     sync_bn: bool = setting(False, "batch norms share their statistics between processes")
     grad_compression: str = setting(
         "none", "of the gradients that processes exchange; powersgd is not exact after --resume", COMPRESSIONS
@@ -228,8 +241,13 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The flags of train.py. Flags that are not given are absent from the namespace."""
-    p = Parser(description="Train a spiking network online.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p = Parser(
+        usage="%(prog)s [--flag value ...]", description="Train a spiking network online.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
     for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = p.add_argument_group(GROUPS[f.name])
         kind = next(t for t in field_types(TrainConfig, f.name) if t is not type(None))
         flag = "--" + f.name.replace("_", "-")
         recipes = "".join(f"; {name}: {values[f.name]}" for name, values in RECIPES.items() if f.name in values)
@@ -237,11 +255,53 @@ def parser() -> argparse.ArgumentParser:
             recipes += f"; cifar, up to {SHORT_EPOCHS} epochs: {SHORT[f.name]}"
         text = f.metadata["help"] + f" (default: {f.default}{recipes})"
         if kind is bool:
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            p.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text)
-    p.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
+            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text)
+    group.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     return p
+
+
+def with_file(given: dict) -> dict:
+    """The given flags, and what the file of settings says besides, if --config names one.
+
+    Its keys are the names of flags, its values are read as those of flags are; config.json of a run is such a file, and
+    repeats it in another folder. Raises ValueError or FileNotFoundError with one sentence.
+    """
+    file = Path(given.get("config") or "")
+    if file.suffix.lower() not in SETTINGS:
+        return given
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of settings {file}: check the path given with --config")
+    try:
+        json_file = file.suffix.lower() == ".json"
+        values = read_json(file) if json_file else yaml.load(file.read_bytes(), yaml.BaseLoader)  # all of it is text
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read {file} ({' '.join(str(error).split())}): write `name: value` lines") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold names and values of flags, such as epochs: 30")
+    if isinstance(values.get("train"), dict):  # of a run
+        values = {name: value for name, value in values["train"].items() if name not in ("output_dir", "max_steps")}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(values.keys() - {f.name for f in fields(TrainConfig)}):
+        raise ValueError(f"{file}: unknown setting {', '.join(unknown)}; train.py --help lists them")
+    flags = []
+    for name, value in values.items():
+        flag, text = name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value)
+        switch = bool in field_types(TrainConfig, name)
+        if isinstance(value, dict | list) or switch and text not in ("true", "false"):
+            raise ValueError(f"{file}: {name} must be {'true or false' if switch else 'one value'}, got {text}")
+        if switch:
+            flags.append(f"--{flag}" if text == "true" else f"--no-{flag}")
+        elif text not in ("null", "~", ""):
+            flags.append(f"--{flag}={text}")
+    reader = parser()
+    reader.exit_on_error = False
+    try:
+        read = vars(reader.parse_args(flags))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return read | {name: value for name, value in given.items() if name != "config"}
 
 
 def from_flags(given: dict) -> TrainConfig:

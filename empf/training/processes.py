@@ -22,7 +22,7 @@ import torch.distributed as dist
 import yaml  # comes with accelerate, whose configuration files are YAML
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from empf.machine import check_workers, use_cpu
@@ -34,6 +34,10 @@ LAUNCHERS = {
     "accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
     "torch.distributed.launch",
 }  # fmt: skip
+LAUNCHED_WITH = {  # settings that accelerate launch passes on: its flag, and the value that says nothing
+    "mixed_precision": ("mixed_precision", "no"),
+    "accumulate": ("gradient_accumulation_steps", "1"),
+}
 WATCH_SECONDS = 0.5  # between two looks at the launcher
 COMPRESSION = {  # of the gradients: name and options in Accelerate; PowerSGD leaves its first updates as they are
     "none": (DDPCommunicationHookType.NO, {}),
@@ -86,6 +90,26 @@ def asked_for(command: list[str]) -> int | None:
     return found.num_processes
 
 
+def of_launcher(given: dict) -> dict:
+    """Settings that `accelerate launch` was told; ValueError where the given flags say otherwise, or it cannot be."""
+    found = {}
+    for name, (flag, default) in LAUNCHED_WITH.items():
+        told = os.environ.get(f"ACCELERATE_{flag.upper()}", default)
+        if told == default:
+            continue
+        try:
+            found[name] = type(getattr(TrainConfig, name))(told)
+            TrainConfig(**{name: found[name]})
+        except ValueError as error:
+            raise ValueError(f"accelerate launch was given --{flag} {told}, which cannot be: {error}") from error
+        if given.get(name, found[name]) != found[name]:
+            raise ValueError(
+                f"accelerate launch was given --{flag} {told}, train.py --{name.replace('_', '-')} {given[name]}: give "
+                "it once"
+            )
+    return found
+
+
 def end_with_launcher() -> None:
     """Let this process get a SIGTERM when the one that started it has ended."""
     parent = os.getppid()
@@ -119,6 +143,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,
         project_dir=".",  # the run folder takes its place once it is known
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else it divides the loss once more
         kwargs_handlers=[parallel],
     )
     if accelerator.device.type == "cpu":  # accelerate launch sets OMP_NUM_THREADS=1

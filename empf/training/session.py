@@ -25,10 +25,10 @@ from empf.figures import has_matplotlib
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
-from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of
+from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of, with_file
 from empf.training.curves import plot_curves
 from empf.training.optimizers import learning_rate
-from empf.training.processes import total
+from empf.training.processes import of_launcher, total
 
 DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
@@ -41,7 +41,8 @@ def of_call(argv: list[str] | None) -> tuple[TrainConfig, Path | None]:
 
     Raises ValueError or OSError with one sentence.
     """
-    given = vars(parser().parse_args(argv))
+    given = with_file(vars(parser().parse_args(argv)))
+    given |= of_launcher(given)
     if (resumed := given.pop("resume", None)) is not None:
         return for_resume(training_of(runs.read_config(resumed), resumed).to_dict(), given), Path(resumed)
     config = from_flags(given)
@@ -354,9 +355,12 @@ def headline(model: SpikingNetwork) -> str:
 
 
 def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
-    """A line for each flag that was given in vain, for people; the data lie `in_memory`, or are read while training."""
+    """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
     found = {
+        f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
+        for name, value in of_launcher(config.to_dict()).items()
+    } | {
         f"--sync-bn {alone}": config.sync_bn and processes == 1,
         f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
         f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
