@@ -1,6 +1,8 @@
 """From a checkout train.py runs whether the package was installed editable, as a wheel, or not at all."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,9 +29,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 def checkout(tmp_path_factory) -> Path:
     """A copy: building leaves files in the folder it builds from."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("empf", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("empf", "kernels", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("train.py", "eval.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -61,3 +63,12 @@ def test_train_runs_from_a_checkout(checkout, python, tmp_path, how):
             assert version
     run(python, "train.py", *TINY, "--epochs", "1", "--output-dir", tmp_path / "run", cwd=checkout)
     assert len(metrics(tmp_path / "run")) == 1
+    if how == "wheel":  # what is in it, without the checkout
+        code = "import empf, pathlib; print(*(p.name for p in pathlib.Path(empf.__file__).parent.glob('scripts/*')))"
+        assert set(run(python, "-c", code, cwd=tmp_path).split()) - {"__pycache__"} == {"train.py", "eval.py", "bench"}
+        run(python, "-m", "empf", "eval", "run", "--limit", "32", "--json", "result.json", cwd=tmp_path)
+        assert json.loads((tmp_path / "result.json").read_text())["images"] == 32
+        assert "\nusage: deploy.py" in "\n" + run(python, "-m", "empf", "bench", "deploy", "--help", cwd=tmp_path)
+        page = run(python, "-c", "from importlib.metadata import metadata as m; print(m('empf').get_payload())", cwd="/")
+        links = re.findall(r"\]\(([^)]+)\)", page)
+        assert links and all(re.match("https?://|#", link) for link in links)

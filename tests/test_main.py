@@ -1,0 +1,40 @@
+"""`python -m empf`: which file a command runs, and one sentence where there is none."""
+
+from pathlib import Path
+
+import pytest
+
+from empf import __main__ as commands
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "command, file, flags",
+    [
+        (["train", "--epochs", "1"], "train.py", ["--epochs", "1"]),
+        (["eval", "run", "--json", "-"], "eval.py", ["run", "--json", "-"]),
+        (["bench", "deploy"], "bench/deploy.py", ["--json", "deploy.json"]),
+        (["bench", "train", "--json=a.json", "--threads", "1"], "bench/train.py", ["--json=a.json", "--threads", "1"]),
+    ],
+)
+def test_a_command_is_a_script_with_its_flags(command, file, flags):
+    found, *rest = commands.script(command)
+    assert Path(found).samefile(ROOT / file) and rest == flags
+
+
+@pytest.mark.parametrize("name", commands.BENCHES)
+def test_a_benchmark_is_there_and_writes_where_it_is_told(name):
+    assert '"--json"' in Path(commands.script(["bench", name])[0]).read_text()
+
+
+@pytest.mark.parametrize("command", [[], ["trian"], ["bench"], ["bench", "ablation"]])
+def test_what_is_no_command_is_one_sentence(command):
+    with pytest.raises(SystemExit, match="^error: give a command: .* train, eval, or bench with one of data, deploy,"):
+        commands.script(command)
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.script(["--help"])
+    assert end.value.code is None and capsys.readouterr().out.count("python -m empf") == 3
