@@ -69,6 +69,7 @@ def test_train_runs_from_a_checkout(checkout, python, tmp_path, how):
         run(python, "-m", "empf", "eval", "run", "--limit", "32", "--json", "result.json", cwd=tmp_path)
         assert json.loads((tmp_path / "result.json").read_text())["images"] == 32
         assert "\nusage: deploy.py" in "\n" + run(python, "-m", "empf", "bench", "deploy", "--help", cwd=tmp_path)
-        page = run(python, "-c", "from importlib.metadata import metadata as m; print(m('empf').get_payload())", cwd="/")
+        code = "from importlib.metadata import metadata; print(metadata('empf').get_payload())"
+        page = run(python, "-c", code, cwd=tmp_path)
         links = re.findall(r"\]\(([^)]+)\)", page)
         assert links and all(re.match("https?://|#", link) for link in links)
