@@ -2,6 +2,7 @@
 
 python eval.py runs/digits-resnet18
 python eval.py runs/cifar100-resnet18 --data FOLDER --json result.json
+python eval.py runs/cifar100-resnet18 --figure classes.png      also draw the accuracy per class and what is confused
 python eval.py runs/cifar100-resnet18 --pack net.safetensors    pack it, and check the logits of the packed network
 python eval.py net.safetensors                                  the same table of a packed network
 python eval.py net.safetensors --image cat.png                  its five most probable classes
@@ -31,12 +32,16 @@ from empf.data.event_frames import EventSettings
 from empf.data.load import load_data, make_batches
 from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
-from empf.evaluate import correct_per_step
+from empf.evaluate import TOP, by_class, predictions
+from empf.figures import has_matplotlib, per_class
 from empf.files import check_result, write_result
 from empf.kernels import backend
 from empf.machine import VERSION, check_workers, machine, use_cpu
 from empf.terminal import shown, steady_output
 from empf.training.config import Parser, TrainConfig, check_device, training_of
+
+FIGURES = (".png", ".pdf", ".svg")
+SHOWN = 20  # classes in the table; the worst where there are more
 
 
 def evaluate(
@@ -62,10 +67,11 @@ def evaluate(
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-        correct_per_step(model, islice(batches, 1))  # warm-up
+        predictions(model, islice(batches, 1))  # warm-up
         start = time.perf_counter()
-        correct = correct_per_step(model, batches).tolist()
+        labels, predicted, near = (found.cpu() for found in predictions(model, batches))
         seconds = time.perf_counter() - start
+    classes, confused = by_class(labels, predicted[-1], test.class_names)
     counted = empf.spike_account(whole, islice(batches, count_batches))
     return {
         "run": str(run),
@@ -73,7 +79,10 @@ def evaluate(
         "model": model.config.to_dict(),
         "mixed_precision": precision,
         "images": len(test),
-        "accuracy": [100 * c / len(test) for c in correct],
+        "accuracy": [100 * c / len(test) for c in (predicted == labels).sum(1).tolist()],
+        "top5": 100 * near.sum().item() / len(test) if len(classes) > TOP else None,
+        "classes": classes,
+        "confused": confused,
         "file_mb": (run if run.is_file() else run / "model.safetensors").stat().st_size / 1e6,
         "packed": packed,
         **counted,
@@ -131,6 +140,7 @@ def table(r: dict) -> str:
         ("test images", f"{r['images']} of {r['dataset']}"),
         ("device, kernels", f"{r['device']}, {r['backend']}"),
         *((f"accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(r["accuracy"], 1)),
+        *([("top-5 accuracy", f"{r['top5']:.2f} %")] if r["top5"] is not None else []),
         ("parameters, full precision", f"{r['params_full_mb']:.3f} MB"),
         ("parameters, stored", f"{r['params_mb']:.3f} MB"),
         ("parameters, as the authors count", f"{r['params_authors_mb']:.3f} MB (2 bits if binary, 3 if ternary)"),
@@ -144,8 +154,22 @@ def table(r: dict) -> str:
         ("speed", f"{r['images_per_s']:.0f} images/s"),
         *((f"density of {name}", f"{100 * d:.1f} %") for name, d in r["density"].items()),
     ]
+    known = [c for c in r["classes"] if c["accuracy"] is not None]
+    worst = sorted(known, key=lambda c: c["accuracy"])[:SHOWN] if len(known) > SHOWN else known
+    if len(known) > SHOWN:
+        rows.append(("classes", f"{len(known)}, of which the {SHOWN} worst follow"))
+    rows += [(f"accuracy of {called(c['class'])}", f"{c['accuracy']:.2f} % of {c['images']} images") for c in worst]
+    rows += [
+        (f"{called(c['class'])} taken for {called(c['taken_for'])}", f"{c['share']:.2f} %, {c['images']} images")
+        for c in r["confused"]
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def called(text: str) -> str:
+    """A class, for people."""
+    return shown(text, 30)
 
 
 def files(r: dict) -> list[tuple[str, str]]:
@@ -174,6 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core (default: 0)")
     p.add_argument("--workers", type=int, default=0, help="processes that decode a streamed test set (default: 0)")
+    p.add_argument(
+        "--figure", type=Path, metavar="OUT", help="draw accuracy per class and confusions (.png, .pdf, .svg)"
+    )
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
@@ -201,7 +228,8 @@ def answer(args: Namespace, command: str) -> None:
     check_workers(args.workers)
     use_cpu(args.threads)
     if args.image is not None or args.stream is not None:
-        left = {"--pack": args.pack, "--json": args.json, "--stream": args.image and args.stream}
+        left = {"--figure": args.figure, "--pack": args.pack, "--json": args.json}
+        left["--stream"] = args.image and args.stream
         if wrong := [name for name, value in left.items() if value is not None]:
             raise ValueError(f"--image and --stream only print what they find: leave out {' and '.join(wrong)}")
     if args.image is not None:
@@ -212,14 +240,27 @@ def answer(args: Namespace, command: str) -> None:
         raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
     else:
         check_result(args.json)
+        check_figure(args.figure)
         result = evaluate(
             args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers
         )  # fmt: skip
         if args.json is not None:  # first: it is kept where nobody reads what is printed
             written = {"command": command, **without_places(result)}
             write_result(args.json, json.dumps(written, indent=1) + "\n")
+        if args.figure is not None:
+            title = f"{result['run']}: {result['accuracy'][-1]:.2f} % of {result['images']} test images"
+            per_class(result["classes"], result["confused"], args.figure, title)
         if str(args.json) != "-":
             print(table(result))
+
+
+def check_figure(path: Path | None) -> None:
+    """Raise ValueError where no picture can be drawn there."""
+    check_result(path)
+    if path is not None and path.suffix not in FIGURES:
+        raise ValueError(f"--figure must end in {', '.join(FIGURES)}, got {path}")
+    if path is not None and not has_matplotlib():
+        raise ValueError("--figure needs a package: pip install 'empf[plot]'")
 
 
 def classify(file: Path, image: Path, device: str) -> None:

@@ -7,7 +7,7 @@ that the steps share. What reaches a Mem-BN neuron then has another mean and var
 seen, by step. A few batches without gradient set that right: `calibrate`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from empf.neuron import EMPFNeuron
 from empf.online import reset, time_steps
 
+TOP = 5  # predictions that are near enough for top-5
+CONFUSIONS = 10
 MODES = ("training", "online", "frozen_norm", "momentum")
 
 
@@ -63,6 +65,18 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits float32 (T, N, classes), labels) of each batch (x, labels), in eval mode and from a state that was reset.
+
+    Any network: `model(x)` are the logits.
+    """
+    with restored(model, values=False):
+        model.eval()
+        for x, labels in batches:
+            reset(model)
+            yield model(x).float(), labels
+
+
 def scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Sums over batches of (x, labels), in eval mode: correct predictions after each step and, last, the loss.
 
@@ -71,17 +85,48 @@ def scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor
     """
     T = model.config.T if hasattr(model, "config") else time_steps(model)
     sums = torch.zeros(T + 1, dtype=torch.float64)
-    with restored(model, values=False):
-        model.eval()
-        for x, labels in batches:
-            reset(model)
-            logits = model(x).float()  # T N classes
-            right = (logits.cumsum(0).argmax(-1) == labels).sum(1)  # T
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(T), reduction="sum") / T
-            sums = sums.to(logits.device) + torch.cat([right.double(), loss.double()[None]])
+    for logits, labels in answers(model, batches):
+        right = (logits.cumsum(0).argmax(-1) == labels).sum(1)  # T
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(T), reduction="sum") / T
+        sums = sums.to(logits.device) + torch.cat([right.double(), loss.double()[None]])
     return sums
 
 
 def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Correct predictions after each step, (T,) int64, over batches of (x, labels): see `scores`."""
     return scores(model, batches)[:-1].long()
+
+
+def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (N,), the prediction after each step (T, N), and after the last one whether it is among the first five."""
+    found = []
+    for logits, labels in answers(model, batches):
+        sums = logits.cumsum(0)
+        near = (sums[-1].topk(min(TOP, sums.shape[-1])).indices == labels[:, None]).any(1)
+        found.append((labels, sums.argmax(-1), near))
+    labels, predicted, near = zip(*found, strict=True)
+    return torch.cat(labels), torch.cat(predicted, 1), torch.cat(near)
+
+
+def by_class(labels: Tensor, predicted: Tensor, names: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """What was right of each class, and the ten pairs of classes that were most often confused.
+
+    Of a class: `class`, `images`, `accuracy` in % (None without images); of a pair: `class`, `taken_for`, `images`, and
+    their `share` of the class in %.
+    """
+    size, right = len(names), labels == predicted
+    images = torch.bincount(labels, minlength=size).tolist()
+    correct = torch.bincount(labels[right], minlength=size).tolist()
+    classes = [
+        {"class": name, "images": n, "accuracy": 100 * c / n if n else None}
+        for name, n, c in zip(names, images, correct, strict=True)
+    ]
+    pairs, counts = (labels * size + predicted)[~right].unique(return_counts=True)
+    most = counts.argsort(descending=True, stable=True)[:CONFUSIONS]
+    confused = [
+        {"class": names[label], "taken_for": names[other], "images": n, "share": 100 * n / images[label]}
+        for (label, other), n in zip(
+            (divmod(p, size) for p in pairs[most].tolist()), counts[most].tolist(), strict=True
+        )
+    ]
+    return classes, confused

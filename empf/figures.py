@@ -15,6 +15,7 @@ from torch import Tensor
 
 from empf.files import write_atomic
 from empf.machine import installed
+from empf.terminal import shown
 
 WIDTH = 7.2  # inches
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -135,6 +136,45 @@ def raster(spikes: Tensor, potentials: Tensor, path: str | Path, *, neurons: int
         left.set_ylabel("neuron (index in the layer)")
         right.grid(visible=False)
         lettered((left, right))
+        save_figure(plt, figure, Path(path))
+
+
+def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Path, title: str, named: int = 40) -> None:
+    """Draw the accuracy of each class, the worst on top, and the pairs of classes that were confused most often.
+
+    Args:
+        classes, confused: as `empf.evaluate.by_class` returns them; of up to `named` classes the names are shown.
+        path: the picture; its suffix is the format.
+    """
+    known = sorted((c for c in classes if c["accuracy"] is not None), key=lambda c: -c["accuracy"])
+    few = len(known) <= named
+    text = lambda found, most=16: shown(found, most).replace("$", r"\$")  # noqa: E731, of mathematics begins with $
+    with pyplot() as plt:
+        size = (WIDTH, 1 + 0.15 * (max(len(known), 12) if few else 20))
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+        accuracy = [c["accuracy"] for c in known]
+        mean = sum(accuracy) / len(accuracy)
+        left.barh(range(len(known)), accuracy, height=0.7 if few else 1, color=BLUE)
+        left.axvline(mean, color=GREY, linestyle="--")
+        left.set(title=f"Accuracy per class; mean {mean:.1f} % (dashed)", xlabel="accuracy (%)", xlim=(0, 100))
+        if few:
+            left.set_yticks(range(len(known)), [f"{text(c['class'])} (n = {c['images']})" for c in known])
+        else:
+            left.set_ylabel("class, from the best to the worst")
+        right.barh(range(len(confused)), [c["images"] for c in confused], height=0.7, color=ORANGE)
+        pairs = [f"{text(c['class'])} \N{RIGHTWARDS ARROW} {text(c['taken_for'])}" for c in confused]
+        right.set_yticks(range(len(confused)), pairs)
+        for row, c in enumerate(confused):
+            right.annotate(f"{c['share']:.1f} %", (c["images"], row), (2, 0), textcoords="offset points", va="center")
+        right.set(title="Confusions (share of the class)", xlabel="images")
+        right.set_xlim(0, 1.25 * max([c["images"] for c in confused], default=1))
+        right.invert_yaxis()
+        for ax in (left, right):
+            ax.grid(visible=False, axis="y")
+            ax.set_ylim(*sorted(ax.get_ylim(), reverse=ax is right))
+        right.xaxis.get_major_locator().set_params(integer=True)
+        lettered((left, right))
+        figure.suptitle(text(title, 110))
         save_figure(plt, figure, Path(path))
 
 

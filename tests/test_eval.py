@@ -1,18 +1,21 @@
 """eval.py: the numbers of the run, its parts of the table, and one sentence for what is wrong."""
 
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from make_data import image_folder
+from PIL import Image
 from train_tools import metrics, run_train
 
 import empf
 from empf.data.batches import Batches
 from empf.data.load import load_data
-from empf.evaluate import correct_per_step, scores
+from empf.evaluate import correct_per_step, predictions, scores
 from eval import check_classes, main, table
 
 
@@ -97,6 +100,41 @@ def test_the_table_has_every_part(run, result, capsys):
     assert rows["speed"].endswith("images/s")
 
 
+def test_what_is_wrong_is_told_by_class(run, result, tmp_path, capsys):
+    """Counted by hand from the logits; in the table, in JSON and in a picture."""
+    images, labels = next(iter(Batches(load_data("digits", limit=96)[1], 96, train=False)))
+    with torch.no_grad():
+        sums = empf.load(run)(images).sum(0)
+    assert result["top5"] == pytest.approx(
+        100 * sum(label in row.topk(5).indices for row, label in zip(sums, labels, strict=True)) / 96
+    )
+    pairs = Counter(zip(labels.tolist(), sums.argmax(1).tolist(), strict=True))
+    for label, found in enumerate(result["classes"]):
+        own = [n for (true, _), n in pairs.items() if true == label]
+        assert found == {"class": str(label), "images": sum(own), "accuracy": 100 * pairs[label, label] / sum(own)}
+    wrong = {pair: n for pair, n in pairs.items() if pair[0] != pair[1]}
+    assert [c["images"] for c in result["confused"]] == sorted(wrong.values(), reverse=True)[:10]
+    for c in result["confused"]:
+        label = int(c["class"])
+        assert c["images"] == wrong[label, int(c["taken_for"])]
+        assert c["share"] == 100 * c["images"] / result["classes"][label]["images"]
+    printed = table(result)
+    assert f"top-5 accuracy                    {result['top5']:.2f} %" in printed
+    assert re.search(rf"^accuracy of 3 +{result['classes'][3]['accuracy']:.2f} % of", printed, re.M)
+    assert re.search(rf"^{result['confused'][0]['class']} taken for \S+ +[\d.]+ %, ", printed, re.M)
+    run_eval(run, "--limit", "96", "--figure", tmp_path / "classes.png")
+    with Image.open(tmp_path / "classes.png") as picture:
+        assert picture.width == 7.2 * 300
+
+
+@pytest.mark.parametrize(
+    "name, sentence", [("a.gif", "must end in .png, .pdf, .svg"), ("curves.png", "is a file of a run")]
+)
+def test_no_picture_can_be_drawn_there(run, name, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        run_eval(run, "--figure", run / name)
+
+
 def test_spikes_of_lif_are_called_binary(result):
     lif = result["model"] | {"neuron": "lif", "spike_bits": None}
     assert "per image (binary spikes)" in table(result | {"model": lif})
@@ -105,12 +143,15 @@ def test_spikes_of_lif_are_called_binary(result):
 def test_a_bf16_run_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
     kept = []
 
-    def in_bf16(*args):
-        kept.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        return scores(*args)
+    def in_bf16(measure):
+        def measured(*args):
+            kept.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+            return measure(*args)
 
-    monkeypatch.setattr("train.scores", in_bf16)
-    monkeypatch.setattr("empf.evaluate.scores", in_bf16)
+        return measured
+
+    monkeypatch.setattr("train.scores", in_bf16(scores))
+    monkeypatch.setattr("eval.predictions", in_bf16(predictions))
     flags = ["--width", "0.125", "--mixed-precision", "bf16", "--ema", "0.5", "--lr", "0.2"]
     run_train(*flags, "--epochs", "1", "--output-dir", tmp_path / "run")
     run_eval(tmp_path / "run", "--limit", "96", "--json", tmp_path / "result.json")

@@ -6,7 +6,7 @@ from own_networks import PlainNorms
 from torch import nn
 
 import empf
-from empf.evaluate import correct_per_step, scores
+from empf.evaluate import by_class, correct_per_step, predictions, scores
 
 
 def network(neuron: str = "mem_bn") -> empf.SpikingNetwork:
@@ -129,3 +129,21 @@ def test_calibration_keeps_torchs_own_norms():
     changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
     assert changed == {"neurons.0.running_mean", "neurons.0.running_var"}
     assert model.training and all(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_predictions_and_what_they_are_taken_for():
+    """Few classes, ties, and a class without images."""
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x  # the logits themselves
+
+    logits = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 1, 0]], [[0, 3, 0], [0, 0, 1], [0, 0, 0]]])  # T N classes
+    model = Fixed()
+    model.config = empf.ModelConfig(T=2)
+    labels, predicted, near = predictions(model, [(logits, torch.tensor([0, 2, 0]))])
+    assert predicted.tolist() == [[0, 0, 1], [1, 2, 1]] and labels.tolist() == [0, 2, 0] and near.all()
+    classes, confused = by_class(labels, predicted[-1], ["a", "b", "c"])
+    assert [c["accuracy"] for c in classes] == [0, None, 100] and [c["images"] for c in classes] == [2, 0, 1]
+    assert confused == [{"class": "a", "taken_for": "b", "images": 2, "share": 100}]
+    assert by_class(labels, labels, ["a", "b", "c"])[1] == []

@@ -6,7 +6,19 @@ import matplotlib
 import pytest
 import torch
 
-from empf.figures import STYLE, by_layer, gaps, lettered, plain_log, pyplot, raster, save_figure, shades, short_names
+from empf.figures import (
+    STYLE,
+    by_layer,
+    gaps,
+    lettered,
+    per_class,
+    plain_log,
+    pyplot,
+    raster,
+    save_figure,
+    shades,
+    short_names,
+)
 
 
 @pytest.fixture
@@ -99,3 +111,19 @@ def test_a_raster_shows_spikes_and_potentials_of_one_scale(tmp_path, monkeypatch
 def test_a_raster_refuses_what_it_cannot_draw(spikes, potentials, tmp_path):
     with pytest.raises(ValueError, match="same shape"):
         raster(torch.ones(spikes), torch.ones(potentials), tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_classes_of_any_number_and_name(tmp_path, count, monkeypatch):
+    """The worst on top; what matplotlib would read as mathematics, or cannot print, is text."""
+    kept = []
+    monkeypatch.setattr("empf.figures.save_figure", lambda plt, figure, path: kept.append(figure))
+    classes = [{"class": f"$c_{k}$ \n{'x' * 30}", "images": 9, "accuracy": float(k)} for k in range(count)]
+    confused = [{"class": "a$b", "taken_for": "c$d", "images": 3, "share": 12.5}]
+    per_class([*classes, {"class": "none", "images": 0, "accuracy": None}], confused, tmp_path / "a.png", "$t$")
+    left, right = kept[0].axes
+    assert [bar.get_width() for bar in left.patches] == [float(k) for k in reversed(range(count))]
+    assert left.get_ylim()[0] < left.get_ylim()[1] and right.get_ylim()[0] > right.get_ylim()[1]
+    assert texts(right.yaxis) == ["a\\$b \N{RIGHTWARDS ARROW} c\\$d"]
+    assert (len(texts(left.yaxis)) == 2) == (count == 2)
+    per_class(classes, [], tmp_path / "a.png", "no confusions")
