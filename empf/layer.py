@@ -119,6 +119,8 @@ class StepBatchNorm(nn.Module):
     Raises ValueError in training where a channel has a single value per step.
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
         self.eps, self.momentum = eps, momentum
@@ -199,13 +201,6 @@ class Current:
     @property
     def shape(self) -> torch.Size:
         return self.y.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.y.dtype
-
-    def is_floating_point(self) -> bool:
-        return self.y.is_floating_point()
 
     @property
     def pending(self) -> bool:
@@ -363,6 +358,8 @@ class SECA(nn.Module):
     Input and output (T, N, C, H, W) or any (..., C, H, W) with at least one leading dimension; k = 5 neighbouring
     channels, zero padding. `rest`, of the same shape, is added to the output.    arXiv 2410.07547, sec. 4
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, kernel_size: int = 5):
         super().__init__()

@@ -1,7 +1,7 @@
 """What a network is built from, `ModelConfig`, and the check of types that all configurations share."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import TypeVar, get_args, get_type_hints
@@ -60,6 +60,7 @@ class ModelConfig:
     """
 
     arch: str = "resnet18"
+    _: KW_ONLY
     num_classes: int = 10
     in_channels: int = 3
     image_size: int | tuple = 32

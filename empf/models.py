@@ -10,7 +10,9 @@ image (N, C, H, W) or events (T, N, C, H, W)  ->  logits (T, N, classes)      ar
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
+from typing import ClassVar, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ RESNETS = {  # blocks per stage, widths of the stages, hidden layer of the head
     "resnet34": ([3, 4, 6, 3], [64, 128, 256, 512], None),
 }
 VGG = [64, 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P"]
+Settings = ParamSpec("Settings")  # the fields of `ModelConfig`, for checkers of types
 
 
 class Builder:
@@ -175,6 +178,10 @@ class SpikingNetwork(nn.Module, ABC):
         self.config = config
         self.reset()
 
+    __call__: Callable[..., Tensor]
+    from_pretrained: ClassVar[Callable[..., "SpikingNetwork"]]  # lent by empf/deploy/hub.py, as the next two
+    save_pretrained: ClassVar[Callable[..., None]]
+    push_to_hub: ClassVar[Callable[..., str]]
     holds_state = True  # for `empf.reset`
     runs_steps = True  # `online_backward` may name steps and past
 
@@ -305,13 +312,16 @@ def build(config: ModelConfig) -> SpikingNetwork:
     return VGGSNN(config) if config.arch == "vgg_snn" else ResNet(config)
 
 
-def _builder(arch: str, **defaults):
-    def make(**config) -> SpikingNetwork:
-        return build(ModelConfig.from_dict({**defaults, **config, "arch": arch}))
+def _builder(
+    kind: Callable[Concatenate[str, Settings], ModelConfig], arch: str, **defaults
+) -> Callable[Settings, SpikingNetwork]:  # fmt: skip
+    def make(**config):
+        return build(kind.from_dict({**defaults, **config, "arch": arch}))
 
     make.__name__, make.__doc__ = arch, f"Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes)."
     return make
 
 
-resnet18, resnet19, resnet34 = _builder("resnet18"), _builder("resnet19"), _builder("resnet34")
-vgg_snn = _builder("vgg_snn", in_channels=2, image_size=48, T=10)
+resnet18, resnet19 = _builder(ModelConfig, "resnet18"), _builder(ModelConfig, "resnet19")
+resnet34 = _builder(ModelConfig, "resnet34")
+vgg_snn = _builder(ModelConfig, "vgg_snn", in_channels=2, image_size=48, T=10)

@@ -41,6 +41,9 @@ class StatefulNeuron(nn.Module):
     in that step. T: number of time steps, None for streams of open length, whose steps share their parameters.
     """
 
+    __call__: Callable[..., Tensor]
+    leak: Tensor
+    threshold: Tensor
     holds_state = True  # for `empf.reset`
 
     def __init__(self, T: int | None):
@@ -60,7 +63,7 @@ class StatefulNeuron(nn.Module):
     def __getstate__(self) -> dict:  # a potential belongs to a batch
         return {**super().__getstate__(), "v": None, "t": 0, "observer": None}
 
-    def advance(self, current: Tensor | Current) -> slice:
+    def advance(self, current: Tensor) -> slice:
         """Check the k steps of `current` against time and state; return the slice of per-step parameters, move on."""
         shape = current.shape
         if len(shape) < 3 or not current.is_floating_point():
@@ -199,7 +202,7 @@ class EMPFNeuron(StatefulNeuron):
         c, shape = self.channels, tuple(current.shape)
         if c is not None and shape[2:3] != (c,):
             raise ValueError(f"a neuron with {c} channels takes (k, N, {c}, ...), k time steps first, got {shape}")
-        steps = self.advance(current)
+        steps = self.advance(current.y)
         # sliced before the sigmoid: autograd then keeps the values of these steps, not of all T
         leak = None if self.parallel else self.of_steps(self.leak_logit, steps).sigmoid()
         p = NeuronParams(

@@ -1,7 +1,7 @@
 """Batch norms in a network of time steps: frozen, applied to each step by itself, and watched for mixing steps."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,8 @@ class PerStep(nn.Module):
 
     Called with folded steps, (k N, ...), a batch norm in training would take one mean of all of them.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, module: nn.Module):
         super().__init__()

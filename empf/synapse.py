@@ -6,6 +6,8 @@
 Backward: straight-through, zero where |W| > 1; a_c and d_c are constants for the gradient.    arXiv 2410.07547, sec. 4
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +76,8 @@ class QuantizedWeight:
     moved, and after `reset()`, which starts every batch: so a write that nothing sees (through `.data`) is picked up.
     """
 
+    __call__: Callable[..., Tensor]
+    weight: Tensor
     kind: str
     granularity: str
     holds_state = True  # for `empf.reset`
@@ -108,11 +112,13 @@ class QuantizedWeight:
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
-class Convolution(nn.Conv2d):
-    """Convolution (N, C, H, W) -> (N, C_out, H', W') with `effective_weight()`; arguments as `nn.Conv2d`.
+class FullConv2d(nn.Conv2d):
+    """`nn.Conv2d` in full precision, with `effective_weight()` and without a bias unless it is asked for.
 
     Raises ValueError for another padding than zeros and their number.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, *args, bias: bool = False, **options):
         super().__init__(*args, bias=bias, **options)
@@ -131,7 +137,7 @@ class Convolution(nn.Conv2d):
     @property
     def made_again(self) -> bool:
         """Can `SpikingLayerFn` run it?"""
-        return type(self).forward is Convolution.forward and "forward" not in vars(self) and self.bias is None
+        return type(self).forward is FullConv2d.forward and "forward" not in vars(self) and self.bias is None
 
 
 def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
@@ -142,11 +148,7 @@ def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
         )
 
 
-class FullConv2d(Convolution):
-    """`nn.Conv2d` in full precision, without a bias unless it is asked for; see `Convolution`."""
-
-
-class BinaryConv2d(QuantizedWeight, Convolution):
+class BinaryConv2d(QuantizedWeight, FullConv2d):
     """Convolution (N, C, H, W) -> (N, C_out, H', W') with binary or ternary weights.
 
     Arguments as `nn.Conv2d`, but for the bias, which is off by default and full precision; padding is with zeros.

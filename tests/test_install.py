@@ -60,7 +60,7 @@ def test_train_runs_from_a_checkout(checkout, python, tmp_path, how):
             package, kernels, version = run(python, "-c", where, cwd=folder).split()
             inside = folder == checkout or how == "editable"
             assert Path(package).is_relative_to(checkout) == Path(kernels).is_relative_to(checkout) == inside
-            assert version
+            assert version and (Path(package).parent / "py.typed").is_file()
     run(python, "train.py", *TINY, "--epochs", "1", "--output-dir", tmp_path / "run", cwd=checkout)
     assert len(metrics(tmp_path / "run")) == 1
     if how == "wheel":  # what is in it, without the checkout

@@ -6,10 +6,11 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class PackedModel(nn.Module):
     `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
     names, normalisation and accuracy, where they are known. Make it with `pack` or `load_packed`.
     """
+
+    __call__: Callable[..., Tensor]
+    from_pretrained: ClassVar[Callable[..., "PackedModel"]]  # lent by hub.py, as the next two
+    save_pretrained: ClassVar[Callable[..., None]]
+    push_to_hub: ClassVar[Callable[..., str]]
 
     def __init__(self, net: nn.Module, config: ModelConfig | None = None, origin: Origin | None = None):
         super().__init__()
