@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import empf
-from empf.data.load import load_data, make_batches
+from empf.data.load import keep_apart, load_data, make_batches
 from empf.evaluate import scores
 from empf.terminal import shown, steady_output
 from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
+from empf.training.fine_tuning import freeze, take_weights
 from empf.training.health import Health
 from empf.training.optimizers import learning_rate, make_optimizer
 from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
@@ -48,23 +49,30 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
         train_set, test_set = load_data(
             config.dataset, config.data, limit=config.limit, device=device, **config.reading()
         )
+        train_set, held = keep_apart(train_set, test_set, config.hold_out)
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=config.workers)
         of_train = partial(make_batches, train_set, session.batch_size, train=True, seed=config.seed, **share)
         batches, plain_batches = of_train(augment=config.augment()), of_train()
-        test_batches = make_batches(test_set, max(session.batch_size, 256), train=False, **share)
+        of_test = partial(make_batches, batch_size=max(session.batch_size, 256), train=False, **share)
+        tests = [of_test(data) for data in (test_set, held) if data is not None]
 
         # network and optimizer
         check_size(config.model(train_set.spec), config, device)
         torch.manual_seed(config.seed)
         raw = empf.build(config.model(train_set.spec)).to(device, memory_format=torch.channels_last)
+        if config.init_from is not None and session.state is None:
+            source = empf.from_pretrained(config.init_from)
+            session.notes.append(take_weights(raw, source, train_set.class_names, config.init_from))
+        frozen = freeze(raw, config.freeze)
         if config.sync_bn and accelerator.num_processes > 1:
             sync_norms(raw)
         optimizer = make_optimizer(raw, config)
         ema = get_ema_multi_avg_fn(config.ema)
         average = AveragedModel(raw, multi_avg_fn=ema, use_buffers=True) if config.ema else None
         evaluated = raw if average is None else average.module
-        health = Health(raw, len(batches)) if config.health and accelerator.is_main_process else None
-        session.begin(train_set, test_set, evaluated, model=raw, optimizer=optimizer, average=average, health=health)
+        health = Health(raw, len(batches), frozen) if config.health and accelerator.is_main_process else None
+        parts = dict(model=raw, optimizer=optimizer, average=average, health=health)
+        session.begin(train_set, test_set, held, evaluated, **parts)
         model = accelerator.prepare(raw)
         captured = CapturedBackward(model, F.cross_entropy, learning=config.learning) if config.cuda_graphs else None
 
@@ -88,8 +96,8 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
                 with accelerator.autocast():
                     empf.calibrate(evaluated, (images for images, _ in islice(plain_batches, CALIBRATION)))
                     average_norms(evaluated)
-                    *correct, loss = total(scores(evaluated, test_batches).to(device)).tolist()
-                session.record([100 * c / len(test_set) for c in correct], loss / len(test_set))
+                    sums = [total(scores(evaluated, test).to(device)).tolist() for test in tests]
+                session.record(*sums)
 
 
 def updates(

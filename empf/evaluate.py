@@ -46,13 +46,13 @@ def restored(model: nn.Module, *, values: bool = True) -> Iterator[None]:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Replace the running statistics of every Mem-BN by their means over the batches `images`.
+    """Replace the running statistics of every Mem-BN that is not frozen by their means over the batches `images`.
 
     Everything else is in eval mode meanwhile: other batch norms, torch's own as well, use their running statistics and
     keep them. A model without Mem-BN is left as it is, and `images` is not read. Each batch is what the model is called
     with: (N, C, H, W) or (T, N, ...).
     """
-    neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn]
+    neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn and not m.frozen_norm]
     if not neurons:
         return
     with restored(model, values=False):

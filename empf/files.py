@@ -12,7 +12,15 @@ from torch import Tensor
 
 from empf.terminal import shown
 
-RUN_FILES = {"config.json", "model.safetensors", "metrics.jsonl", "curves.png", "log.txt", "state.pt"}
+RUN_FILES = {
+    "config.json",
+    "model.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "curves.png",
+    "log.txt",
+    "state.pt",
+}
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -2,7 +2,8 @@
 
     config.json         everything needed to rebuild the model: settings, class names, normalisation, commit, versions
     model.safetensors   the weights to evaluate (their moving average where --ema is on)
-    metrics.jsonl       one line per epoch; the last one has the fingerprint of the weights that it measured
+    best.safetensors    those of the epoch with the best held-out accuracy, where a part is held out
+    metrics.jsonl       one line per epoch; the last and the best one have the fingerprint of the weights they measured
     curves.png          loss and accuracy
     log.txt             what was said
     state/state.pt      everything needed to continue: weights, optimizer, position, random state, history
@@ -38,6 +39,7 @@ from empf.models import SpikingNetwork, build
 from empf.terminal import shown
 
 FORMAT = 1
+WEIGHTS = ("model.safetensors", "best.safetensors")
 
 
 def remove_leftovers(run: Path) -> None:
@@ -88,6 +90,10 @@ def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], 
         "versions": {"python": platform.python_version(), "empf": VERSION}
         | {name: installed(name) for name in ("torch", "triton", "accelerate", "datasets", "numpy")},
     }
+    write_config(run, config)
+
+
+def write_config(run: Path, config: dict) -> None:
     write_atomic(run / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
@@ -138,8 +144,11 @@ def is_record(record: object) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
         return False
     health = record.get("health", {})
-    return is_list(record.get("accuracy", []), int | float) and (
-        isinstance(health, dict) and is_list(health.get("warnings", []), str)
+    numbers = [record.get("accuracy", []), record.get("held_out", [0.0])]
+    return (
+        all(is_list(part, int | float) for part in numbers)
+        and bool(numbers[1])
+        and (isinstance(health, dict) and is_list(health.get("warnings", []), str))
     )
 
 
@@ -236,22 +245,40 @@ def begun(run: Path) -> bool:
     return (at["epoch"], at["batch"]) != (0, 0)
 
 
+def best_epoch(history: list[dict]) -> int | None:
+    """The epoch with the highest held-out accuracy, the first of several; None where nothing was held out."""
+    held = [record["held_out"][-1] for record in history if "held_out" in record]
+    return 1 + held.index(max(held)) if held else None
+
+
 def save_results(run: Path, model: SpikingNetwork, history: list[dict]) -> None:
-    """Write model.safetensors and metrics.jsonl, whose last line names the weights by their fingerprint."""
+    """Write model.safetensors, best.safetensors after the best epoch, and metrics.jsonl, whose last line names the
+    weights by their fingerprint."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     records = [*history[:-1], *(record | {"weights": fingerprint(tensors)} for record in history[-1:])]
-    write_atomic(run / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomic(run / "model.safetensors", data)
+    if best_epoch(history) == len(history):
+        write_atomic(run / "best.safetensors", data)
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
+def folder_of(path: str | Path) -> Path | None:
+    """The run folder that a path names: itself, or that of the file model.safetensors or best.safetensors; else None."""
+    path = Path(path)
+    if path.is_file() and path.name in WEIGHTS and (path.parent / "config.json").is_file():
+        return path.parent
+    return None if path.is_file() else path
+
+
 def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
-    """Rebuild the trained model of a run folder, in eval mode.
+    """Rebuild the trained model of a run folder, or of its best.safetensors, in eval mode.
 
     Raises FileNotFoundError or ValueError with one sentence if the folder is incomplete, damaged or belongs to another
     architecture than its config.json says; nothing is built before that is known.
     """
-    path = Path(run) / "model.safetensors"
-    config = settings_of(ModelConfig, read_config(run)["model"], run)
+    path = Path(run) if Path(run).is_file() else Path(run) / "model.safetensors"
+    config = settings_of(ModelConfig, read_config(path.parent)["model"], path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train for at least one epoch, or give another run folder")
     try:
@@ -263,7 +290,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
         raise ValueError(f"{path} is damaged ({shown(error, 100)}): restore it from a copy of the run") from error
     model = build(config)
     model.load_state_dict(tensors)
-    model.run = Path(run)
+    model.run = path.parent
     return model.eval().to(device)
 
 

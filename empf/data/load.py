@@ -26,6 +26,7 @@ from empf.data.sources import Columns
 from empf.data.stream_set import StreamSet
 from empf.data.streaming import StreamBatches
 
+HELD_OUT = "of the training data, held out with seed"  # in the name of such a part
 IN_MEMORY = 4 << 30  # bytes of pixels of a set of one's own, which is streamed where it has more
 
 
@@ -131,12 +132,27 @@ def hold_out(
         if len(own) < 2 and label >= 0:
             raise ValueError(
                 f"class {train.class_names[label]!r} has a single image, of which none can be held out: add images, or "
-                "give a test split"
+                "test on a split of its own without --hold-out"
             )
         count = min(max(round(share * len(own)), 1), len(own) - 1)
         held[np.random.default_rng((seed, int(label) + 1)).permutation(own)[:count]] = True
-    part = f"{share:.3g} of the training data, held out with seed {seed}"
+    part = f"{share:.3g} {HELD_OUT} {seed}"
     return train.chosen(np.flatnonzero(~held)), replace(train.chosen(np.flatnonzero(held)), split=part)
+
+
+def keep_apart(
+    train: ImageSet | StreamSet | EventSet, test: ImageSet | StreamSet | EventSet, share: float | None
+) -> tuple[ImageSet | StreamSet | EventSet, ImageSet | StreamSet | EventSet | None]:
+    """What is left to train on, and a share of the training set that may choose an epoch.
+
+    None without a share, and where `load_data` has held out what is tested on: there is one such part.
+    """
+    return (train, None) if share is None or is_held_out(test) else hold_out(train, share)
+
+
+def is_held_out(data: ImageSet | StreamSet | EventSet) -> bool:
+    """Is it a part of the training data?"""
+    return HELD_OUT in data.split
 
 
 def make_batches(

@@ -21,11 +21,12 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from empf.accounting import account
 from empf.data.sets import DATASETS
-from empf.deploy.origin import Origin, unchanged
+from empf.deploy.origin import Origin, measurement
 from empf.deploy.pack import PackedModel, load_packed
 from empf.files import write_atomic
 from empf.models import SpikingNetwork, build
-from empf.runs import FORMAT, load
+from empf.runs import FORMAT, folder_of, load
+from empf.terminal import shown
 
 PAPER = "https://arxiv.org/abs/2410.07547"
 PACKED_FILE = "packed.safetensors"
@@ -52,7 +53,7 @@ def model_folder(model: SpikingNetwork, folder: Path) -> dict[str, bytes]:
         if folder.resolve() == Path(run).resolve():
             raise ValueError(f"{folder} is the run that the model was read from: choose another folder")
         files["config.json"] = (Path(run) / "config.json").read_bytes()
-        if unchanged(model):
+        if measurement(model) is not None:
             with suppress(FileNotFoundError):
                 files["metrics.jsonl"] = (Path(run) / "metrics.jsonl").read_bytes()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -95,11 +96,14 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> SpikingNetwork | PackedModel:
-    """The network of a folder that `save_pretrained` wrote, or of a repository on the Hub (there as huggingface_hub).
+    """The network of a folder that `save_pretrained` or training wrote, of a file of weights in it, of a packed file, or
+    of a repository on the Hub (there as huggingface_hub).
 
     Raises FileNotFoundError or ValueError with one sentence where the folder holds none, or a damaged one.
     """
     folder = Path(name)
+    if folder.is_file():
+        return load_packed(folder, device) if folder_of(folder) is None else load(folder, device)
     if not folder.is_dir():
         options = dict(
             revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
@@ -112,13 +116,18 @@ def from_pretrained(
 
 def download(repo_id: str, options: dict) -> Path:
     """The folder with the files of a repository: those of a packed network, where it has them."""
-    with suppress(EntryNotFoundError):
-        return Path(hf_hub_download(repo_id, PACKED_FILE, **options)).parent
-    folder = [Path(hf_hub_download(repo_id, name, **options)).parent for name in ("config.json", "model.safetensors")][
-        0
-    ]
-    with suppress(EntryNotFoundError):
-        hf_hub_download(repo_id, "metrics.jsonl", **options)
+    try:
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(repo_id, PACKED_FILE, **options)).parent
+        for name in ("config.json", "model.safetensors"):
+            folder = Path(hf_hub_download(repo_id, name, **options)).parent
+        with suppress(EntryNotFoundError):
+            hf_hub_download(repo_id, "metrics.jsonl", **options)
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"there is no folder or file {repo_id}, and the Hub gives no such network ({shown(error, 200)}): check the "
+            "name"
+        ) from error
     return folder
 
 

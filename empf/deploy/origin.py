@@ -14,8 +14,9 @@ class Origin:
     """Where the weights of a network come from; empty where it is not known.
 
     `dataset`: its name; `classes`: class names by label; `mean`, `std`: normalisation per channel of pixels in 0..1;
-    `accuracy`: % of the test set after each time step, last epoch; `epochs`: how many were trained; `split`: which
-    recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became frames.
+    `accuracy`: % of the test set after each time step, with these weights; `epochs`: how many were trained;
+    `split`: which recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became
+    frames.
     """
 
     dataset: str | None = None
@@ -62,29 +63,28 @@ class Origin:
         run = getattr(model, "run", None)
         if run is None:
             return cls()
-        config, last = read_config(run), (read_metrics(run) or [{}])[-1]
+        config, measured = read_config(run), measurement(model) or {}
         norm = config.get("normalisation", {})
         try:
             train = config["train"]
             recordings = ("split", "frames_by", "orientation", "resize")
             events = {name: train.get(name) for name in recordings if train.get("dataset") == "dvs-cifar10"}
-            origin = cls.from_dict(
+            return cls.from_dict(
                 {
                     **events,
                     "dataset": train.get("dataset"),
                     "classes": config.get("classes", []),
                     "mean": norm.get("mean", []),
                     "std": norm.get("std", []),
-                    "accuracy": last.get("accuracy", []),
-                    "epochs": last.get("epoch"),
+                    "accuracy": measured.get("accuracy", []),
+                    "epochs": measured.get("epoch"),
                 }
             )
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{run} is damaged ({error}): restore it from a copy of the run") from error
-        return origin if unchanged(model) else origin.without_results()
 
 
-def unchanged(model: nn.Module) -> bool:
-    """Whether the weights of a model are those that its run has measured last."""
-    last = read_metrics(model.run)[-1:]
-    return bool(last) and last[0].get("weights") == fingerprint(model.state_dict())
+def measurement(model: nn.Module) -> dict | None:
+    """The line of its run's metrics.jsonl that has measured the weights that a model has now."""
+    found = {record["weights"]: record for record in read_metrics(model.run) if "weights" in record}
+    return found.get(fingerprint(model.state_dict())) if found else None

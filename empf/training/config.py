@@ -21,6 +21,7 @@ from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types,
 from empf.online import LEARNING
 
 OPTIMIZERS = ("sgd", "muon")
+SCHEDULES = ("cosine", "constant")
 COMPRESSIONS = ("none", "bf16", "powersgd")
 
 # What differs from the defaults of TrainConfig (the authors' recipe, for CIFAR) unless given on the command line.
@@ -74,7 +75,9 @@ class TrainConfig:
     config: str | None = setting(
         None, "which of several configurations of a data set; what ends in .yaml, .yml or .json is a file of settings"
     )
-    hold_out: float = setting(0.1, "share of the training images to test on where there are no test images")
+    hold_out: float | None = setting(
+        None, "share of the training images kept apart to choose the best epoch; without a test split 0.1, tested on"
+    )
     streaming: bool = setting(False, "read images while training; from the Hub: without a download before")
     workers: int = setting(0, "processes that read and decode what does not fit in memory; 0: training itself does")
     split: str = setting("first900", "which recordings of dvs-cifar10 are for testing", tuple(SPLITS))
@@ -93,16 +96,18 @@ class TrainConfig:
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
     threshold: float = setting(0.5, "firing threshold of every neuron before training, within (0, 1)")
     per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")
+    init_from: str | None = setting(None, "run folder, weights or packed file, or OWNER/NAME of the Hub to start from")
+    freeze: str | None = setting(None, "parameters that stay as they are: patterns of names, e.g. 'stem*,blocks.0.*'")
     learning: str = setting("random", "which steps are back-propagated", LEARNING)
     steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
     epochs: int = setting(300, "passes over the training set")
+    patience: int | None = setting(None, "stop after so many epochs without a better held-out accuracy")
     batch_size: int = setting(64, "images per batch and process")
     optimizer: str = setting("sgd", "SGD with Nesterov momentum 0.9; muon: hidden synapses orthogonal", OPTIMIZERS)
     lr: float = setting(0.01, "peak learning rate")
     weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
-    warmup_epochs: float = setting(
-        5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all; then cosine to 0"
-    )
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all")
+    schedule: str = setting("cosine", "of the learning rate after warm-up: to 0 in all epochs, or constant", SCHEDULES)
     accumulate: int = setting(1, "batches per update of the weights")
     ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
     crop: bool = setting(True, "random crop after zero padding")
@@ -137,7 +142,7 @@ class TrainConfig:
             value = getattr(self, f.name)
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
-        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1)
+        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1, patience=1)
         at_least |= dict.fromkeys(
             (
                 "seed", "threads", "workers", "weight_decay", "warmup_epochs", "roll", "cutout", "mixup", "cutmix",
@@ -152,7 +157,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and (value < bound if word == "least" else value > bound):
                     raise ValueError(f"{name} must be at {word} {bound}, got {value}")
-        for name in ("data", "output_dir", "tracker"):
+        for name in ("data", "output_dir", "tracker", "init_from", "freeze"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must not be empty: leave --{name.replace('_', '-')} out")
         if self.seed >= 2**63:
@@ -186,7 +191,8 @@ class TrainConfig:
         """How images of one's own are found and what they become."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(ImageSettings)}
         size = None if self.image_size is None else parsed(self.image_size)
-        return ImageSettings(size, **{name: getattr(self, name) for name in shared})
+        given = {name: value for name in shared if (value := getattr(self, name)) is not None}
+        return ImageSettings(size, **given)
 
     def events(self) -> EventSettings:
         """How recordings of events become frames, and which are for testing."""
@@ -324,11 +330,19 @@ def from_flags(given: dict) -> TrainConfig:
 # These leave the numbers alone.
 RESUME_MAY_CHANGE = (
     "data", "streaming", "workers", "cuda_graphs", "threads", "save_minutes", "max_steps", "tracker", "health",
+    "patience",
 )  # fmt: skip
 
 
 def for_resume(stored: dict, given: dict) -> TrainConfig:
     """The configuration of a resumed run; a given flag may not contradict what the run was started with."""
+    if (more := given.get("epochs", 0)) > stored["epochs"]:
+        if stored["schedule"] != "constant":
+            raise ValueError(
+                f"the run was started with epochs = {stored['epochs']}, not {more}: its learning rate falls to 0 in "
+                "them; start a new run with --init-from, or next time with --schedule constant, which can go on"
+            )
+        stored = {**stored, "epochs": more}
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != stored.get(name):
             raise ValueError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from empf.figures import BLUE, ORANGE, WIDTH, gaps, lettered, plain_log, pyplot, save_figure, shades, short_names
+from empf.runs import best_epoch
 
 
 def plot_curves(run: Path, history: list[dict], title: str) -> None:
@@ -55,6 +56,10 @@ def plot_accuracy(ax, history: list[dict], plt) -> None:
     for t, color in enumerate(shades(plt, T)):
         label = f"t = {t + 1}: {accuracy[-1][t]:.2f} %"
         line(ax, history, [a[t] for a in accuracy], color=color, linewidth=1 + (t + 1 == T), label=label)
+    held = [r for r in history if "held_out" in r]
+    if held:
+        label = f"held out, best in epoch {best_epoch(history)}"
+        line(ax, held, [r["held_out"][-1] for r in held], color=ORANGE, linestyle="--", label=label)
     ax.set(ylabel="test accuracy (%)", title="Accuracy after time step t, in the last epoch")
 
 

@@ -12,7 +12,7 @@ part of the batches.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,12 @@ RATE, EXPECTED = 0.1, 20  # weights flip above this share of the peak learning r
 class Health:
     """What is seen of any network in one epoch of `batches` batches, and its quantised weights of an epoch ago.
 
-    `watch(number)` goes around the forward and backward pass of each batch, `report` ends the epoch.
+    `watch(number)` goes around the forward and backward pass of each batch, `report` ends the epoch. `frozen`: names of
+    parameters that are meant to stay as they are.
     """
 
-    def __init__(self, model: nn.Module, batches: int):
-        self.model = model
+    def __init__(self, model: nn.Module, batches: int, frozen: Collection[str] = ()):
+        self.model, self.frozen = model, frozen
         every = max(20, -(-batches // LOOKS))
         self.looked_at = set(range(min(every, batches), batches + 1, every))
         self.neurons = {name: m for name, m in model.named_modules() if isinstance(m, StatefulNeuron)}
@@ -191,6 +192,7 @@ class Health:
 
     def flip_warnings(self, flips: dict[str, float], rate: float) -> Iterator[str]:
         """Late in the schedule nothing flips, and in a small layer not always something."""
+        flips = {name: share for name, share in flips.items() if f"{name}.weight" not in self.frozen}
         usual = median(flips.values()) if flips else 0.0
         for name, share in flips.items():
             weights = self.states[name].numel()

@@ -82,26 +82,27 @@ class Muon(torch.optim.SGD):
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
-    synapses get orthogonal updates at the same learning rate.
+    synapses get orthogonal updates at the same learning rate. What requires no gradient is left out.
 
     On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
     convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
     """
-    for p in model.parameters():
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
         if p.device.type != "cpu":
             p.grad = torch.zeros_like(p)
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     hidden = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight | FullConv2d)}
     orthogonal = hidden if config.optimizer == "muon" else set()
     groups = [
-        {"params": [p for p in model.parameters() if p in decayed - orthogonal], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in learning if p in decayed - orthogonal], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p not in decayed], "weight_decay": 0.0},
     ]
     if not orthogonal:
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     groups.append(
         {
-            "params": [p for p in model.parameters() if p in orthogonal], "weight_decay": config.weight_decay,
+            "params": [p for p in learning if p in orthogonal], "weight_decay": config.weight_decay,
             "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
             "limit": math.inf if config.weights == "full" else 1.0,
         }
@@ -110,8 +111,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Linear warm-up from 0.01 lr, then cosine to 0; progress in epochs."""
+    """Linear warm-up from 0.01 lr, then cosine to 0 in all epochs, or constant; progress in epochs."""
     if progress < config.warmup_epochs:
         return config.lr * (0.01 + 0.99 * progress / config.warmup_epochs)
+    if config.schedule == "constant":
+        return config.lr
     rest = (progress - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))

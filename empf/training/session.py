@@ -19,9 +19,11 @@ from tqdm import tqdm
 from empf import runs
 from empf.accounting import account
 from empf.data.batches import ImageBatches
+from empf.data.load import is_held_out
 from empf.data.sets import ImageSet
 from empf.data.stream_set import StreamSet
 from empf.figures import has_matplotlib
+from empf.files import fingerprint
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
@@ -71,13 +73,13 @@ class Session:
     """One call of train.py.
 
         with Session(accelerator, config, run) as session:      run: a folder to continue, or None
-            session.begin(train_set, test_set, evaluated, model=..., optimizer=..., average=..., health=...)
+            session.begin(train_set, test_set, held, evaluated, model=..., optimizer=..., average=..., health=...)
             for epoch in session.epochs(batches):
                 for batch in ...:                               those from number `session.at["batch"]` on
                     if session.count(batch):                    saved in the middle of the epoch, to stop
                         break
                 else:
-                    session.record(accuracy)
+                    session.record(*scores)
 
     Every process has one, the first of them writes and speaks. `at` is the position that is saved with the parts: the
     epoch and the batches done in it, with their sums and seconds. Raises ValueError or OSError with one sentence.
@@ -95,6 +97,7 @@ class Session:
         self.at: dict[str, Any] = START if self.state is None else self.state["at"]
         self.history: list[dict] = [] if self.state is None else self.state["history"]
         self.updates, self.drawn, self.stopping = 0, -math.inf, False
+        self.notes: list[str] = []  # said when the training begins
 
     def __enter__(self) -> "Session":
         return self
@@ -108,8 +111,18 @@ class Session:
 
     # ---- the run folder
 
-    def begin(self, train_set: ImageSet, test_set: ImageSet, evaluated: SpikingNetwork, **parts: Any) -> None:
-        """Make the run folder, or put the parts (things with a state dict, or None) where the last call stopped."""
+    def begin(
+        self, train_set: ImageSet, test_set: ImageSet, held: ImageSet | None, evaluated: SpikingNetwork, **parts: Any
+    ) -> None:
+        """Make the run folder, or put the parts (things with a state dict, or None) where the last call stopped.
+
+        `held`: chooses the best epoch; without it the test set, where that was held out of the training set. Raises
+        ValueError for --patience if there is neither.
+        """
+        sets = [data for data in (test_set, held) if data is not None]
+        self.sizes, self.chooses = [len(data) for data in sets], held is not None or is_held_out(test_set)
+        if self.config.patience is not None and not self.chooses:
+            raise ValueError("--patience needs images that are held out of the training set: add --hold-out 0.1")
         self.evaluated, self.parts = evaluated, parts
         model = parts["model"]
         self.write_config = partial(
@@ -132,6 +145,10 @@ class Session:
             self.state = None  # its memory
             if self.first:
                 runs.remove_leftovers(self.run)
+                stored = runs.read_config(self.run)
+                if stored["train"].get("epochs") != self.config.epochs:  # it goes on
+                    stored["train"]["epochs"] = self.config.epochs
+                    runs.write_config(self.run, stored)
             if self.history and self.at["batch"] == 0:  # the last call may have died between the two
                 self.save_results(draw=True)
         if self.config.tracker:
@@ -140,11 +157,11 @@ class Session:
             self.accelerator.init_trackers("empf", config=settings)
         device = self.accelerator.device
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-        self.say(f"{headline(model)}; {len(train_set)} training, {len(test_set)} test images")
-        if "held out" in test_set.split:
-            self.say(f"tested on {test_set.split}")
+        self.say(f"{headline(model)}; {division(train_set, test_set, held)}")
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
         for line in without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet)):
+            self.say(line)
+        for line in self.notes:
             self.say(line)
 
     def save(self) -> None:
@@ -176,7 +193,7 @@ class Session:
         self.batches, self.stop, self.last_save = batches, Stop(), time.monotonic()
         device = self.accelerator.device
         self.read_every = 1 if self.processes == 1 and device.type == "cpu" else READ_EVERY
-        while self.at["epoch"] < self.config.epochs and not self.stopping:
+        while not self.finished() and not self.stopping:
             epoch, self.number = self.at["epoch"], self.at["batch"]
             if self.number >= len(batches):
                 raise runs.damaged(self.run, f"batch {self.number} of {len(batches)}")
@@ -189,12 +206,25 @@ class Session:
                 disable=not self.first, dynamic_ncols=True,
             ) as self.bar:  # fmt: skip
                 yield epoch
-        if self.at["epoch"] < self.config.epochs:
+        best = runs.best_epoch(self.history)
+        if not self.finished():
             self.say(f"stopped and saved; continue with: train.py --resume {self.run}")
         else:
-            self.say(f"finished; evaluate it with: eval.py {self.run}")
+            early = f" after {self.config.patience} epochs without a better held-out accuracy"
+            early = early if self.at["epoch"] < self.config.epochs else ""
+            self.say(f"finished{early}; evaluate it with: eval.py {self.run}")
+            if best is not None:
+                held = self.history[best - 1]["held_out"][-1]
+                self.say(
+                    f"best held-out accuracy: {held:.2f} % in epoch {best}: eval.py {self.run / 'best.safetensors'}"
+                )
             if not has_matplotlib():
                 self.say("no curves.png without matplotlib: pip install 'empf[plot]'")
+
+    def finished(self) -> bool:
+        """Are all epochs done, or as many as the patience allows without a better one?"""
+        done, best, patience = self.at["epoch"], runs.best_epoch(self.history), self.config.patience
+        return done >= self.config.epochs or None not in (best, patience) and done - best >= patience
 
     def count(self, batch: Batch) -> bool:
         """Count a batch; now and then look at the sums, show them, save. Returns whether to stop within this epoch."""
@@ -226,20 +256,32 @@ class Session:
             self.save()
         return within and self.stopping
 
-    def record(self, accuracy: list[float], test_loss: float) -> None:
-        """End an epoch with `accuracy` (% after each time step) and loss on the test set: record it, save, say it."""
+    def record(self, *sums: list[float]) -> None:
+        """End an epoch with the `scores` of the test set and, where it is another, of what is held out.
+
+        They are recorded, saved and said.
+        """
+        results = [
+            ([100 * c / images for c in correct], loss / images)
+            for (*correct, loss), images in zip(sums, self.sizes, strict=True)
+        ]
         epoch, (loss_sum, correct, images) = self.at["epoch"] + 1, self.sums
         rates = [learning_rate(self.config, epoch), learning_rate(self.config, epoch - 1)]
         record = {
-            "epoch": epoch, "loss": loss_sum / images, "train_accuracy": 100 * correct / images, "accuracy": accuracy,
-            "test_loss": test_loss, "lr": rates[0], "images_per_s": images / self.seconds, "seconds": self.seconds,
+            "epoch": epoch, "loss": loss_sum / images, "train_accuracy": 100 * correct / images,
+            "accuracy": results[0][0], "test_loss": results[0][1], "lr": rates[0],
+            "images_per_s": images / self.seconds, "seconds": self.seconds,
         }  # fmt: skip
+        if self.chooses:
+            record |= {"held_out": results[-1][0], "held_out_loss": results[-1][1]}
         if self.parts["health"] is not None:
             record["health"] = self.parts["health"].report(min(rates) / self.config.lr)
         self.history.append(record)
         self.at = {**START, "epoch": epoch}
+        if runs.best_epoch(self.history) == epoch:
+            record["weights"] = fingerprint(self.evaluated.state_dict())
         self.save()
-        draw = self.stopping or epoch == self.config.epochs or time.monotonic() - self.drawn > DRAW_SECONDS
+        draw = self.stopping or self.finished() or time.monotonic() - self.drawn > DRAW_SECONDS
         self.save_results(draw)
         self.last_save = time.monotonic()
         self.drawn = self.last_save if draw else self.drawn
@@ -354,6 +396,15 @@ def headline(model: SpikingNetwork) -> str:
     )
 
 
+def division(train: ImageSet, test: ImageSet, held: ImageSet | None) -> str:
+    """How many images are for what, for people."""
+    if held is None:
+        tested = f"; tested on {test.split}" if is_held_out(test) else ""
+        return f"{len(train)} training, {len(test)} test images{tested}"
+    counts = f"{len(train)} training, {len(held)} held-out, {len(test)} test images"
+    return f"{counts}; {held.split}, choose the best epoch"
+
+
 def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
     """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
@@ -377,8 +428,9 @@ def scalars(record: dict) -> dict[str, float]:
 def epoch_line(record: dict) -> str:
     """One line of metrics.jsonl for people."""
     per_step = " ".join(f"{a:.2f}" for a in record["accuracy"])
+    held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record else ""
     return (
-        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  "
+        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  {held}"
         f"test after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
     )
 
