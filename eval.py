@@ -1,6 +1,7 @@
 """Evaluate a run or a packed network: accuracy per time step, firing density, size, operations, energy and speed.
 
 python eval.py runs/digits-resnet18
+python eval.py runs/digits-resnet18/best.safetensors            the best epoch on what was held out
 python eval.py runs/cifar100-resnet18 --data FOLDER --json result.json
 python eval.py runs/cifar100-resnet18 --figure classes.png      also draw the accuracy per class and what is confused
 python eval.py runs/cifar100-resnet18 --pack net.safetensors    pack it, and check the logits of the packed network
@@ -48,8 +49,9 @@ def evaluate(
     run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str,
     out: Path | None, workers: int = 0,
 ) -> dict:  # fmt: skip
-    """Everything that eval.py reports, as plain values. `run` is a folder or a packed file; `out`: pack it there."""
-    if run.is_file():
+    """Everything that eval.py reports, as plain values, of a run, its weights or a packed file; `out`: pack it."""
+    folder = runs.folder_of(run)
+    if folder is None:
         model, precision = load_packed(run, device), "no"
         whole, dataset = model.net, model.origin.dataset
         split = model.origin.split or TrainConfig.split
@@ -58,12 +60,13 @@ def evaluate(
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
         training = asdict(model.origin)
     else:
-        train, training = training_of(runs.read_config(run), run), record_of(run)
+        train, training = training_of(runs.read_config(folder), folder), record_of(folder)
         model = whole = empf.load(run, device)
         dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
         reading = train.reading()
     _, test = load_data(dataset, data, limit=limit, device=device, **reading)
-    check_classes(model.origin.classes if run.is_file() else runs.read_config(run).get("classes", ()), test.class_names)
+    known = model.origin.classes if folder is None else runs.read_config(folder).get("classes", ())
+    check_classes(known, test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -174,9 +177,10 @@ def called(text: str) -> str:
 
 def files(r: dict) -> list[tuple[str, str]]:
     """The rows of the table about files."""
-    if Path(r["run"]).is_file():
+    if runs.folder_of(r["run"]) is None:
         return [("packed file on disk", f"{r['file_mb']:.3f} MB")]
-    rows = [("model.safetensors on disk", f"{r['file_mb']:.3f} MB (latent weights, for training on)")]
+    name = Path(r["run"]).name if Path(r["run"]).is_file() else "model.safetensors"
+    rows = [(f"{name} on disk", f"{r['file_mb']:.3f} MB (latent weights, for training on)")]
     if p := r["packed"]:
         agree = (
             f"logits within {p['relative_difference']:.1e}, {100 * p['same_class']:.2f} % of the classes are the same"
@@ -190,7 +194,7 @@ def files(r: dict) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description="Evaluate a training run or a packed network.", allow_abbrev=False)
-    p.add_argument("run", type=Path, help="run folder that train.py wrote, or packed file")
+    p.add_argument("run", type=Path, help="run folder that train.py wrote, its best.safetensors, or packed file")
     p.add_argument("--data", help="local folder of the data set; default: where the run found it")
     p.add_argument("--limit", type=int, help="use only the first so many test images")
     p.add_argument("--batch-size", type=int, default=256, help="images per batch (default: 256)")
@@ -236,7 +240,7 @@ def answer(args: Namespace, command: str) -> None:
         classify(args.run, args.image, device)
     elif args.stream is not None:
         stream(args.run, args.stream, device)
-    elif args.pack is not None and args.run.is_file():
+    elif args.pack is not None and runs.folder_of(args.run) is None:
         raise ValueError(f"{args.run} is packed already: --pack takes a run folder")
     else:
         check_result(args.json)
@@ -273,7 +277,7 @@ def classify(file: Path, image: Path, device: str) -> None:
 
 def stream(run: Path, recording: Path, device: str) -> None:
     """Print the prediction after each frame: the class with the largest sum of logits so far."""
-    net = load_packed(run, device) if run.is_file() else empf.load(run, device)
+    net = load_packed(run, device) if runs.folder_of(run) is None else empf.load(run, device)
     for t, (name, share, seconds) in enumerate(follow_recording(net, recording), 1):
         print(f"frame {t:3d}  {100 * share:6.2f} %  {shown(name)}  ({1e3 * seconds:.1f} ms)", flush=True)
 

@@ -264,7 +264,7 @@ def save_results(run: Path, model: SpikingNetwork, history: list[dict]) -> None:
 
 
 def folder_of(path: str | Path) -> Path | None:
-    """The run folder that a path names: itself, or that of the file model.safetensors or best.safetensors; else None."""
+    """The run folder that a path names: itself, or that of its model.safetensors or best.safetensors; else None."""
     path = Path(path)
     if path.is_file() and path.name in WEIGHTS and (path.parent / "config.json").is_file():
         return path.parent

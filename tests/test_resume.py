@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from train_tools import TINY, leftovers, resume, run_train, trace
+from train_tools import TINY, Died, die_at, leftovers, resume, run_train, trace
 
 import train
 from empf import runs
@@ -99,23 +99,6 @@ def test_a_folder_without_its_training_is_not_continued(uninterrupted, tmp_path)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="error: .*run does not say on which data it was trained: give a run folder"):
         resume(run)
-
-
-class Died(BaseException):
-    """Stands for `kill -9`: nothing catches it, nothing is cleaned up."""
-
-
-def die_at(monkeypatch, call: int) -> None:
-    """Die when the given file is written, but has not taken its place: after that, only the next file is missing."""
-    real, calls = os.replace, []
-
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == call:
-            raise Died(target)
-        return real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
 
 
 WRITES = 12  # state, config; then per epoch the state after each of 3 batches, weights and metrics

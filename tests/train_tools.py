@@ -60,6 +60,23 @@ def in_double():
         yield
 
 
+class Died(BaseException):
+    """Stands for `kill -9`: nothing catches it, nothing is cleaned up."""
+
+
+def die_at(monkeypatch, call: int) -> None:
+    """Die when the given file is written, but has not taken its place: after that, only the next file is missing."""
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == call:
+            raise Died(target)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -20,13 +20,13 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_
 from huggingface_hub.errors import EntryNotFoundError
 
 from empf.accounting import account
+from empf.data.rows import one_line
 from empf.data.sets import DATASETS
 from empf.deploy.origin import Origin, measurement
 from empf.deploy.pack import PackedModel, load_packed
 from empf.files import write_atomic
 from empf.models import SpikingNetwork, build
 from empf.runs import FORMAT, folder_of, load
-from empf.terminal import shown
 
 PAPER = "https://arxiv.org/abs/2410.07547"
 PACKED_FILE = "packed.safetensors"
@@ -96,8 +96,8 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> SpikingNetwork | PackedModel:
-    """The network of a folder that `save_pretrained` or training wrote, of a file of weights in it, of a packed file, or
-    of a repository on the Hub (there as huggingface_hub).
+    """The network of a folder that `save_pretrained` or training wrote, of a file of weights in it, of a packed file,
+    or of a repository on the Hub (there as huggingface_hub).
 
     Raises FileNotFoundError or ValueError with one sentence where the folder holds none, or a damaged one.
     """
@@ -125,7 +125,7 @@ def download(repo_id: str, options: dict) -> Path:
             hf_hub_download(repo_id, "metrics.jsonl", **options)
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"there is no folder or file {repo_id}, and the Hub gives no such network ({shown(error, 200)}): check the "
+            f"there is no folder or file {repo_id}, and the Hub gives no such network ({one_line(error)}): check the "
             "name"
         ) from error
     return folder

@@ -56,7 +56,8 @@ def freeze(model: nn.Module, patterns: str | None) -> set[str]:
     for a pattern that fits nothing, and where nothing is left to train.
     """
     names, frozen = [name for name, _ in model.named_parameters()], set()
-    some = ", ".join(names[at * (len(names) - 1) // 4] for at in range(5))
+    weights = [name for name in names if name.endswith(".weight")]
+    some = ", ".join(weights[at * (len(weights) - 1) // 4] for at in range(5))
     for pattern in (patterns or "").split(",") if patterns is not None else ():
         fitting = [name for name in names if fnmatchcase(name, pattern.strip())]
         if not fitting:

@@ -159,9 +159,11 @@ class Session:
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         self.say(f"{headline(model)}; {division(train_set, test_set, held)}")
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
-        for line in without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet)):
-            self.say(line)
-        for line in self.notes:
+        frozen = [not parameter.requires_grad for parameter in model.parameters()]
+        if any(frozen):
+            self.notes.append(f"{sum(frozen)} of {len(frozen)} parameters are frozen")
+        in_vain = without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet))
+        for line in [*self.notes, *in_vain]:
             self.say(line)
 
     def save(self) -> None:
