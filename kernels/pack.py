@@ -44,8 +44,8 @@ def weights_per_word(kind: str) -> int:
 class PackedWeight:
     """Packed weights of a linear layer or a convolution; see the table on top for `bits` and `scale`.
 
-    `shape` is that of the dense weight, (N, K) or (N, C, kh, kw); `kind` is 'binary' or 'ternary'. Raises ValueError
-    where these do not fit together.
+    `shape` is that of the dense weight, (N, K), (N, C, k) or (N, C, kh, kw); `kind` is 'binary' or 'ternary'. Raises
+    ValueError where these do not fit together.
     """
 
     bits: torch.Tensor
@@ -58,8 +58,8 @@ class PackedWeight:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         shape = tuple(int(n) for n in self.shape)
-        if len(shape) not in (2, 4) or min(shape) < 1:
-            raise ValueError(f"shape must be (N, K) or (N, C, kh, kw) with sizes of at least 1, got {shape}")
+        if len(shape) not in (2, 3, 4) or min(shape) < 1:
+            raise ValueError(f"shape must be (N, K), (N, C, k) or (N, C, kh, kw) with sizes of at least 1, got {shape}")
         object.__setattr__(self, "shape", shape)
         want = (shape[0], -(-self.k // weights_per_word(self.kind)))
         if self.bits.dtype != torch.int32 or tuple(self.bits.shape) != want:
@@ -157,7 +157,7 @@ class PackedWeight:
 
 
 def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = None) -> PackedWeight:
-    """Pack the signs of `w`, (N, K) or (N, C, kh, kw); the formulas are per output n, over the rest.
+    """Pack the signs of `w`, (N, K), (N, C, k) or (N, C, kh, kw); the formulas are per output n, over the rest.
 
     binary    sign = -1 where w < 0, else +1;                      scale = mean |w|
     ternary   sign = 0 where |w| <= 0.7 mean |w|, else as above;   scale = mean |w| over what is not 0
@@ -167,9 +167,9 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not w.is_floating_point() or w.ndim not in (2, 4) or w.numel() == 0:
+    if not w.is_floating_point() or w.ndim not in (2, 3, 4) or w.numel() == 0:
         raise ValueError(
-            f"w must be floating point, (N, K) or (N, C, kh, kw), not empty; got {w.dtype} {tuple(w.shape)}"
+            f"w must be floating point, (N, K), (N, C, k) or (N, C, kh, kw), not empty; got {w.dtype} {tuple(w.shape)}"
         )
     _refuse_wrapped(w)
     with plain_tensors():

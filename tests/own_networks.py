@@ -1,6 +1,12 @@
 """Networks as people write them: this library's neurons, and torch's own layers around them. Time comes first."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import empf
@@ -52,17 +58,91 @@ class PlainNorms(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Convolutions over a sequence: grouped, dilated, strided, with "same" and circular padding."""
+    """Convolutions over a sequence: grouped, dilated, strided, depth-wise, with "same" and circular padding."""
 
     def __init__(self, T: int = 3):
         super().__init__()
         self.stem = nn.Conv1d(2, 6, 3, padding="same")
-        self.grouped = nn.Conv1d(6, 9, 3, groups=3, dilation=2, stride=2, padding=2, bias=False)
+        place = dict(stride=2, padding=2, dilation=2, groups=3)
+        self.grouped = empf.BinaryConv1d(6, 9, 3, bias=True, kind="ternary", **place)
+        self.depthwise = empf.BinaryConv2d(9, 9, (3, 1), padding=(1, 0), groups=9)
         self.circular = nn.Conv1d(9, 9, 3, groups=9, padding=1, padding_mode="circular")
         self.neurons = nn.ModuleList(empf.EMPFNeuron(T) for _ in range(3))
         self.last = nn.Linear(9, 4)
 
     def forward(self, x: Tensor) -> Tensor:  # T N 2 9 -> T N 4
-        x = per_step(self.grouped, self.neurons[0](2 * per_step(self.stem, x)))
-        x = per_step(self.circular, self.neurons[1](2 * x))
-        return self.last(self.neurons[2](2 * x).mean(-1))
+        x = per_step(self.grouped, self.neurons[0](2 * per_step(self.stem, x)))  # T N 9 5
+        spikes = self.neurons[1](4 * x)
+        tall = per_step(self.depthwise, spikes.unsqueeze(-1)).squeeze(-1)
+        return self.last(self.neurons[2](2 * (tall + per_step(self.circular, spikes))).mean(-1))
+
+
+def example(name: str, T: int) -> ModuleType:
+    """A file of examples/ as a module, with another number of steps."""
+    spec = spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.T = T
+    return module
+
+
+# name -> (how a network of T steps is made, shape of an input without T and N, the synapses that are fed with spikes)
+NETWORKS = {
+    "own_network.py": (lambda T: example("own_network", T).Net(4), (1, 8, 8), ["conv"]),
+    "sequence.py": (lambda T: example("sequence", T).SpikingMLP(T, 5, 6, "vanilla", 12), (5,), ["hidden"]),
+    "transformer.py": (
+        lambda T: example("transformer", T).Transformer(8), (8, 8),
+        [f"block.{n}.linear" for n in ("query", "key", "value", "project", "mlp.0", "mlp.1")],
+    ),
+    "synapse used twice": (lambda T: Twice(T, "ternary"), (6,), ["shared"]),
+    "plain norms": (PlainNorms, (1, 6, 6), ["narrow", "wide"]),
+    "grouped": (Grouped, (2, 9), ["grouped", "depthwise", "circular"]),
+}  # fmt: skip
+
+
+def settled(name: str, samples: int = 6, T: int = 4) -> tuple[nn.Module, Tensor]:
+    """(network in training mode whose running statistics fit its input, so that its neurons fire; input [T, N, ...])"""
+    torch.manual_seed(0)
+    make, shape, _ = NETWORKS[name]
+    net, x = make(T), torch.rand(T, samples, *shape)
+    with torch.no_grad():
+        for _ in range(20):
+            empf.reset(net)
+            net(x)
+    empf.reset(net)
+    return net, x
+
+
+def met(x: Tensor, weight: Tensor, *, stride=1, padding=0, dilation=1, groups=1) -> int:
+    """Additions of a convolution over any number of dimensions, each pair of numbers looked at by itself."""
+    dims = weight.dim() - 2
+    as_tuple = lambda n: n if isinstance(n, tuple) else (n,) * dims  # noqa: E731
+    stride, padding, dilation = map(as_tuple, (stride, padding, dilation))
+    x, weight = F.pad(x, [p for p in reversed(padding) for _ in range(2)]) != 0, weight != 0
+    c_out, c_in, *kernel = weight.shape
+    taps = list(product(*map(range, kernel)))
+    sizes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    count = 0
+    for at in product(*(range((size - d * (k - 1) - 1) // s + 1) for size, k, s, d in sizes)):
+        for tap in taps:
+            place = tuple(s * a + d * k for a, k, s, d in zip(at, tap, stride, dilation, strict=True))
+            for o, c in product(range(c_out), range(c_in)):
+                if weight[(o, c, *tap)]:
+                    count += int(x[(slice(None), o // (c_out // groups) * c_in + c, *place)].sum())
+    return count
+
+
+def inputs_of(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
+    """What each synapse is given, call by call, (N, ...), in eval mode."""
+    given, handles = {}, []
+    for name, m in model.named_modules():
+        if hasattr(m, "weight") and m.weight.dim() > 1:
+            see = lambda m, i, o, name=name: given.setdefault(name, []).append(i[0])  # noqa: E731
+            handles.append(m.register_forward_hook(see))
+    empf.reset(model.eval())
+    with torch.no_grad():
+        model(x)
+    empf.reset(model)
+    for handle in handles:
+        handle.remove()
+    return given

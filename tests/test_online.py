@@ -228,50 +228,6 @@ class OwnNet(nn.Module):
         )
 
 
-def own_gradients(net, run):
-    net.zero_grad()
-    empf.reset(net)
-    loss = run()
-    return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("neuron", [empf.EMPFNeuron, empf.LIFNeuron])
-@pytest.mark.parametrize("open_end", [False, True])
-@pytest.mark.parametrize(
-    ("learning", "steps"), [("random", [1]), ("random", [3]), ("random", [1, 4]), ("every", None), ("stbp", None)]
-)
-def test_any_network_learns_as_a_loop_written_by_hand(learning, steps, neuron, open_end):
-    torch.manual_seed(0)
-    net = OwnNet(None if open_end else 4, neuron).double()
-    x, target = torch.randn(4, 6, 1, 6, 6, dtype=torch.float64) + 0.5, torch.arange(6) % 5
-
-    def by_hand():
-        if learning == "stbp":
-            empf.set_online(net, False)
-            loss = F.cross_entropy(sum(net(frame[None])[0] for frame in x) / 4, target)
-            loss.backward()
-            empf.set_online(net, True)
-            return loss
-        wanted = steps or [1, 2, 3, 4]
-        total = 0.0
-        for t, frame in enumerate(x[: wanted[-1]], 1):
-            with torch.set_grad_enabled(t in wanted):
-                logits = net(frame[None])[0]
-            if t in wanted:
-                loss = F.cross_entropy(logits, target) / len(wanted)
-                loss.backward()
-                total = total + loss
-        return total
-
-    options = {"learning": learning, "steps": steps}
-    loss, found = own_gradients(net, lambda: empf.online_backward(net, x, target, F.cross_entropy, **options)[0])
-    wanted_loss, wanted = own_gradients(net, by_hand)
-    assert abs(loss - wanted_loss) < 1e-12 and found.keys() == wanted.keys()
-    assert wanted["conv.weight"].any() and wanted["conv.bias"].any()
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).abs().max() <= 1e-12 * (1 + gradient.abs().max()), name
-
-
 def test_another_number_of_frames_is_refused():
     with pytest.raises(ValueError, match=r"4 time steps first, \[T, N, \.\.\.\], got \(6, 1, 6, 6\): x\.expand\(4"):
         empf.online_backward(

@@ -40,7 +40,7 @@ def expected_signs(w, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (5, 32), (6, 33), (3, 100), (4, 5, 3, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (5, 32), (6, 33), (3, 100), (4, 5, 3), (4, 5, 3, 3)])
 def test_pack_unpack(kind, shape):
     w = dense(shape[0], torch.Size(shape[1:]).numel()).view(shape)
     packed = pack(w, kind)
@@ -229,8 +229,8 @@ def test_refusals_of_functions():
         pack(torch.ones(2, 2), "quinary")
     with pytest.raises(ValueError, match=r"torch.int64 \(2, 2\)"):
         pack(torch.ones(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
-        pack(torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match=r"\(2, 2, 2, 2, 2\)"):
+        pack(torch.ones(2, 2, 2, 2, 2))
     with pytest.raises(ValueError, match=r"\(0, 2\)"):
         pack(torch.ones(0, 2))
     with pytest.raises(ValueError, match=r"\(2,\), got torch.float32 \(3,\)"):
