@@ -48,3 +48,18 @@ def test_the_transformer_learns_and_names_its_products(tmp_path):
     out = run("transformer.py", "--iterations", "60", "--width", "32", cwd=tmp_path)
     assert float(out.split(" %")[0]) > 50
     assert re.search(r"not_counted +block: bmm +65,536\n", out)
+
+
+def test_the_notebook_runs_without_a_network(tmp_path, monkeypatch):
+    """In one epoch instead of eight."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient", reason="pip install nbclient")
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    notebook.cells[1].source = notebook.cells[1].source.replace("EPOCHS = 4, 8", "EPOCHS = 4, 1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in shown) == 2
+    printed = "".join(output.get("text", "") for output in shown)
+    assert float(re.search(r"([\d.]+)%\n", printed)[1]) > 70
+    assert (tmp_path / "tour.safetensors").stat().st_size < 12_000

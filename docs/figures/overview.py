@@ -13,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
-import empf
-from empf.figures import BLUE, GREY, ORANGE, WIDTH, lettered, plain_log, pyplot, save_figure
+import empf  # noqa: E402
+from empf.figures import BLUE, GREY, ORANGE, WIDTH, lettered, plain_log, pyplot, save_figure  # noqa: E402
 
 T, LEAK, THRESHOLD = 8, 0.5, 0.5
 NEURONS = {
