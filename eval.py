@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,9 @@ import torch
 import empf
 from empf import runs
 from empf.data.event_frames import EventSettings
-from empf.data.load import load_data, make_batches
+from empf.data.load import load_test, make_batches
+from empf.data.sets import ImageSettings
+from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
 from empf.evaluate import TOP, by_class, predictions
@@ -42,31 +44,41 @@ from empf.terminal import shown, steady_output
 from empf.training.config import Parser, TrainConfig, check_device, training_of
 
 FIGURES = (".png", ".pdf", ".svg")
+COLUMNS = ("test_split", "image_column", "label_column", "config")
 SHOWN = 20  # classes in the table; the worst where there are more
 
 
 def evaluate(
     run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str,
-    out: Path | None, workers: int = 0,
+    out: Path | None, workers: int = 0, columns: dict | None = None,
 ) -> dict:  # fmt: skip
-    """Everything that eval.py reports, as plain values, of a run, its weights or a packed file; `out`: pack it."""
+    """Everything that eval.py reports, as plain values, of a run, its weights or a packed file; `out`: pack it.
+
+    `columns`: names of columns, split and configuration of the data, where they are not those of the training.
+    """
     folder = runs.folder_of(run)
     if folder is None:
-        model, precision = load_packed(run, device), "no"
-        whole, dataset = model.net, model.origin.dataset
-        split = model.origin.split or TrainConfig.split
-        reading = {"events": EventSettings(model.config.T, split=split, **model.origin.frames())}
-        if dataset is None:
+        model, precision, streaming = load_packed(run, device), "no", False
+        whole, origin, training = model.net, model.origin, asdict(model.origin)
+        if origin.dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
-        training = asdict(model.origin)
     else:
         train, training = training_of(runs.read_config(folder), folder), record_of(folder)
         model = whole = empf.load(run, device)
-        dataset, data, precision = train.dataset, data or train.data, train.mixed_precision
-        reading = train.reading()
-    _, test = load_data(dataset, data, limit=limit, device=device, **reading)
-    known = model.origin.classes if folder is None else runs.read_config(folder).get("classes", ())
-    check_classes(known, test.class_names)
+        origin, data, precision, streaming = (
+            Origin.of(model),
+            data or train.data,
+            train.mixed_precision,
+            train.streaming,
+        )
+    c, dataset = model.config, origin.dataset
+    test = load_test(
+        dataset, data, limit=limit, device=device, spec=origin.spec(c), classes=origin.classes, streaming=streaming,
+        images=replace(ImageSettings(c.image_size, **origin.reading), **columns or {}),
+        events=EventSettings(c.T, c.image_size, split=origin.split or TrainConfig.split, **origin.frames()),
+        trained_on=(origin.images, origin.limit),
+    )  # fmt: skip
+    check_classes(origin.classes, test.class_names)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -82,6 +94,7 @@ def evaluate(
         "model": model.config.to_dict(),
         "mixed_precision": precision,
         "images": len(test),
+        "tested_on": test.split,
         "accuracy": [100 * c / len(test) for c in (predicted == labels).sum(1).tolist()],
         "top5": 100 * near.sum().item() / len(test) if len(classes) > TOP else None,
         "classes": classes,
@@ -141,6 +154,7 @@ def table(r: dict) -> str:
         ("run", r["run"]),
         ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
         ("test images", f"{r['images']} of {r['dataset']}"),
+        *([("which are", r["tested_on"])] if r["tested_on"] else []),
         ("device, kernels", f"{r['device']}, {r['backend']}"),
         *((f"accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(r["accuracy"], 1)),
         *([("top-5 accuracy", f"{r['top5']:.2f} %")] if r["top5"] is not None else []),
@@ -195,7 +209,10 @@ def files(r: dict) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description="Evaluate a training run or a packed network.", allow_abbrev=False)
     p.add_argument("run", type=Path, help="run folder that train.py wrote, its best.safetensors, or packed file")
-    p.add_argument("--data", help="local folder of the data set; default: where the run found it")
+    p.add_argument("--data", help="local folder of the data set, or of other data; default: where the run found it")
+    for name in COLUMNS:
+        flag = name.replace("_", "-")
+        p.add_argument(f"--{flag}", help="as that of train.py, where the data differ from those of the training")
     p.add_argument("--limit", type=int, help="use only the first so many test images")
     p.add_argument("--batch-size", type=int, default=256, help="images per batch (default: 256)")
     p.add_argument("--count-batches", type=int, default=4, help="batches whose spikes are counted (default: 4)")
@@ -246,7 +263,8 @@ def answer(args: Namespace, command: str) -> None:
         check_result(args.json)
         check_figure(args.figure)
         result = evaluate(
-            args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers
+            args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers,
+            {name: value for name in COLUMNS if (value := getattr(args, name)) is not None},
         )  # fmt: skip
         if args.json is not None:  # first: it is kept where nobody reads what is printed
             written = {"command": command, **without_places(result)}

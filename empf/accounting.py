@@ -309,7 +309,7 @@ def example_of(net: nn.Module, x: Tensor | None) -> tuple[Tensor, dict]:
     if not hasattr(config, "image_size"):
         raise ValueError("account needs an example input for a network of your own: account(net, x), x (T, N, ...)")
     like = next((t for t in [*net.parameters(), *net.buffers()] if t.is_floating_point()), torch.empty(0))
-    image = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=like.device)
+    image = torch.zeros(1, config.in_channels, *config.size, device=like.device)
     return image.to(like.dtype), {"steps": 1}
 
 

@@ -77,8 +77,10 @@ def held(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple) -> None:
-    """Write config.json."""
+def save_config(
+    run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple, **data: bool | int | None
+) -> None:
+    """Write config.json. `data`: were images `resized` to the centre, and how many `images` were there."""
     config = {
         "format": FORMAT,
         "model": model.to_dict(),
@@ -86,6 +88,7 @@ def save_config(run: Path, model: ModelConfig, train: dict, classes: list[str], 
         "seed": train["seed"],
         "classes": classes,
         "normalisation": {"mean": list(mean), "std": list(std)},
+        "data": data,
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "empf": VERSION}
         | {name: installed(name) for name in ("torch", "triton", "accelerate", "datasets", "numpy")},
@@ -116,8 +119,9 @@ def read_config(run: str | Path) -> dict:
         raise ValueError(f"{path} is damaged (model and train must be objects): restore it from a copy of the run")
     norm = config.get("normalisation", {})
     numbers = [norm.get(name, []) for name in ("mean", "std")] if isinstance(norm, dict) else [None]
-    if not (is_list(config.get("classes", []), str) and all(is_list(part, int | float) for part in numbers)):
-        raise ValueError(f"{path} is damaged (classes or normalisation): restore it from a copy of the run")
+    sound = is_list(config.get("classes", []), str) and all(is_list(part, int | float) for part in numbers)
+    if not (sound and isinstance(config.get("data", {}), dict)):
+        raise ValueError(f"{path} is damaged (classes or normalisation or data): restore it from a copy of the run")
     return config
 
 

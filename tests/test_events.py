@@ -1,6 +1,7 @@
 """Event datasets: splits, the cache of frames, batches and their augmentation."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,13 @@ import torch
 from make_events import aedat2, load_small, moving_bars, random_rows, recordings
 from train_tools import metrics, run_train
 
+import empf
 import eval
-from empf.data.event_frames import FrameSettings, event_frames_of_file
+from empf.data.event_frames import EventSettings, FrameSettings, event_frames_of_file
 from empf.data.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, _slanted
+from empf.data.load import load_test
+from empf.deploy.origin import Origin
+from empf.deploy.pack import load_packed
 
 
 def numbers(events, folder, **settings):
@@ -315,3 +320,31 @@ def test_evaluation_makes_frames_as_training_did(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert set(used) == {(2, 48, "time", "mirrored", "8bit")}
     assert json.loads(found.read_text())["accuracy"] == metrics(run)[-1]["accuracy"]
+
+
+def test_own_recordings_are_evaluated_and_followed_as_they_were_trained(tmp_path, monkeypatch, capsys):
+    """Frames and classes are those of the training, for runs and packed files; other recordings are tested whole."""
+    monkeypatch.setenv("EMPF_CACHE", str(tmp_path / "cache"))
+    recordings(tmp_path / "own", classes=3, each=10)
+    flags = ["--dataset", tmp_path / "own", "--image-size", "16", "--frames-by", "time", "--epochs", "1"]
+    run_train(*flags, "--arch", "vgg_snn", "--batch-size", "9", "--lr", "0.05", "--output-dir", tmp_path / "run")
+    origin = Origin.of(empf.load(tmp_path / "run"))
+    assert origin.frames() == {"by": "time", "orientation": "upright", "resize": "area"} and origin.images == 30
+    packed = tmp_path / "net.safetensors"
+    eval.main([str(tmp_path / "run"), "--pack", str(packed), "--threads", "1"])
+    for place in ("new", "new2/test"):  # without the first class
+        recordings(tmp_path / place, classes=3, each=4)
+        shutil.rmtree(tmp_path / place / "class0")
+    spec = {"spec": origin.spec(load_packed(packed).config), "classes": origin.classes, "trained_on": (30, None)}
+    files = (tmp_path / "new").rglob("*.aedat")
+    sums = sorted(event_frames_of_file(file, 2, 16, **origin.frames())[0].sum().item() for file in files)
+    for place in ("new", "new2"):
+        settings = EventSettings(2, 16, **origin.frames())
+        test = load_test(str(tmp_path / "own"), tmp_path / place, events=settings, **spec)
+        assert test.labels.bincount().tolist() == [0, 4, 4] and test.class_names == ["class0", "class1", "class2"]
+        assert sorted(f[0].float().sum().item() for f in test.frames) == pytest.approx(sums)
+    for network in (tmp_path / "run", packed):
+        for flags, images in (([], 3), (["--data", tmp_path / "new"], 8)):
+            capsys.readouterr()
+            eval.main([str(network), *map(str, flags), "--threads", "1", "--json", "-"])
+            assert json.loads(capsys.readouterr().out)["images"] == images

@@ -322,4 +322,6 @@ def test_events_are_loaded_with_their_settings(monkeypatch):
     load_data("dvs-cifar10", "folder", events=settings, limit=3, seed=2)
     spec = DATASETS["dvs-cifar10"]
     known = dict(device="cpu", limit=3, seed=2, spec=spec)
-    assert [(given, {n: options[n] for n in known}) for given, options in asked] == [(("folder", settings), known)]
+    assert [(given, {n: options[n] for n in known}) for given, options in asked] == [
+        ((Path("folder"), settings), known)
+    ]

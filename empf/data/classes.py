@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from empf.data.rows import Source
+
 
 def plain(label: Any) -> Any:
     """Whole numbers that are stored as floating point are numbers; all else is what it is."""
@@ -52,6 +54,25 @@ class Classes:
                 "classes in both"
             )
         return Classes(self.names, {at: self.names.index(name) for at, name in enumerate(names)})
+
+    @classmethod
+    def known(cls, names: Sequence[str], source: Source, origin: str) -> "Classes":
+        """For data whose classes are among these names, or that have no names and mean the numbers of these.
+
+        ValueError where the data have another class.
+        """
+        if source.names is not None:
+            return cls(list(names)).of(source.names, origin)
+        values = cls.found(source.labels(), origin).index
+        meant = {value: names.index(str(value)) for value in values if str(value) in names}
+        if not meant and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
+            return cls(list(names))
+        if strange := [value for value in values if value not in meant]:
+            raise ValueError(
+                f"{origin} has the label {strange[0]!r}, which is no class that the network was trained on "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): use the classes it was trained on"
+            )
+        return cls(list(names), meant)
 
     @classmethod
     def found(cls, stored: Iterable[Any], origin: str) -> "Classes":

@@ -84,7 +84,9 @@ def load_events(
     spec: DataSpec = DVS_CIFAR10,
     cache: str | Path | None = None,
     workers: int | None = None,
-) -> tuple[EventSet, EventSet]:
+    test: bool = False,
+    trained_on: tuple[int | None, int | None] = (None, None),
+) -> tuple[EventSet, EventSet] | EventSet:
     """The training and the test recordings in the folder `path` as frames; decoded by all cores the first time.
 
     `path` has a folder for each class, with recordings (see `empf/data/recordings.py`) or frames [T, 2, H, W] (.npy,
@@ -96,6 +98,9 @@ def load_events(
 
     `limit` keeps the first recordings of each split, one of each class in turn. `workers`: processes that decode, by
     default one per core.
+
+    With `test` it is the test set alone, which may be all there is: where nothing is divided, every recording is for
+    testing unless there are as many as were `trained_on` (None: any number) with the limit that is its second number.
 
     The frames are kept in the folder `cache` (default: events in $EMPF_CACHE or ~/.cache/empf), see
     `empf/data/event_cache.py`: an interrupted call is continued by the next one, several processes on a machine decode
@@ -115,17 +120,25 @@ def load_events(
         clips, labels, is_test = gestures
         files, rule = _Files(clips, labels, list(GESTURES)), "trials"
     elif None not in parts:
-        train, test = (_list(part) for part in parts)
-        if train.class_names != test.class_names:
+        listed = [_list(part) for part in parts]
+        if listed[0].class_names != listed[1].class_names:
             raise ValueError(f"{parts[0]} and {parts[1]} have different classes: use the same folders in both")
-        files = _Files(train.clips + test.clips, np.concatenate((train.labels, test.labels)), train.class_names)
-        is_test, rule = np.arange(len(files.clips)) >= len(train.clips), "folders"
+        clips, labels = listed[0].clips + listed[1].clips, np.concatenate([part.labels for part in listed])
+        files, rule = _Files(clips, labels, listed[0].class_names), "folders"
+        is_test = np.arange(len(clips)) >= len(listed[0].clips)
+    elif test and parts[1] is not None:
+        files, rule = _list(parts[1]), "folders"
+        is_test = np.ones(len(files.clips), bool)
     else:
         files = _list(path)
         is_test, rule = _is_test(files, split, seed), f"random, seed {seed}" if split == "random" else split
+        count, most = len(files.clips), trained_on[1] or len(files.clips)
+        if test and trained_on[0] not in (None, min(is_test.sum(), most) + min(count - is_test.sum(), most)):
+            is_test[:], rule = True, f"all of {path}"
     if len(kinds := sorted({clip.path.suffix.lower() for clip in files.clips})) > 1:
         raise ValueError(f"{path} has files of several kinds ({', '.join(kinds)}): keep one")
     rows = [np.flatnonzero(~is_test)[:limit], np.flatnonzero(is_test)[:limit]]
+    rows = rows[1:] if test else rows
     if not all(map(len, rows)):
         raise ValueError(f"{path} has too few recordings for the split {rule}: a class needs at least 2")
     frames = FrameCache(folder, path, files.clips, settings)
@@ -136,11 +149,11 @@ def load_events(
         crop_padding=round(DVS_CIFAR10.crop_padding * min(height, width) / DVS_CIFAR10.image_size),
     )  # fmt: skip
     flip_dim = -2 if settings.orientation == "mirrored" and kinds == [".aedat"] else -1
-    train, test = (
-        EventSet(frames.read(r), torch.from_numpy(files.labels[r]), files.class_names, spec, rule, flip_dim)
+    sets = [
+        EventSet(frames.read(r), torch.from_numpy(files.labels[r]), files.class_names, spec, rule, flip_dim).to(device)
         for r in rows
-    )
-    return train.to(device), test.to(device)
+    ]
+    return sets[0] if test else tuple(sets)
 
 
 def _list(folder: Path) -> _Files:

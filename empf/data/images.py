@@ -50,7 +50,8 @@ def mismatch(spec: DataSpec, image: Image.Image) -> str | None:
     own = spec.name not in DATASETS
     if image.size != spec.size[::-1]:
         width, height = image.size
-        advice = f"pass --image-size {named(spec.image_size)}, which crops and resizes" if own else "check --dataset"
+        resize = f"train with --image-size {named(spec.image_size)}, which crops and resizes"
+        advice = resize if own else "check --dataset"
         return f"is {width}x{height} pixels, but {spec.name} has {'x'.join(map(str, spec.size[::-1]))}: {advice}"
     if spec.channels == 1 and not is_grey(image, deep=own):
         return f"has the pixel format {image.mode}, but {spec.name} needs 8-bit grey: convert it"

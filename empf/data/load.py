@@ -5,6 +5,7 @@ of each image is read. Events become frames (`EventSet`), see `empf/data/events.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,50 +70,79 @@ def load_data(
 
     Raises ValueError or FileNotFoundError with one sentence that says what is wrong and what to do.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 image, got {limit}: leave it out to use all images")
-    spec, settings = DATASETS.get(name), images or ImageSettings()
-    folder = path if path is not None else name if spec is None and Path(name).is_dir() else None
-    if spec is None and folder is None and "/" not in name.strip("/."):
-        raise ValueError(
-            f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, a folder, or OWNER/NAME of the Hub"
-        )
-    if spec is not None and spec.channels == 2 and folder is None:
-        raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
-    if spec is not None and spec.channels == 2 or spec is None and folder is not None and has_recordings(Path(folder)):
-        recorded = spec or replace(DATASETS["dvs-cifar10"], name=name, flip=False)
-        return load_events(folder, events, limit=limit, device=device, seed=seed, spec=recorded)
+    spec, settings, folder = _known(name, path, images, limit)
+    if _of_events(spec, folder):
+        return load_events(folder, events, limit=limit, device=device, seed=seed, spec=_recorded(name, spec))
     if folder is None and spec is not None and spec.hub_id is None:
         if streaming or settings.size is not None and both(settings.size) != spec.size:
             raise ValueError(f"the {name} lie in memory as they are: leave --streaming and --image-size out")
         return tuple(part.to(device) for part in _digits(spec, limit, seed))
-    columns = Columns(settings.image_column, settings.label_column)
-    if folder is not None:
-        place = in_folder(Path(folder), columns, settings.config)
-    else:
-        by_file = streaming or spec is not None and spec.streamed
-        hub_id = name if spec is None else spec.hub_id
-        place = on_hub(hub_id, columns, settings.config, streaming=streaming, by_file=by_file)
-    train, test, split = _splits(place, spec, settings)
-    origin, own = f"train of {place.origin}", spec is None
-    if own:
+    place = _place(name, spec, folder, settings, streaming)
+    train, test = _train(place, spec, settings), _test(place, spec, settings)
+    origin = f"train of {place.origin}"
+    if spec is None:
         classes = Classes.found(train.labels(), origin) if train.names is None else Classes(train.names)
         spec = own_spec(name, train, classes, settings.size, origin)
     else:
         classes = _known_classes(spec, train.names, origin)
         if settings.size is not None and both(settings.size) != spec.size:
             spec = replace(spec, image_size=settings.size, resized=True)
-    many = train.blocks()[:, 3].sum() * spec.channels * np.prod(spec.size) > IN_MEMORY
-    make = _streamed if streaming or spec.streamed or spec.resized or own and many else _decoded
-    sets = [make(spec, train, classes, limit, "train", origin)]
+    data = _read(spec, train, classes, "train", origin, limit, streaming)
     if test is None:
-        rest, held = hold_out(sets[0], settings.hold_out, seed)
-        return rest.to(device), held.to(device)
+        return tuple(part.to(device) for part in hold_out(data, settings.hold_out, seed))
+    source, split = test
     where = f"{split} of {place.origin}"
-    if not own:
-        _known_classes(spec, test.names, where)
-    sets.append(make(spec, test, classes.of(test.names, where), limit, split, where))
-    return tuple(part.to(device) for part in sets)
+    if name in DATASETS:
+        _known_classes(spec, source.names, where)
+    tested = _read(spec, source, classes.of(source.names, where), split, where, limit, streaming)
+    return data.to(device), tested.to(device)
+
+
+def load_test(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    spec: DataSpec,
+    classes: Sequence[str] = (),
+    trained_on: tuple[int | None, int | None] = (None, None),
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    streaming: bool = False,
+    images: ImageSettings | None = None,
+    events: EventSettings | None = None,
+) -> ImageSet | StreamSet | EventSet:
+    """What `load_data` gives to test a network on, of these or other data, without reading the others.
+
+    `spec` and `classes` are those of the training: images are prepared as they were then, and labels mean what they
+    meant; classes may be missing. Where nothing is divided, everything is tested, unless there are as many images as
+    were `trained_on` (None: any number) with the `limit` that is its second number: then these are the data of the
+    training, and what it held out is tested.
+
+    Raises ValueError or FileNotFoundError with one sentence.
+    """
+    known, settings, folder = _known(name, path, images, limit)
+    if _of_events(known, folder):
+        count = (None, None) if known is not None else trained_on
+        recorded = _recorded(name, known)
+        data = load_events(folder, events, limit=limit, device=device, spec=recorded, trained_on=count, test=True)
+        if known is not None or not classes:
+            return data
+        meant = Classes(list(classes)).of(data.class_names, str(folder))
+        labels = [meant.label(label) for label in data.labels.tolist()]
+        return replace(data, labels=torch.tensor(labels, device=device), class_names=meant.names)
+    if folder is None and known is not None and known.hub_id is None:
+        return _digits(known, limit, 0)[1].to(device)
+    place = _place(name, known, folder, settings, streaming)
+    found = _test(place, known, settings)
+    source, split = found or (_train(place, known, settings), "all")
+    where = f"{split} of {place.origin}"
+    meant = Classes.known(classes, source, where) if known is None else _known_classes(known, source.names, where)
+    count, train_limit = int(source.blocks()[:, 3].sum()), trained_on[1]
+    whole = trained_on[0] not in (None, min(count, train_limit or count)) and place.find(TRAIN_SPLITS[0]) is None
+    if found or whole:
+        return _read(spec, source, meant, split if found else where, where, limit, streaming).to(device)
+    held = hold_out(_read(spec, source, meant, "train", where, train_limit, streaming), settings.hold_out)[1]
+    return (held if limit is None else held.chosen(np.arange(min(limit, len(held))))).to(device)
 
 
 def hold_out(
@@ -195,23 +225,61 @@ def make_batches(
     return EventBatches(data, batch_size, **options)
 
 
-def _splits(place: Place, spec: DataSpec | None, settings: ImageSettings) -> tuple[Source, Source | None, str]:
-    """What to train and what to test on, and the name of the latter; None where there is nothing to test on."""
-    train_names = TRAIN_SPLITS if settings.train_split is None else (settings.train_split,)
-    test_names = TEST_SPLITS if spec is None else spec.test_splits
-    test_names = test_names if settings.test_split is None else (settings.test_split,)
-    found = next(filter(None, map(place.find, train_names)), None)
-    train = place.whole() if found is None and spec is None and settings.train_split is None else found and found()
+def _known(
+    name: str, path: str | Path | None, images: ImageSettings | None, limit: int | None
+) -> tuple[DataSpec | None, ImageSettings, Path | None]:
+    """What a name and a path stand for: a known data set or None, the settings of images, and the folder, if any."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}: leave it out to use all images")
+    spec = DATASETS.get(name)
+    folder = Path(path) if path is not None else Path(name) if spec is None and Path(name).is_dir() else None
+    if spec is None and folder is None and "/" not in name.strip("/."):
+        raise ValueError(
+            f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, a folder, or OWNER/NAME of the Hub"
+        )
+    if spec is not None and spec.channels == 2 and folder is None:
+        raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
+    return spec, images or ImageSettings(), folder
+
+
+def _of_events(spec: DataSpec | None, folder: Path | None) -> bool:
+    return folder is not None and has_recordings(folder) if spec is None else spec.channels == 2
+
+
+def _recorded(name: str, spec: DataSpec | None) -> DataSpec:
+    return spec or replace(DATASETS["dvs-cifar10"], name=name, flip=False)
+
+
+def _place(name: str, spec: DataSpec | None, folder: Path | None, settings: ImageSettings, streaming: bool) -> Place:
+    columns = Columns(settings.image_column, settings.label_column)
+    if folder is not None:
+        return in_folder(folder, columns, settings.config)
+    hub_id, by_file = (name, streaming) if spec is None else (spec.hub_id, streaming or spec.streamed)
+    return on_hub(hub_id, columns, settings.config, streaming=streaming, by_file=by_file)
+
+
+def _train(place: Place, spec: DataSpec | None, settings: ImageSettings) -> Source:
+    """What to train on: the split of the name, or what is not divided."""
+    named = settings.train_split
+    found = place.find(named or TRAIN_SPLITS[0])
+    train = found() if found else place.whole() if spec is None and named is None else None
     if train is None:
-        raise place.missing(train_names[0])
+        raise place.missing(named or TRAIN_SPLITS[0])
     _check_not_empty(train, f"train of {place.origin}")
-    tests = [(name, found) for name in test_names if name not in train_names and (found := place.find(name))]
+    return train
+
+
+def _test(place: Place, spec: DataSpec | None, settings: ImageSettings) -> tuple[Source, str] | None:
+    """What to test on, and its name; None where there is nothing."""
+    names = TEST_SPLITS if spec is None else spec.test_splits
+    names = names if settings.test_split is None else (settings.test_split,)
+    tests = [(name, found) for name in names if name != settings.train_split and (found := place.find(name))]
     for at, (name, found) in enumerate(tests):
         test = found()
         _check_not_empty(test, f"{name} of {place.origin}")
         unlabelled = (spec is None or len(tests) > 1) and all(is_missing(plain(label)) for label in test.labels())
         if not unlabelled:
-            return train, test, name
+            return test, name
         if settings.test_split is not None:
             raise ValueError(f"{name} of {place.origin} has no labels: name another split with --test-split")
         instead = tests[at + 1][0] if at + 1 < len(tests) else "images that are held out of the training set"
@@ -219,8 +287,8 @@ def _splits(place: Place, spec: DataSpec | None, settings: ImageSettings) -> tup
             f"{name} of {place.origin} has no labels: testing on {instead}; --test-split decides", stacklevel=3
         )
     if spec is not None or settings.test_split is not None:
-        raise place.missing(test_names[0])
-    return train, None, ""
+        raise place.missing(names[0])
+    return None
 
 
 def _digits(spec: DataSpec, limit: int | None, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -254,11 +322,15 @@ def _known_classes(spec: DataSpec, names: list[str] | None, origin: str) -> Clas
     return Classes(names)
 
 
-def _streamed(
-    spec: DataSpec, source: Source, classes: Classes, limit: int | None, split: str, origin: str
-) -> StreamSet:
-    data = StreamSet(source, source.blocks(), classes, spec, split=split)
-    return data if limit is None else data.limited(limit)
+def _read(
+    spec: DataSpec, source: Source, classes: Classes, split: str, origin: str, limit: int | None, streaming: bool
+) -> ImageSet | StreamSet:
+    """A split, in memory or to be read while it is used."""
+    many = source.blocks()[:, 3].sum() * spec.channels * np.prod(spec.size) > IN_MEMORY
+    if streaming or spec.streamed or spec.resized or many and spec.name not in DATASETS:
+        data = StreamSet(source, source.blocks(), classes, spec, split=split)
+        return data if limit is None else data.limited(limit)
+    return _decoded(spec, source, classes, limit, split, origin)
 
 
 def _decoded(spec: DataSpec, source: Source, classes: Classes, limit: int | None, split: str, origin: str) -> ImageSet:

@@ -1,12 +1,17 @@
 """Where the weights of a network come from: what its run recorded, and whether they are still those of the run."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
+from empf.data.sets import DATASETS, DataSpec, ImageSettings
 from empf.files import fingerprint
+from empf.model_config import ModelConfig, check_types
 from empf.runs import read_config, read_metrics
+
+KINDS = {"epochs": int, "images": int, "limit": int, "resized": bool, "reading": dict}  # of fields that are no text
+READING = tuple(f.name for f in fields(ImageSettings) if f.name != "size")
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class Origin:
     `dataset`: its name; `classes`: class names by label; `mean`, `std`: normalisation per channel of pixels in 0..1;
     `accuracy`: % of the test set after each time step, with these weights; `epochs`: how many were trained;
     `split`: which recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became
-    frames.
+    frames; `resized`: were images cut to their centre and resized for testing; `reading`: how images of one's own were
+    found, see `ImageSettings`; `images`: how many there were for training and testing, with the `limit`.
     """
 
     dataset: str | None = None
@@ -29,6 +35,10 @@ class Origin:
     frames_by: str | None = None
     orientation: str | None = None
     resize: str | None = None
+    resized: bool | None = None
+    limit: int | None = None
+    images: int | None = None
+    reading: dict = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Origin":
@@ -36,19 +46,29 @@ class Origin:
         lists = {"classes": str, "mean": float, "std": float, "accuracy": float}
         made = {k: tuple(kind(v) for v in values[k]) for k, kind in lists.items() if k in values}
         for name, value in values.items():
-            kind = int if name == "epochs" else str
+            kind = KINDS.get(name, str)
             if name not in lists and not isinstance(value, kind | None):
                 raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
             if lists.get(name) is float and not all(math.isfinite(number) for number in made[name]):
                 raise ValueError(f"{name} must be finite numbers, got {value!r}")
         if not all(deviation > 0 for deviation in made.get("std", ())):
             raise ValueError(f"std must be positive, got {values['std']!r}")
+        check_types(ImageSettings(1, **values.get("reading", {})))
         return cls(**{**values, **made})
 
     def frames(self) -> dict[str, str]:
         """How recordings became frames, where it is known; keywords of `event_frames_of_file`."""
         known = dict(by=self.frames_by, orientation=self.orientation, resize=self.resize)
         return {name: value for name, value in known.items() if value is not None}
+
+    def spec(self, config: ModelConfig) -> DataSpec:
+        """How images were prepared for a network of this configuration."""
+        known = DATASETS.get(self.dataset) or DataSpec(self.dataset, None, 0, 0, 0, (), (), flip=False, crop_padding=0)
+        resized = known.resized if self.resized is None else self.resized
+        return replace(
+            known, channels=config.in_channels, image_size=config.image_size, num_classes=config.num_classes,
+            mean=self.mean or known.mean, std=self.std or known.std, resized=resized,
+        )  # fmt: skip
 
     def without_results(self) -> "Origin":
         """For weights that are not those that the run measured."""
@@ -68,10 +88,13 @@ class Origin:
         try:
             train = config["train"]
             recordings = ("split", "frames_by", "orientation", "resize")
-            events = {name: train.get(name) for name in recordings if train.get("dataset") == "dvs-cifar10"}
+            events = {name: train.get(name) for name in recordings if config["model"].get("in_channels") == 2}
             return cls.from_dict(
                 {
                     **events,
+                    **config.get("data", {}),
+                    "limit": train.get("limit"),
+                    "reading": {name: train[name] for name in READING if train.get(name) is not None},
                     "dataset": train.get("dataset"),
                     "classes": config.get("classes", []),
                     "mean": norm.get("mean", []),

@@ -12,7 +12,7 @@ from torch import Tensor
 from empf.data.event_frames import event_frames_of_file
 from empf.data.images import BROKEN, centre_crop, converted
 from empf.data.rows import one_line
-from empf.data.sets import DATASETS, both
+from empf.data.sets import both
 from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel
 from empf.models import SpikingNetwork
@@ -34,8 +34,7 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
             "the network does not say how images are normalised and what its classes are called: pack it from a run "
             "folder that was trained on images"
         )
-    cropped = origin.dataset not in DATASETS or DATASETS[origin.dataset].streamed
-    pixels = read_picture(picture, c.in_channels, c.image_size, cropped)  # C H W
+    pixels = read_picture(picture, c.in_channels, c.image_size, origin.spec(c).resized)  # C H W
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (origin.mean, origin.std))
     image = ((pixels / 255 - mean) / std).unsqueeze(0).to(next(packed.buffers()).device)
     packed.reset()
@@ -71,7 +70,7 @@ def follow_recording(net: PackedModel | SpikingNetwork, recording: str | Path) -
 def read_picture(path: str | Path, channels: int, size: int | tuple[int, int], cropped: bool = False) -> Tensor:
     """The centre of an image file as uint8 (channels, height, width).
 
-    `cropped`: as images of another size are in testing, those of ImageNet and of one's own.
+    `cropped`: as images are in testing where they have several sizes; else the largest centre of the aspect.
     """
     path, (height, width) = Path(path), both(size)
     if not path.is_file():
@@ -79,7 +78,7 @@ def read_picture(path: str | Path, channels: int, size: int | tuple[int, int], c
     try:
         with Image.open(path) as image:
             image = converted(ImageOps.exif_transpose(image), channels)
-            if cropped and image.size != (width, height):
+            if cropped:
                 return torch.from_numpy(centre_crop(image, size, channels).copy())
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     except BROKEN as error:

@@ -132,7 +132,7 @@ def example(config: ModelConfig, batch_size: int, device: str) -> tuple[SpikingN
     """A network in training mode and a batch of images, or of event frames for `vgg_snn`."""
     with torch.device(device):
         model = build(config)
-        shape = (batch_size, config.in_channels, config.image_size, config.image_size)
+        shape = (batch_size, config.in_channels, *config.size)
         return model.train(), torch.randn(config.T, *shape) if config.arch == "vgg_snn" else torch.randn(shape)
 
 
@@ -153,7 +153,7 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
     if config.seca or config.activation != "relu":
         return None
     model = build(replace(config, T=1)).eval()
-    image = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
+    image = torch.zeros(1, config.in_channels, *config.size)
     numbers = lambda one: batch_size * one.numel()  # noqa: E731
     events = config.arch == "vgg_snn"
     T = config.T if through_time else 1

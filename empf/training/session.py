@@ -127,7 +127,8 @@ class Session:
         model = parts["model"]
         self.write_config = partial(
             runs.save_config, model=model.config, train=self.config.to_dict(), classes=train_set.class_names,
-            mean=train_set.spec.mean, std=train_set.spec.std,
+            mean=train_set.spec.mean, std=train_set.spec.std, resized=train_set.spec.resized,
+            images=len(train_set) + sum(self.sizes),
         )  # fmt: skip
         if self.state is None:
             folder = self.config.output_dir
