@@ -2,17 +2,18 @@
 
 python bench/fine_tuning.py                            3 seeds, about two minutes on one thread
 
-For each seed a network learns the digits 0 to 4 from scratch; then, for a few epochs and with the same flags, the digits
-5 to 9 are learned from scratch, with `--init-from` that network, with `--init-from` its packed file (its signs), and
+For each seed a network learns the digits 0 to 4; then, for a few epochs and with the same flags, the digits 5 to 9 are
+learned from scratch, with `--init-from` that network, with `--init-from` its packed file (its signs), and
 with `--init-from` and all but the head frozen. The images are class folders that this script writes; train.py does the
 rest. Accuracy: % of the test images after the last time step, at the end of each epoch.
 """
 
 import json
+import os
 import shlex
 import statistics
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,16 +22,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
 import empf
+import train
 from bench.machine import machine
 from empf.data.load import load_data
 from empf.files import write_result
 from empf.runs import read_metrics
 from empf.training.config import Parser
 
-ROOT = Path(__file__).parents[1]
-OUT = ROOT / "bench" / "results" / "fine-tuning.json"
+OUT = Path(__file__).parent / "results" / "fine-tuning.json"
 FLAGS = shlex.split(
-    "--width 0.25 --lr 0.05 --warmup-epochs 0 --mixup 0 --cutmix 0 --label-smoothing 0 --no-flip --threads 1"
+    "--width 0.25 --lr 0.05 --warmup-epochs 0 --mixup 0 --cutmix 0 --label-smoothing 0 --no-flip --threads 1 --no-health"
 )
 
 
@@ -45,8 +46,8 @@ def write_images(folder: Path) -> None:
 
 def trained(run: Path, data: Path, *flags: str) -> list[float]:
     """Test accuracy after each epoch of `train.py --dataset data flags`."""
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(data), *FLAGS, *flags, "--output-dir", str(run)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        train.main(["--dataset", str(data), *FLAGS, *flags, "--output-dir", str(run)])
     return [round(record["accuracy"][-1], 2) for record in read_metrics(run)]
 
 
@@ -69,7 +70,7 @@ def compare(folder: Path, seed: int, first_epochs: int, epochs: int) -> dict[str
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description="Fine-tuning on the digits 5-9, from networks that know 0-4.", allow_abbrev=False)
-    p.add_argument("--first-epochs", type=int, default=10, help="on the digits 0-4 (default: 10)")
+    p.add_argument("--first-epochs", type=int, default=6, help="on the digits 0-4 (default: 6)")
     p.add_argument("--epochs", type=int, default=3, help="on the digits 5-9 (default: 3)")
     p.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     p.add_argument("--json", type=Path, default=OUT, help="where the result is written")
