@@ -30,9 +30,8 @@ from empf.runs import read_metrics
 from empf.training.config import Parser
 
 OUT = Path(__file__).parent / "results" / "fine-tuning.json"
-FLAGS = shlex.split(
-    "--width 0.25 --lr 0.05 --warmup-epochs 0 --mixup 0 --cutmix 0 --label-smoothing 0 --no-flip --threads 1 --no-health"
-)
+FLAGS = shlex.split("--width 0.25 --lr 0.05 --warmup-epochs 0 --mixup 0 --cutmix 0 --label-smoothing 0 --no-flip")
+FLAGS += ["--threads", "1", "--no-health"]
 
 
 def write_images(folder: Path) -> None:
