@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from train_tools import resume, run_train, trace
 
 import empf
 from empf import runs
 from empf.deploy import hub
 from empf.files import fingerprint
+from empf.layer import active, enabled
 from empf.training.fine_tuning import freeze, take_weights
 
 SHAPE = dict(width=0.0625, in_channels=1, image_size=8, T=2)
@@ -161,6 +163,27 @@ def test_patterns_that_fit_nothing_or_everything_are_refused(tmp_path):
         with pytest.raises(SystemExit, match=re.escape(f"error: --freeze {words}")):
             run_train("--freeze", pattern, "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("patterns", ["stem*,blocks.0.*", "stem.conv*,blocks.1.conv2.conv*", "blocks.1.*,head*"])
+def test_gradients_behind_and_before_frozen_parts(patterns):
+    """With activations that are large enough to be made again: those of plain modules, and none of what is frozen."""
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        model = empf.resnet18(num_classes=5, width=0.125, T=2)
+        model.blocks = model.blocks[:2]
+        model.head = torch.nn.Linear(8, 5)
+        frozen = freeze(model, patterns)
+        with enabled(again):
+            assert active(torch.empty(1, 16, 8, 32, 32)) == again
+            empf.online_backward(model, images, torch.arange(16) % 5, F.cross_entropy, steps=[2])
+        assert {name for name, p in model.named_parameters() if p.grad is None} >= frozen
+        found.append({name: p.grad for name, p in model.named_parameters() if name not in frozen})
+    assert found[0].keys() == found[1].keys() and all(grad is not None for grad in found[0].values())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_calibration_leaves_a_frozen_mem_bn_alone():

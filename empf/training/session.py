@@ -425,6 +425,7 @@ def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list
 def scalars(record: dict) -> dict[str, float]:
     """One line of metrics.jsonl for a tracker."""
     single = {name: value for name, value in record.items() if isinstance(value, float)}
+    single |= {"held_out": record["held_out"][-1]} if "held_out" in record else {}
     return single | {f"accuracy_t{t}": accuracy for t, accuracy in enumerate(record["accuracy"], 1)}
 
 
