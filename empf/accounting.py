@@ -323,6 +323,10 @@ def account(net: nn.Module, x: Tensor | None = None) -> dict:
     Returns "neurons", "nops" (per image), "params_full_mb", "params_mb" (bits that are stored), "params_authors_mb" and
     "not_counted": MACs per image of products of matrices outside of the synapses, by module and operation; for what is
     counted see the docstring of `empf.accounting`. The state is reset. Raises ValueError where an example is missing.
+
+    >>> net = empf.resnet18(num_classes=10, in_channels=1, image_size=8, width=0.125)
+    >>> empf.account(net)["neurons"]
+    4288
     """
     example, keywords = example_of(net, x)
     with Watch(net, counting=False) as watch:
@@ -337,6 +341,11 @@ def spike_account(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
     Adds "sops", "energy_mj" (of the SOPs), "macs" and "energy_full_mj" (of the full-precision layers: in the networks
     of this library the stem, the head and the channel attention), and "density": share of non-zero spikes of each layer
     of neurons by name. The state is reset. Raises ValueError without images.
+
+    >>> net = empf.resnet18(num_classes=10, in_channels=1, image_size=8, width=0.125)
+    >>> cost = empf.spike_account(net, [(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))])
+    >>> sorted(cost["density"])[0]  # the share of neurons that fire, by layer
+    'blocks.0.conv1.neuron'
     """
     images = 0
     with Watch(net, counting=True) as watch:

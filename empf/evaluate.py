@@ -51,6 +51,9 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     Everything else is in eval mode meanwhile: other batch norms, torch's own as well, use their running statistics and
     keep them. A model without Mem-BN is left as it is, and `images` is not read. Each batch is what the model is called
     with: (N, C, H, W) or (T, N, ...).
+
+    >>> net = empf.resnet18(in_channels=1, image_size=8, width=0.125, neuron="mem_bn")
+    >>> empf.calibrate(net, (torch.rand(4, 1, 8, 8) for _ in range(2)))
     """
     neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn and not m.frozen_norm]
     if not neurons:

@@ -131,6 +131,7 @@ class StepBatchNorm(nn.Module):
         self.batch_norm = F.batch_norm  # what normalises a step in training
 
     def forward(self, x: Tensor, repeat: int = 1) -> Tensor:
+        """(k, N, C, ...) -> the same shape, each step normalised by itself in training."""
         return self.current(x, repeat=repeat).value
 
     def current(
@@ -355,8 +356,7 @@ class SECA(nn.Module):
 
         w = sigmoid(Conv1d_k(GAP(I)))      I <- w * I          (SECA-I; SECA-II is fed x + I)
 
-    Input and output (T, N, C, H, W) or any (..., C, H, W) with at least one leading dimension; k = 5 neighbouring
-    channels, zero padding. `rest`, of the same shape, is added to the output.    arXiv 2410.07547, sec. 4
+    k = 5 neighbouring channels, zero padding.    arXiv 2410.07547, sec. 4
     """
 
     __call__: Callable[..., Tensor]
@@ -368,6 +368,7 @@ class SECA(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, current: Tensor, rest: Tensor | None = None) -> Tensor:
+        """(..., C, H, W) with a leading dimension or more -> the same; `rest`, of that shape, is added to it."""
         mean = reduce(current, "... c h w -> ... c", "mean")
         gate = self.conv(mean.reshape(-1, 1, mean.shape[-1])).sigmoid()  # (T N) 1 C
         gate = rearrange(gate.view(mean.shape), "... c -> ... c 1 1")

@@ -118,6 +118,7 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
+        """The fields as plain values."""
         return asdict(self)
 
 

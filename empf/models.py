@@ -167,9 +167,6 @@ class Stem(nn.Module):
 class SpikingNetwork(nn.Module, ABC):
     """Base of the networks: time, input checks and the two orders of computation.
 
-    `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state; `model(x, steps=k, past=p)`: p
-    steps without gradient, which only carry the state, then k steps: their logits (k, N, classes) are returned.
-    x: images (N, C, H, W), the same in every step, or events (T, N, C, H, W) (or just the frames of the steps to run).
     Each call goes layer by layer; calls with steps=1 go step by step and give the same numbers.
     """
 
@@ -186,6 +183,7 @@ class SpikingNetwork(nn.Module, ABC):
     runs_steps = True  # `online_backward` may name steps and past
 
     def reset(self) -> None:
+        """Back to time 0; `empf.reset(model)` also resets its neurons."""
         self.t, self.unfinished = 0, False
 
     def __getstate__(self) -> dict:  # as its neurons
@@ -200,6 +198,11 @@ class SpikingNetwork(nn.Module, ABC):
         """Logits (k, N, classes) of k steps with this input current."""
 
     def forward(self, x: Tensor, steps: int | None = None, past: int = 0) -> Tensor:
+        """Logits (k, N, classes): `model(x)`: all T steps; `model(x, steps=k)`: the next k, from the present state.
+
+        `model(x, steps=k, past=p)`: p steps without gradient, which only carry the state, then k steps.
+        x: images (N, C, H, W), the same in every step, or events (T, N, ...) (or just the frames of the steps to run).
+        """
         if self.unfinished and any(m.t != self.t for m in self.modules() if isinstance(m, StatefulNeuron)):
             raise RuntimeError("the last call was interrupted, its neurons differ in time: call empf.reset(model)")
         steps = self.config.T - self.t - past if steps is None else steps

@@ -108,8 +108,6 @@ class EMPFNeuron(StatefulNeuron):
         leak, threshold, alpha, beta: initial values. leak and threshold are sigmoids of a free parameter, so they stay
             in (0, 1); alpha and beta are free, and alpha = 1, beta = 0 is exactly the vanilla neuron.
 
-    Forward: current (k, N, C, ...) -> spikes of the same shape; continues from `.v` at time `.t`.
-    Raises ValueError past time T or for another batch size without `reset()`.
     Source: arXiv 2410.07547, sec. 4.
     """
 
@@ -195,6 +193,10 @@ class EMPFNeuron(StatefulNeuron):
         return self.mem_bn and self.training and not self.frozen_norm
 
     def forward(self, current: Tensor | Current) -> Tensor:
+        """Current (k, N, C, ...) -> spikes of the same shape; continues from `.v` at time `.t`.
+
+        Raises ValueError past time T or for another batch size without `reset()`.
+        """
         return self.outputs(Current.of(current))[0]
 
     def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
@@ -311,7 +313,7 @@ class LIFNeuron(StatefulNeuron):
         m = leak * v + I      s = [m >= threshold]      v = m - threshold * s
 
     `leak` and `threshold` are constants, shown as (T,) tensors. With `.online` the potential is detached between steps
-    (SLTT), without it the gradient goes through time. It is kept in fp32 at least. Forward and errors as `EMPFNeuron`.
+    (SLTT), without it the gradient goes through time. It is kept in fp32 at least.
     """
 
     def __init__(self, T: int | None, *, leak: float = 0.5, threshold: float = 1.0):
@@ -320,6 +322,7 @@ class LIFNeuron(StatefulNeuron):
         self.register_buffer("threshold", torch.full((T or 1,), float(threshold)), persistent=False)
 
     def forward(self, current: Tensor | Current) -> Tensor:
+        """As `EMPFNeuron.forward`."""
         current = Current.of(current).value
         steps = self.advance(current)
         v, spikes, dtype = self.v, [], working_dtype(current)

@@ -16,6 +16,8 @@ def freeze_norm(model: nn.Module, frozen: bool = True) -> None:
     """Let training use the running statistics of every batch norm and Mem-BN and leave them as they are.
 
     Torch's own batch norms know no such mode: they are named by a warning.
+
+    >>> empf.freeze_norm(empf.StepBatchNorm(8))
     """
     foreign = []
     for name, module in model.named_modules():
@@ -44,6 +46,7 @@ class PerStep(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
+        """(k, N, ...) -> (k, N, ...)."""
         return torch.stack([self.module(step) for step in x])
 
 

@@ -280,6 +280,9 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
 
     Raises FileNotFoundError or ValueError with one sentence if the folder is incomplete, damaged or belongs to another
     architecture than its config.json says; nothing is built before that is known.
+
+    >>> empf.resnet18(in_channels=1, image_size=8, width=0.125).save_pretrained("folder")
+    >>> net = empf.load("folder")
     """
     path = Path(run) if Path(run).is_file() else Path(run) / "model.safetensors"
     config = settings_of(ModelConfig, read_config(path.parent)["model"], path.parent)

@@ -169,6 +169,7 @@ class BinaryConv1d(QuantizedWeight, nn.Conv1d):
         self.quantize_as(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, L) -> (N, C_out, L')."""
         weight = self.effective_weight()
         return F.conv1d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -187,4 +188,5 @@ class BinaryLinear(QuantizedWeight, nn.Linear):
         self.quantize_as(kind, granularity)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C_out)."""
         return F.linear(x, self.effective_weight(), self.bias)

@@ -100,6 +100,9 @@ def from_pretrained(
     or of a repository on the Hub (there as huggingface_hub).
 
     Raises FileNotFoundError or ValueError with one sentence where the folder holds none, or a damaged one.
+
+    >>> empf.resnet18(in_channels=1, image_size=8, width=0.125).save_pretrained("folder")
+    >>> net = empf.from_pretrained("folder")
     """
     folder = Path(name)
     if folder.is_file():

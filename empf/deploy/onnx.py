@@ -46,6 +46,9 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
     `x`: an example input of all T steps with at least two samples; a network of `empf.models` needs none (it is then
     exported for images, a VGG-SNN for events). Raises ValueError where an example is missing or the packages for it are
     not installed, OSError with one sentence where the disk refuses.
+
+    >>> net = torch.nn.Sequential(empf.BinaryLinear(4, 2), empf.EMPFNeuron(1))
+    >>> empf.export_onnx(empf.pack(net), "net.onnx", torch.zeros(1, 2, 4))
     """
     if missing := [name for name in ("onnx", "onnxscript") if installed(name) is None]:
         raise ValueError(f"the export needs {' and '.join(missing)}: pip install 'empf[onnx]'")

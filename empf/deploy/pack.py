@@ -33,12 +33,6 @@ MOST_AT_ONCE = 2**28  # the same of one image: a file must not ask for all memor
 class PackedModel(nn.Module):
     """A network for inference: called like the network it was packed from, same outputs, same errors.
 
-    `packed(x)`, of a network of `empf.models`: images (N, C, H, W) or events (T, N, C, H, W), all T steps;
-    `packed(x, steps=k)`: the next k steps. `packed.step(frame)`: one frame (N, ...) of a stream -> logits (N, classes)
-    of this step. `packed.reset()` goes back to time 0; it is needed before a new batch. x is normalised as `origin`
-    says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are float32.
-    Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError for integers.
-
     The membrane potentials are state: threads need a network each, `copy.deepcopy(packed)`.
 
     `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
@@ -78,6 +72,13 @@ class PackedModel(nn.Module):
     @torch.inference_mode(False)  # where tensors have the counters that tell of changes in place
     @torch.no_grad()
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """`packed(x)`, of a network of `empf.models`: images (N, C, H, W) or events (T, N, C, H, W), all T steps.
+
+        `packed(x, steps=k)`: the next k steps. `packed.reset()` comes before a new batch. x is normalised as `origin`
+        says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are
+        float32. Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError
+        for integers.
+        """
         if not self.single:
             raise TypeError(
                 "a packed network computes in float32 or, where x is bfloat16 or float16, with activations of that "
@@ -117,12 +118,14 @@ class PackedModel(nn.Module):
         return [(vars(m)["t"], vars(m).get("v")) for m in self.stateful()]
 
     def restore(self, states: list[tuple[int | None, Tensor | None]]) -> None:
+        """Put what `states` returned where it was."""
         for module, (t, v) in zip(self.stateful(), states, strict=True):
             module.t = t
             if isinstance(module, StatefulNeuron):
                 module.v = v
 
     def images_at_once(self, steps: int, device: torch.device) -> int:
+        """So many that a layer finds its input in the cache of a CPU."""
         if device.type != "cpu" or torch.compiler.is_compiling():
             return sys.maxsize
         return max(1, AT_ONCE * torch.get_num_threads() // (max(1, steps) * numbers_of_a_step(self.net)))
@@ -217,6 +220,10 @@ def pack(net: nn.Module) -> PackedModel:
     counterpart, everything else is copied. The network is left as it is. Class names, normalisation and accuracy come
     with it if `empf.load` read it from a run (its weights are then the moving average, where the run kept one).
     Raises ValueError where no weight is binary or ternary, or a number is not finite.
+
+    >>> packed = empf.pack(torch.nn.Sequential(empf.BinaryLinear(64, 10), empf.EMPFNeuron(4)))
+    >>> packed(torch.randn(4, 8, 64)).shape
+    torch.Size([4, 8, 10])
     """
     if not any(isinstance(m, QuantizedWeight) for m in net.modules()):
         raise ValueError(
@@ -263,6 +270,9 @@ def load_packed(
     class holds the wiring. It is left as it is.
     Raises FileNotFoundError, or ValueError with one sentence for a file that is truncated, altered, of another version
     or something else altogether, or does not fit `net`. Nothing of a file is used before its checksum was found right.
+
+    >>> empf.pack(empf.resnet18(in_channels=1, image_size=8, width=0.125)).save("net.safetensors")
+    >>> packed = empf.load_packed("net.safetensors")
     """
     about, arrays = packed_file.read(path)
     try:

@@ -248,17 +248,10 @@ def measure_separability(model: nn.Module, x: Tensor, target: Tensor) -> tuple[d
     A batch norm that normalises several steps together couples them in both gradients alike: that is not seen here.
     Raises ValueError for a network without such neurons, with different T, or with another output.
 
-        class Net(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.last = torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)
-                self.neuron = empf.EMPFNeuron(T=4)
-
-            def forward(self, x):  # (T, N, 64) -> (T, N, 10)
-                return self.last(self.neuron(self.first(x)))
-
-        result, samples = empf.measure_separability(Net(), torch.randn(4, 16, 64), torch.arange(16) % 10)
-        result["verdict"]  # {"separable": True, "reasons": [...], "silent": []}
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 32), empf.EMPFNeuron(4), torch.nn.Linear(32, 10))
+    >>> result, samples = empf.measure_separability(net, torch.randn(4, 16, 64), torch.arange(16) % 10)
+    >>> result["verdict"]["separable"]
+    True
     """
     neurons, samples = {}, {}
     T = time_steps(model)
