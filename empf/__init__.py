@@ -6,12 +6,13 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where `kerne
     __path__.append(str(Path(__file__).parents[1]))  # an installed package holds it itself
 
 from empf.accounting import account, spike_account
+from empf.attention import SECA
 from empf.deploy.hub import from_pretrained
 from empf.deploy.onnx import export_onnx
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.diagnose.separability import measure_separability
 from empf.evaluate import calibrate
-from empf.layer import SECA, StepBatchNorm
+from empf.layer import StepBatchNorm
 from empf.machine import VERSION
 from empf.models import ModelConfig, SpikingNetwork, build, resnet18, resnet19, resnet34, vgg_snn
 from empf.neuron import EMPFNeuron, LIFNeuron

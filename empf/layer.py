@@ -8,7 +8,7 @@ of the batch, backward makes the rest again, to the same bits:
     I = BN(y) (+ the residual, a sum of the same form)        s = relu(leak * v + I - threshold)
 
 This is for one step with gradient in which v is a constant; anything else keeps its tensors, as does `enabled(False)`.
-Here are also the parts of a network that work on currents: `StepBatchNorm` and `SECA`.
+Here is also the part of a network that works on currents: `StepBatchNorm`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,6 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules import module as torch_module
@@ -152,6 +151,7 @@ class StepBatchNorm(nn.Module):
         return Current(plus(self.plain(y, momentum), rest))
 
     def plain(self, y: Tensor, momentum: float) -> Tensor:
+        """In torch's own operations."""
         stats = (self.running_mean, self.running_var, self.weight, self.bias)
         return stacked([self.batch_norm(x, *stats, training=True, momentum=momentum, eps=self.eps) for x in y])
 
@@ -346,30 +346,3 @@ def fire_into(
     if current.pending:
         current._stats = layer.stats  # whoever asks for the value after all gets that of the same statistics
     return v, outputs
-
-
-# ---- channel attention
-
-
-class SECA(nn.Module):
-    """Efficient channel attention on the post-synaptic current, one weight set for all time steps; k parameters.
-
-        w = sigmoid(Conv1d_k(GAP(I)))      I <- w * I          (SECA-I; SECA-II is fed x + I)
-
-    k = 5 neighbouring channels, zero padding.    arXiv 2410.07547, sec. 4
-    """
-
-    __call__: Callable[..., Tensor]
-
-    def __init__(self, kernel_size: int = 5):
-        super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"the kernel size of SECA must be odd and positive, got {kernel_size}")
-        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
-
-    def forward(self, current: Tensor, rest: Tensor | None = None) -> Tensor:
-        """(..., C, H, W) with a leading dimension or more -> the same; `rest`, of that shape, is added to it."""
-        mean = reduce(current, "... c h w -> ... c", "mean")
-        gate = self.conv(mean.reshape(-1, 1, mean.shape[-1])).sigmoid()  # (T N) 1 C
-        gate = rearrange(gate.view(mean.shape), "... c -> ... c 1 1")
-        return current * gate if rest is None else torch.addcmul(rest, current, gate)

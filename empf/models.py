@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from empf.layer import SECA, Current, StepBatchNorm, hooked, over_steps, plus
+from empf.attention import SECA
+from empf.layer import Current, StepBatchNorm, hooked, over_steps, plus
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, spikes_of, spiking_layer
 from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d
@@ -311,7 +312,10 @@ class VGGSNN(SpikingNetwork):
 
 
 def build(config: ModelConfig) -> SpikingNetwork:
-    """The network of a configuration, freshly initialised."""
+    """The network of a configuration, freshly initialised.
+
+    >>> net = empf.build(empf.ModelConfig(arch="vgg_snn", in_channels=2, width=0.125))
+    """
     return VGGSNN(config) if config.arch == "vgg_snn" else ResNet(config)
 
 
@@ -321,7 +325,13 @@ def _builder(
     def make(**config):
         return build(kind.from_dict({**defaults, **config, "arch": arch}))
 
-    make.__name__, make.__doc__ = arch, f"Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes)."
+    make.__name__, make.__doc__ = (
+        arch,
+        f"""Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes).
+
+    >>> net = empf.{arch}(num_classes=100, T=4, weights="binary", width=0.125)
+    """,
+    )
     return make
 
 

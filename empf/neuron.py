@@ -193,10 +193,7 @@ class EMPFNeuron(StatefulNeuron):
         return self.mem_bn and self.training and not self.frozen_norm
 
     def forward(self, current: Tensor | Current) -> Tensor:
-        """Current (k, N, C, ...) -> spikes of the same shape; continues from `.v` at time `.t`.
-
-        Raises ValueError past time T or for another batch size without `reset()`.
-        """
+        """(k, N, C, ...) -> spikes, from `.v` at time `.t` on. ValueError past T, or for another N without a reset."""
         return self.outputs(Current.of(current))[0]
 
     def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
@@ -276,6 +273,7 @@ class EMPFNeuron(StatefulNeuron):
         return per_channel(self.alpha[t], m.dim()) * m + per_channel(self.beta[t], m.dim()) * normed
 
     def extra_repr(self) -> str:
+        """What `print(neuron)` says."""
         kind = "parallel" if self.parallel else "mem_bn" if self.mem_bn else "vanilla"
         bits = "" if self.spike_bits is None else f", spike_bits={self.spike_bits}"
         return f"T={self.T}, {kind}, activation={self.activation}{bits}"

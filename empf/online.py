@@ -25,6 +25,8 @@ def reset(model: nn.Module) -> None:
     """Start a new batch: v = 0 and t = 0 everywhere. Also works on wrapped models (DDP).
 
     Calls `reset()` of what this library owns; a module of your own joins in with the attribute `holds_state = True`.
+
+    >>> empf.reset(empf.resnet18())
     """
     left, seen = [model], set()
     while left:  # as `model.modules()`, which takes a tenth of a small network's time on one image
@@ -37,7 +39,11 @@ def reset(model: nn.Module) -> None:
 
 
 def time_steps(model: nn.Module) -> int | None:
-    """T of the neurons, None for an open end; ValueError unless there are neurons of the library that agree in it."""
+    """T of the neurons, None for an open end; ValueError unless there are neurons of the library that agree in it.
+
+    >>> empf.time_steps(empf.EMPFNeuron(4))
+    4
+    """
     found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)}, key=str)
     if len(found) != 1:
         listed = " and ".join(f"T = {T}" for T in found) or "none"
@@ -46,7 +52,10 @@ def time_steps(model: nn.Module) -> int | None:
 
 
 def set_online(model: nn.Module, online: bool) -> None:
-    """True (the default of a new model): v is detached between steps. False: gradients go through time."""
+    """True (the default of a new model): v is detached between steps. False: gradients go through time.
+
+    >>> empf.set_online(empf.LIFNeuron(4), False)
+    """
     for module in model.modules():
         if isinstance(module, StatefulNeuron):
             module.online = online
@@ -55,8 +64,10 @@ def set_online(model: nn.Module, online: bool) -> None:
 def draw_steps(T: int, k: int, seed: int, iteration: int) -> list[int]:
     """k different time steps of 1..T, ascending, uniform; a pure function of (seed, iteration).
 
-    Every process draws the same steps, and a resumed run those of the uninterrupted one. Raises ValueError unless
-    1 <= k <= T.
+    Every process draws the same, and so does a resumed run. Raises ValueError unless 1 <= k <= T.
+
+    >>> empf.draw_steps(4, 2, seed=0, iteration=0)
+    [1, 2]
     """
     if not 1 <= k <= T:
         raise ValueError(f"steps per batch must lie in 1..T = {T}, got {k}")
@@ -89,8 +100,10 @@ def online_backward(
         no_sync: context in which gradients stay on their process; used for all but the last backward of a batch.
 
     Returns (loss, logits), detached: the mean of the steps' losses, the logits (N, classes) of the steps, summed.
-    Raises ValueError for an unknown mode, for `random` without steps or with such that are not ascending in 1..T, and
-    for an x without T steps.
+    Raises ValueError for an unknown mode, for `random` without ascending steps in 1..T, and for an x without T steps.
+
+    >>> net, x = torch.nn.Sequential(empf.BinaryLinear(8, 3), empf.EMPFNeuron(4)), torch.randn(4, 16, 8)
+    >>> loss, _ = empf.online_backward(net, x, torch.arange(16) % 3, torch.nn.functional.cross_entropy, steps=[2])
     """
     network = model.module if hasattr(model, "module") else model
     own = not getattr(network, "runs_steps", False)
