@@ -114,7 +114,7 @@ def online_backward(
     if own and (x.dim() < 2 or len(x) != T):
         raise ValueError(f"x must have its {T} time steps first, [T, N, ...], got {tuple(x.shape)}: x.expand({T}, ...)")
     if learning == "random" and steps is None:
-        raise ValueError(f"learning='random' needs steps: pass steps=empf.draw_steps({T}, 1, seed, number of the batch)")
+        raise ValueError(f"learning='random' needs steps: pass steps=empf.draw_steps({T}, 1, seed, number of batch)")
     reset(model)
     if learning == "stbp":
         set_online(model, False)
