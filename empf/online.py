@@ -33,7 +33,7 @@ def reset(model: nn.Module) -> None:
         module = left.pop()
         if module is not None and module not in seen:
             seen.add(module)
-            left += module._modules.values()
+            left += () if getattr(type(module), "resets_parts", False) else module._modules.values()
             if vars(module).get("holds_state", getattr(type(module), "holds_state", False)) is True:
                 module.reset()
 

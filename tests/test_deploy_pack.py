@@ -1,6 +1,8 @@
 """Packed networks: the logits of the model, streams, errors, and what stands in their tensors."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -15,7 +17,7 @@ from empf.deploy import pack as deploy
 from empf.deploy.layers import PackedNeuron, PackedSynapse
 from empf.deploy.lazy import Spikes
 from empf.deploy.pack import load_packed, pack, verify
-from empf.kernels import set_backend
+from empf.kernels import backend, set_backend
 from empf.kernels.pack import signs
 from empf.neuron import StatefulNeuron
 
@@ -127,6 +129,7 @@ def test_the_kernels_give_the_same_logits(settings, kernels_on, device, monkeypa
     x = x[..., :2, :, :, :]
     packed = pack(model).to(device)
     set_backend("on")
+    assert backend(device) == ("triton" if device == "cuda" else "triton-interpreter")
     found = logits(packed, x.to(device)).cpu()
     launched = {name for name, count in kernels_on.items() if count} - {"binary_unpack"}
     wanted = {"binary_conv2d", "neuron_update"}
@@ -204,6 +207,34 @@ def test_a_failed_call_changes_nothing():
     with pytest.raises(ValueError):
         packed(x[:5])
     assert torch.equal(torch.cat([first, packed(x)]), wanted)
+
+
+def test_every_thread_has_a_state_of_its_own():
+    """Streams of two threads in turn, batches of different size, a reset and a refused call of one between those of the
+    other; then both at once."""
+    model, x = trained(neuron="mem_bn")
+    packed, parts = pack(model), (x[:5], x[5:12])
+    wanted = [logits(packed, part) for part in parts]
+    packed.step(x)  # of this thread
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        found = ([], [])
+        for t in range(3):
+            for pool, part, steps in zip((first, second), parts, found, strict=True):
+                steps.append(pool.submit(packed.step, part).result())
+            if t == 0:
+                second.submit(empf.reset, packed).result()
+                found[1][:] = [second.submit(packed.step, parts[1]).result()]
+            with pytest.raises(ValueError):
+                first.submit(packed, x[:2]).result()
+        for steps, want in zip(found, wanted, strict=True):
+            assert relative(torch.stack(steps), want) < 1e-6
+        both = [
+            pool.submit(logits, packed, part) for pool, part in zip((first, second), parts, strict=True) for _ in "abc"
+        ]
+        for number, result in enumerate(both):
+            assert relative(result.result(), wanted[number // 3]) < 1e-6
+    assert relative(torch.cat([packed(x)]), logits(packed, x)[1:]) < 1e-6
+    assert copy.deepcopy(packed)(x).shape == pickle.loads(pickle.dumps(packed))(x).shape == (3, 64, 10)
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -6,8 +6,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +22,6 @@ from empf.deploy.lazy import plain
 from empf.deploy.origin import Origin
 from empf.files import fingerprint, write_atomic
 from empf.models import ModelConfig, SpikingNetwork, build
-from empf.neuron import StatefulNeuron
 from empf.online import reset
 from empf.synapse import QuantizedWeight
 from empf.terminal import shown
@@ -33,7 +33,7 @@ MOST_AT_ONCE = 2**28  # the same of one image: a file must not ask for all memor
 class PackedModel(nn.Module):
     """A network for inference: called like the network it was packed from, same outputs, same errors.
 
-    The membrane potentials are state: threads need a network each, `copy.deepcopy(packed)`.
+    The membrane potentials are state: each thread has its own, and the calls of several threads take turns.
 
     `net`: the copy with packed parts; `config`: its `ModelConfig`, None of other networks; `origin`: data set, class
     names, normalisation and accuracy, where they are known. Make it with `pack` or `load_packed`.
@@ -43,12 +43,25 @@ class PackedModel(nn.Module):
     from_pretrained: ClassVar[Callable[..., "PackedModel"]]  # lent by hub.py, as the next two
     save_pretrained: ClassVar[Callable[..., None]]
     push_to_hub: ClassVar[Callable[..., str]]
+    holds_state = resets_parts = True  # for `empf.reset`
 
     def __init__(self, net: nn.Module, config: ModelConfig | None = None, origin: Origin | None = None):
         super().__init__()
         self.net, self.config, self.origin, self.packed_as = net.eval(), config, origin or Origin(), ""
         self.single = True  # all numbers are float32
+        self._take_turns()
         self.reset()
+
+    def _take_turns(self) -> None:
+        self._lock, self._thread = threading.RLock(), threading.local()
+        self._last = vars(self._thread)  # what belongs to the thread that was here last
+
+    def __getstate__(self) -> dict:  # copies start at time 0, and have their own turns
+        return {n: v for n, v in super().__getstate__().items() if n not in ("_lock", "_thread", "_last", "_stateful")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._take_turns()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -57,16 +70,28 @@ class PackedModel(nn.Module):
         return self
 
     def reset(self) -> None:
-        """Back to time 0: v = 0."""
-        for module in self.stateful():
-            module.reset()
+        """Back to time 0: v = 0, for this thread."""
+        with nullcontext() if torch.compiler.is_compiling() else self.turn():
+            for module in self.stateful():
+                module.reset()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside: this thread alone, with the state that it left."""
+        with self._lock:
+            here = vars(self._thread)
+            if here is not self._last:
+                self._last["states"], self._last = self.states(), here
+                if "states" in here:
+                    self.restore(here["states"])
+                else:
+                    self.reset()
+            yield
 
     def stateful(self) -> list[nn.Module]:
         """The parts that hold a state."""
         if "_stateful" not in self.__dict__:
-            self.__dict__["_stateful"] = [
-                m for m in self.net.modules() if isinstance(m, StatefulNeuron | SpikingNetwork)
-            ]
+            self.__dict__["_stateful"] = [m for m in self.net.modules() if getattr(m, "holds_state", False) is True]
         return self.__dict__["_stateful"]
 
     @torch.inference_mode(False)  # where tensors have the counters that tell of changes in place
@@ -79,6 +104,10 @@ class PackedModel(nn.Module):
         float32. Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError
         for integers.
         """
+        with nullcontext() if torch.compiler.is_compiling() else self.turn():
+            return self._run(x, *args, **kwargs)
+
+    def _run(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not self.single:
             raise TypeError(
                 "a packed network computes in float32 or, where x is bfloat16 or float16, with activations of that "
@@ -97,32 +126,30 @@ class PackedModel(nn.Module):
             raise
         return logits.float() if half else logits
 
-    def in_parts(self, x: Tensor, before: list, steps: int | None = None) -> Tensor:
+    def in_parts(self, x: Tensor, before: list[dict], steps: int | None = None) -> Tensor:
         """On a CPU a large batch goes through the network in parts, so that each layer finds its input in the cache."""
         batch, net = x.dim() - 4, self.net
         at_once = self.images_at_once(steps if isinstance(steps, int) else net.config.T, x.device)
-        if x.shape[batch] <= at_once or any(v is not None and len(v) != x.shape[batch] for _, v in before):
+        held = [v for s in before if (v := s.get("v")) is not None]
+        if x.shape[batch] <= at_once or any(len(v) != x.shape[batch] for v in held):
             return plain(net(channels_last(x), steps))
         logits, after = [], []
         for i, part in enumerate(x.split(at_once, batch)):
-            self.restore([(t, None if v is None else v[i * at_once :][:at_once]) for t, v in before])
+            self.restore([with_v(s, lambda v, i=i: v[i * at_once :][:at_once]) for s in before])
             logits.append(plain(net(channels_last(part), steps)))
             after.append(self.states())
-        self.restore(  # the images side by side again
-            [(at[0][0], None if at[0][1] is None else torch.cat([v for _, v in at])) for at in zip(*after, strict=True)]
-        )
+        beside = lambda parts: with_v(parts[0], lambda _: torch.cat([part["v"] for part in parts]))  # noqa: E731
+        self.restore([beside(parts) for parts in zip(*after, strict=True)])
         return torch.cat(logits, 1)
 
-    def states(self) -> list[tuple[int | None, Tensor | None]]:
-        """(t, v) of every part that holds a state."""
-        return [(vars(m)["t"], vars(m).get("v")) for m in self.stateful()]
+    def states(self) -> list[dict]:
+        """What changes in a call, of every part that holds a state."""
+        return [{n: at[n] for n in ("t", "v", "unfinished") if n in at} for at in map(vars, self.stateful())]
 
-    def restore(self, states: list[tuple[int | None, Tensor | None]]) -> None:
+    def restore(self, states: list[dict]) -> None:
         """Put what `states` returned where it was."""
-        for module, (t, v) in zip(self.stateful(), states, strict=True):
-            module.t = t
-            if isinstance(module, StatefulNeuron):
-                module.v = v
+        for module, state in zip(self.stateful(), states, strict=True):
+            vars(module).update(state)
 
     def images_at_once(self, steps: int, device: torch.device) -> int:
         """So many that a layer finds its input in the cache of a CPU."""
@@ -169,6 +196,11 @@ class PackedModel(nn.Module):
         Raises OSError with one sentence where the disk refuses.
         """
         write_atomic(Path(path), self.to_bytes())
+
+
+def with_v(state: dict, change: Callable[[Tensor], Tensor]) -> dict:
+    """The same state with another potential, where there is one."""
+    return state if state.get("v") is None else {**state, "v": change(state["v"])}
 
 
 def numbers_of_a_step(net: SpikingNetwork) -> int:
