@@ -1,7 +1,7 @@
 """Train by two processes while random signals hit the launcher and the workers, and see that nothing is lost.
 
-python bench/soak.py                 30 rounds, about 15 minutes on two cores
-python bench/soak.py --rounds 5
+python bench/soak.py                 30 rounds, about a minute each; result in bench/results/soak.json
+python bench/soak.py --rounds 5 --json -
 
 Each round starts or continues one run with `accelerate launch --cpu --num_processes 2`, waits until it has saved, sends
 SIGTERM, SIGINT, SIGHUP or SIGKILL to the launcher, to one worker or to all of them, and waits until every process of
@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+from empf.files import write_result
+from empf.machine import machine
 from empf.runs import load_state, read_metrics
 from empf.training.config import Parser
 
@@ -91,8 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=30, help="signals (default: 30)")
     p.add_argument("--epochs", type=int, default=30, help="of 25 batches each (default: 30)")
     p.add_argument("--seed", type=int, default=0, help="of the signals and their moments")
+    p.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "soak.json", help="where the result goes")
     args = p.parse_args(argv)
-    rng = random.Random(args.seed)
+    rng, rounds = random.Random(args.seed), []
     new = [*TINY, "--epochs", str(args.epochs), "--sync-bn", "--output-dir"]
     with tempfile.TemporaryDirectory() as folder:
         whole, run = Path(folder, "whole"), Path(folder, "run")
@@ -101,8 +104,9 @@ def main(argv: list[str] | None = None) -> None:
                 again = (run / "config.json").exists()
                 arguments = ["--resume", str(run), "--save-minutes", "0"] if again else [*new, str(run)]
                 done = round_of(run, arguments, rng)
-                at = load_state(run)["at"] if (run / "state" / "state.pt").exists() else None
-                print(f"round {number + 1}: {done}; saved at {at and (at['epoch'], at['batch'])}", flush=True)
+                at = load_state(run)["at"] if (run / "state" / "state.pt").exists() else {"epoch": 0, "batch": 0}
+                rounds.append(f"{done}; saved at epoch {at['epoch']}, batch {at['batch']}")
+                print(f"round {number + 1}: {rounds[-1]}", file=sys.stderr, flush=True)
             for arguments in (["--resume", str(run)], [*new, str(whole)]):
                 if start(arguments).wait() != 0:
                     raise ValueError(f"train.py {' '.join(arguments)} failed")
@@ -110,7 +114,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("the run is not equal to the one that nothing happened to")
         except (ValueError, OSError, subprocess.TimeoutExpired) as error:
             sys.exit(f"error: {error}")
-    print(f"equal to the uninterrupted run after {args.rounds} signals, no process left")
+    result = {
+        "command": f"python bench/soak.py --rounds {args.rounds} --epochs {args.epochs} --seed {args.seed}",
+        "machine": machine(), "equal_to_the_uninterrupted_run": True, "processes_left": 0, "rounds": rounds,
+    }  # fmt: skip
+    write_result(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
