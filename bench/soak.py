@@ -33,7 +33,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_pr
 TINY = ["--width", "0.0625", "--T", "2", "--limit", "800", "--batch-size", "16", "--threads", "1"]
 TINY += ["--save-minutes", "0"]  # after each look at the loss, twice in an epoch of 25 batches
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
-PATIENCE = 60  # seconds until every process of a round has ended
+PATIENCE = 120  # seconds until every process of a round has ended
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "soak.json", help="where the result goes")
     args = p.parse_args(argv)
     rng, rounds = random.Random(args.seed), []
+    for number in SIGNALS[:3]:  # ignored under nohup and in the background of a shell, which would be inherited
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     new = [*TINY, "--epochs", str(args.epochs), "--sync-bn", "--output-dir"]
     with tempfile.TemporaryDirectory() as folder:
         whole, run = Path(folder, "whole"), Path(folder, "run")
