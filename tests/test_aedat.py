@@ -45,6 +45,12 @@ def test_the_clock_goes_on_where_it_begins_again(stored, goes_on):
     assert unwrapped(np.array(stored, np.int64) % 2**23, 23).tolist()[:1] == [t % 2**23 for t in goes_on[:1]]
 
 
+def test_a_clock_that_is_reset_all_the_time_takes_no_longer():
+    """A damaged file: linear in the events, not quadratic."""
+    t = np.tile(np.array([10**6, 0], np.uint32), 200_000)
+    assert unwrapped(t)[-1] == 200_000 * 10**6
+
+
 def test_a_mark_of_the_camera_is_not_a_pixel(tmp_path):
     rows = random_rows(20)
     whole = aedat2(rows)

@@ -2,6 +2,7 @@
 
 import builtins
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -132,12 +133,80 @@ def test_events_from_arrays_by_name(tmp_path, arrays):
         (dict(x=X - 5, y=Y, t=TIME, p=ON), "has events outside of the sensor"),
         (dict(x=X * 100, y=Y, t=TIME, p=ON), "has events at column 3300, row 33, beyond every known sensor"),
         (dict(x=X, y=Y, t=TIME, p=ON, height=4, width=9), "has events at 33, 33, beyond 9x4 pixels"),
+        (dict(x=X, y=Y, t=TIME, p=ON, height=10**9, width=9), "says that its sensor has 9x1000000000 pixels: it is"),
+        (dict(x=X, y=Y, t=TIME, p=ON, height=np.nan, width=9), "says that its sensor has 9xnan pixels: it is damaged"),
+        (dict(x=X * np.nan, y=Y, t=TIME, p=ON), "has events outside of the sensor"),
+        (dict(x=X, y=Y, t=TIME * 1e300, p=ON), "has events outside of the sensor, or without a time"),
+        (dict(x=X * 1j, y=Y, t=TIME, p=ON), "holds x, y, t or p that are not numbers"),
+        (dict(x=X.astype(str), y=Y, t=TIME, p=ON), "holds x, y, t or p that are not numbers"),
+        (dict(pos=X, neg=Y[:3]), "holds pos and neg that are no rows, columns and times"),
+        ({"\x1b]0;x\x07" + "n" * 999: X, "b": X}, r"holds the arrays \?]0;\?xn+\.\.\.: events are"),
     ],
 )
 def test_arrays_that_are_no_events(tmp_path, arrays, problem):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=rf"a.npz {problem}"):
         event_frames_of_file(tmp_path / "a.npz", 2)
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(99)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 2, 700000, 700000), }",  # 14 TiB
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 2, 1, 4000000000), }",
+        f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**62}, 9), }}",
+        "{'descr': 'O', 'fortran_order': False, 'shape': (3,), }",
+        "{'descr': '<f8', 'shape': ((((((",
+        "(" * 9000,
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_headers_of_arrays_that_lie(tmp_path, header, suffix):
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(npy(header))
+    if suffix == "npz":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("x.npy", npy(header))
+    with pytest.raises(ValueError, match=rf"cannot read .*a.{suffix} \(.*\): write the file again") as error:
+        event_frames_of_file(file, 2)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_an_archive_may_not_unpack_to_all_memory(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10**5), y=np.zeros(10**5))
+    monkeypatch.setattr("empf.data.recordings.MOST_UNPACKED", 10**6)
+    with pytest.raises(ValueError, match=r"a.npz \(its arrays would take 1,600,\d+ bytes, of 1,000,000\)"):
+        event_frames_of_file(tmp_path / "a.npz", 2)
+
+
+def test_frames_may_not_take_all_memory(tmp_path):
+    with pytest.raises(ValueError, match="10000000 frames of 48x48 pixels are too many: use fewer steps or smaller"):
+        FrameSettings(10**7)
+    (tmp_path / "a.dat").write_bytes(dat(ROWS, b"% Height 16000\n% Width 16000\n"))
+    with pytest.raises(ValueError, match=r"a.dat: 100 frames of 16000x16000 pixels are too many"):
+        event_frames_of_file(tmp_path / "a.dat", 100)
+    (tmp_path / "b.dat").write_bytes(dat(ROWS, b"% Height 1000000000\n% Width 9\n"))
+    with pytest.raises(ValueError, match="b.dat says that its sensor has 9x1000000000 pixels"):
+        event_frames_of_file(tmp_path / "b.dat", 1)
+
+
+def test_frames_beyond_single_precision(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((2, 2, 8, 8), 1e300))
+    with pytest.raises(ValueError, match=r"a.npy holds float64 \[2, 2, 8, 8\]: it must hold finite numbers"):
+        event_frames_of_file(tmp_path / "a.npy", 2)
+
+
+def test_polarity_events_of_another_size(tmp_path):
+    data = bytearray(aedat3(ROWS))
+    at = data.index(struct.pack("<hhii", 1, 1, 8, 4))
+    data[at + 4 : at + 8] = struct.pack("<i", 4)
+    (tmp_path / "a.aedat").write_bytes(data)
+    with pytest.raises(ValueError, match="a.aedat has polarity events of 4 bytes, not 8: it is damaged"):
+        read_recording(tmp_path / "a.aedat")
 
 
 def test_raw_files_of_prophesee(tmp_path, monkeypatch):

@@ -71,8 +71,8 @@ def unwrapped(t: np.ndarray, bits: int = 32) -> np.ndarray:
             turns, by = (turns - 1, -period) if turns else (0, 0)
         else:
             by = -step
-        shift[at + 1 :] += by
-    return t + shift
+        shift[at + 1] = by
+    return t + np.cumsum(shift)
 
 
 def read_events(path: str | Path, orientation: str = "transposed") -> Events:
@@ -166,6 +166,8 @@ def _read_aedat3(data: bytes, path: str | Path) -> Events:
         if size < 1 or number < 0 or at + size * number > len(data):
             raise ValueError(f"{path} ends in the middle of a packet: copy the recording again")
         if kind == 1:
+            if size != 8:
+                raise ValueError(f"{path} has polarity events of {size} bytes, not 8: it is damaged")
             events = np.frombuffer(data, "<u4", 2 * number, at).reshape(-1, 2)
             events = events[events[:, 0] & 1 == 1]
             found.append((events[:, 0], events[:, 1].astype(np.int64) + (overflows << 31)))

@@ -19,11 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from empf.data.aedat import ORIENTATIONS, Events
-from empf.data.recordings import ARRAYS, RECORDINGS, load_arrays, read_recording
+from empf.data.recordings import ARRAYS, LARGEST_SIDE, RECORDINGS, load_arrays, read_recording
 from empf.data.sets import both
 
 BINS = ("count", "time")
 RESIZES = ("area", "8bit")
+MOST_FRAMES = 4096
+MOST_NUMBERS = 1 << 28  # in the frames of a recording, before and after they are resized: 2 GB of counts
 
 # "9:1" has three meanings. Of the recordings of a class, in the order of their numbers:
 SPLITS = {
@@ -71,9 +73,16 @@ class FrameSettings:
         for name, least in (("T", self.T), ("size", min(both(self.size)))):
             if least < 1:
                 raise ValueError(f"{name} must be at least 1, got {least}")
+        frames_fit(self.T, both(self.size))
         for name, allowed in (("by", BINS), ("orientation", tuple(ORIENTATIONS)), ("resize", RESIZES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+def frames_fit(T: int, size: tuple[int, int]) -> None:
+    """Raise ValueError where T frames are too many, or too many of this size."""
+    if T > MOST_FRAMES or 2 * T * size[0] * size[1] > MOST_NUMBERS:
+        raise ValueError(f"{T} frames of {size[0]}x{size[1]} pixels are too many: use fewer steps or smaller frames")
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class EventSettings(FrameSettings):
 def count_events(events: Events, T: int, by: str = "count") -> np.ndarray:
     """Events per bin, polarity and pixel: [T, 2, H, W] int64. `by` as in `FrameSettings`."""
     H, W = events.height, events.width
+    frames_fit(T, (H, W))
     index = events.on * np.int64(H * W)
     index += events.y * np.int64(W)
     index += events.x
@@ -162,7 +172,11 @@ def read_frames(clip: "str | Path | Clip", settings: FrameSettings) -> np.ndarra
         found = read_recording(path, settings.orientation)
     else:
         raise ValueError(f"{path} is not a recording: it must end in {', '.join(RECORDINGS + ARRAYS)}")
-    return frames_of(clip.cut(found) if isinstance(found, Events) else _checked(found, settings.T, path), settings)
+    found = clip.cut(found) if isinstance(found, Events) else _checked(found, settings.T, path)
+    try:
+        return frames_of(found, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def frames_of(found: Events | np.ndarray, settings: FrameSettings) -> np.ndarray:
@@ -172,7 +186,10 @@ def frames_of(found: Events | np.ndarray, settings: FrameSettings) -> np.ndarray
 
 
 def _checked(array: np.ndarray, T: int, path: Path) -> np.ndarray:
-    if array.ndim != 4 or array.shape[:2] != (T, 2) or array.dtype.kind not in "uif" or not np.isfinite(array).all():
+    sides = array.shape[2:]
+    if array.ndim != 4 or array.shape[:2] != (T, 2) or array.dtype.kind not in "uif" or not min(sides) or (
+        max(sides) > LARGEST_SIDE or not np.abs(array).max() < np.finfo(np.float32).max
+    ):  # fmt: skip
         raise ValueError(
             f"{path} holds {array.dtype} {list(array.shape)}: it must hold finite numbers [T = {T}, 2, H, W], or "
             "events as arrays x, y, t, p"
