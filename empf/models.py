@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from empf.attention import SECA
+from empf.checks import check_input
 from empf.layer import Current, StepBatchNorm, hooked, over_steps, plus
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, spikes_of, spiking_layer
@@ -206,6 +207,8 @@ class SpikingNetwork(nn.Module, ABC):
         """
         if self.unfinished and any(m.t != self.t for m in self.modules() if isinstance(m, StatefulNeuron)):
             raise RuntimeError("the last call was interrupted, its neurons differ in time: call empf.reset(model)")
+        if type(steps) not in (int, type(None)) or type(past) is not int:
+            raise TypeError(f"steps and past must be whole numbers, got {steps!r} and {past!r}")
         steps = self.config.T - self.t - past if steps is None else steps
         x = self._check_input(x, steps, past)
         self.unfinished = True  # until all neurons are through
@@ -228,11 +231,7 @@ class SpikingNetwork(nn.Module, ABC):
     def _check_input(self, x: Tensor, steps: int, past: int) -> Tensor:
         """The frames to run as (k, N, C, H, W); k = 1 for a static image."""
         c, total = self.config, past + steps
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"the input must be a tensor of floating-point numbers, normalised, got {kind}")
-        if type(steps) is not int or type(past) is not int:
-            raise TypeError(f"steps and past must be whole numbers, got {steps!r} and {past!r}")
+        check_input(x, self.stem.conv.weight)
         if steps < 1 or past < 0 or self.t + total > c.T:
             raise ValueError(
                 f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from empf.checks import FLOATS, MOST_STEPS, tensor
 from empf.kernels.dispatch import transformed
 from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
@@ -48,8 +49,8 @@ class StatefulNeuron(nn.Module):
 
     def __init__(self, T: int | None):
         super().__init__()
-        if T is not None and (type(T) is not int or T < 1):
-            raise ValueError(f"T is the number of time steps, at least 1, or None for an open end; got {T!r}")
+        if T is not None and (type(T) is not int or not 1 <= T <= MOST_STEPS):
+            raise ValueError(f"T is the number of time steps, 1 to {MOST_STEPS:,}, or None for an open end; got {T!r}")
         self.T = T
         self.online = True
         self.observer: Callable[[Tensor], None] | None = None  # is handed the spikes of each call
@@ -66,9 +67,9 @@ class StatefulNeuron(nn.Module):
     def advance(self, current: Tensor) -> slice:
         """Check the k steps of `current` against time and state; return the slice of per-step parameters, move on."""
         shape = current.shape
-        if len(shape) < 3 or not current.is_floating_point():
+        if len(shape) < 3 or not shape[0] or current.layout != torch.strided or current.dtype not in FLOATS:
             raise ValueError(
-                f"a neuron takes floating-point currents of k time steps, (k, N, C, ...), got {tuple(shape)} of "
+                f"a neuron takes dense floating-point currents of k time steps, (k, N, C, ...), got {tuple(shape)} of "
                 f"{current.dtype}: give a single step as x.unsqueeze(0)"
             )
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -132,7 +133,7 @@ class EMPFNeuron(StatefulNeuron):
         super().__init__(T)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if spike_bits is not None and not 1 <= spike_bits <= 8:
+        if spike_bits not in (None, *range(1, 9)):
             raise ValueError(f"spike_bits must be None or 1..8, got {spike_bits}")
         if (mem_bn or per_channel) and channels is None:
             raise ValueError("mem_bn and per_channel need channels")
@@ -198,7 +199,7 @@ class EMPFNeuron(StatefulNeuron):
 
     def outputs(self, current: Current, synapses: Sequence[nn.Module] = (), pool: nn.Module | None = None):
         """[spikes], or where they are `made_again` the outputs of the convolutions that read them (pooled)."""
-        c, shape = self.channels, tuple(current.shape)
+        c, shape = self.channels, tuple(tensor(current.y).shape)
         if c is not None and shape[2:3] != (c,):
             raise ValueError(f"a neuron with {c} channels takes (k, N, {c}, ...), k time steps first, got {shape}")
         steps = self.advance(current.y)
@@ -321,7 +322,7 @@ class LIFNeuron(StatefulNeuron):
 
     def forward(self, current: Tensor | Current) -> Tensor:
         """As `EMPFNeuron.forward`."""
-        current = Current.of(current).value
+        current = tensor(Current.of(current).value)
         steps = self.advance(current)
         v, spikes, dtype = self.v, [], working_dtype(current)
         leak, threshold = self.of_steps(self.leak, steps), self.of_steps(self.threshold, steps)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from empf.checks import compared, whole
 from empf.neuron import StatefulNeuron
 from empf.norms import mixing_watched
 
@@ -69,6 +70,7 @@ def draw_steps(T: int, k: int, seed: int, iteration: int) -> list[int]:
     >>> empf.draw_steps(4, 2, seed=0, iteration=0)
     [1, 2]
     """
+    T, k, seed, iteration = whole("T, k, seed and iteration", (T, k, seed, iteration))
     if not 1 <= k <= T:
         raise ValueError(f"steps per batch must lie in 1..T = {T}, got {k}")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
@@ -121,7 +123,7 @@ def online_backward(
         try:
             with mixing_watched(network, T, x.shape[1]) if own else nullcontext():
                 logits = model(x).mean(0)
-            loss = criterion(logits, target)
+            loss = compared(criterion, logits, target)
             backward(loss)
         finally:
             set_online(model, True)
@@ -130,7 +132,7 @@ def online_backward(
                     module.v = module.v.detach()  # it held the whole graph
         return loss.detach(), logits.detach()
 
-    steps = list(range(1, T + 1)) if learning == "every" else list(steps)
+    steps = list(range(1, T + 1)) if learning == "every" else whole("steps", steps)
     if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > T:
         raise ValueError(f"steps must be ascending and within 1..T = {T}, got {steps}")
     total_loss, total_logits, done = 0.0, 0.0, 0
@@ -143,7 +145,7 @@ def online_backward(
                 logits = model(x[t - 1 : t])[0]
             else:
                 logits = model(x, steps=1, past=t - done - 1)[0]
-            loss = criterion(logits, target) / len(steps)
+            loss = compared(criterion, logits, target) / len(steps)
             backward(loss)
         done = t
         total_loss, total_logits = total_loss + loss.detach(), total_logits + logits.detach()

@@ -361,7 +361,7 @@ def test_another_batch_size_says_reset(neuron):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(T=0), "at least 1, or None for an open end; got 0"),
+        (dict(T=0), "1 to 1,000,000, or None for an open end; got 0"),
         (dict(T=2, activation="elu"), "activation must be one of .* got 'elu'"),
         (dict(T=2, spike_bits=9), "1..8, got 9"),
         (dict(T=2, mem_bn=True), "need channels"),

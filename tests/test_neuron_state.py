@@ -49,6 +49,10 @@ def test_any_number_of_positions(shape):
     [
         (torch.randn(5, 3), r"k time steps first, got \(5, 3\)"),
         (torch.zeros(1, 5, 3, dtype=torch.uint8), "floating-point currents"),
+        (torch.zeros(1, 5, 3, dtype=torch.complex64), "floating-point currents"),
+        (torch.randn(1, 5, 3).to(torch.float8_e4m3fn), "floating-point currents"),
+        (torch.randn(1, 5, 3).to_sparse(), "dense floating-point currents"),
+        (torch.randn(0, 5, 3), r"currents of k time steps, \(k, N, C, \.\.\.\), got \(0, 5, 3\)"),
         (
             torch.randn(5, 3, 8, 8),
             r"neuron with 3 channels takes \(k, N, 3, \.\.\.\), k time steps first, got \(5, 3, 8, 8\)",
@@ -60,12 +64,17 @@ def test_a_batch_without_time_is_refused(x, message):
         EMPFNeuron(5, 3)(x)
 
 
-@pytest.mark.parametrize("T", [2.5, True, 0, -1])
+@pytest.mark.parametrize("T", [2.5, True, 0, -1, 10**30])
 def test_a_number_of_steps_that_is_none(T):
     with pytest.raises(ValueError, match="T is the number of time steps"):
         EMPFNeuron(T)
     with pytest.raises(ValueError, match="channels must be a whole number"):
         EMPFNeuron(2, -3)
+    with pytest.raises(ValueError, match="spike_bits must be None or 1..8, got 2.5"):
+        EMPFNeuron(2, 3, spike_bits=2.5)
+    for neuron in (EMPFNeuron(2, 3), LIFNeuron(2)):
+        with pytest.raises(TypeError, match="a layer takes a tensor of currents, time first, got NoneType"):
+            neuron(None)
 
 
 def test_neurons_under_transforms_of_torch():

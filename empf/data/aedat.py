@@ -100,7 +100,7 @@ def read_events(path: str | Path, orientation: str = "transposed") -> Events:
     if data.startswith(b"#!AER-DAT3"):
         return _read_aedat3(data, path)
     if data.startswith(b"#!AER-DAT") and not data.startswith(b"#!AER-DAT2"):
-        found = data[2:12].decode("latin1")
+        found = repr(data[2:12])[2:-1]
         raise ValueError(
             f"{path} is {found}: it must be AER-DAT2.0 or AER-DAT3.1, or AER-DAT4.0 with a name that ends in .aedat4"
         )

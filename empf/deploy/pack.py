@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from empf.checks import check_input
 from empf.deploy import file as packed_file
 from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
 from empf.deploy.lazy import plain
@@ -113,7 +114,9 @@ class PackedModel(nn.Module):
                 "a packed network computes in float32 or, where x is bfloat16 or float16, with activations of that "
                 "type: call packed.float(), and convert x instead"
             )
-        known = isinstance(self.net, SpikingNetwork) and isinstance(x, Tensor) and x.is_floating_point()
+        known = isinstance(self.net, SpikingNetwork)
+        if known:
+            check_input(x)
         if not known or x.dim() not in (4, 5):  # the network says what is wrong
             return plain(self.net(x, *args, **kwargs))
         half = x.dtype in (torch.bfloat16, torch.float16)
