@@ -322,7 +322,7 @@ class LIFNeuron(StatefulNeuron):
 
     def forward(self, current: Tensor | Current) -> Tensor:
         """As `EMPFNeuron.forward`."""
-        current = tensor(Current.of(current).value)
+        current = current.value if isinstance(current, Current) else tensor(current)
         steps = self.advance(current)
         v, spikes, dtype = self.v, [], working_dtype(current)
         leak, threshold = self.of_steps(self.leak, steps), self.of_steps(self.threshold, steps)

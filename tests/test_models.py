@@ -313,7 +313,7 @@ def test_hooks_on_layers_and_blocks_fire_with_tensors():
     ("x", "error"),
     [
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating-point numbers, normalised, got torch.uint8"),
-        (np.zeros((2, 3, 8, 8), np.float32), "got float32"),
+        (np.zeros((2, 3, 8, 8), np.float32), "got ndarray"),
         ([[1.0]], "got list"),
         (None, "got NoneType"),
     ],
