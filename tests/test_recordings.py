@@ -140,7 +140,7 @@ def test_events_from_arrays_by_name(tmp_path, arrays):
         (dict(x=X * 1j, y=Y, t=TIME, p=ON), "holds x, y, t or p that are not numbers"),
         (dict(x=X.astype(str), y=Y, t=TIME, p=ON), "holds x, y, t or p that are not numbers"),
         (dict(pos=X, neg=Y[:3]), "holds pos and neg that are no rows, columns and times"),
-        ({"\x1b]0;x\x07" + "n" * 999: X, "b": X}, r"holds the arrays \?]0;\?xn+\.\.\.: events are"),
+        ({"\x1b]0;x\x07" + "n" * 999: X, "b": X}, r"holds the arrays \?]0;x\?n+\.\.\.: events are"),
     ],
 )
 def test_arrays_that_are_no_events(tmp_path, arrays, problem):
