@@ -1,8 +1,5 @@
 """Networks: shapes, stems, the two orders of computation, state and errors."""
 
-import json
-from dataclasses import fields
-
 import numpy as np
 import pytest
 import torch
@@ -260,34 +257,9 @@ def test_wrong_number_of_frames():
         small()(torch.randn(3, 2, 1, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        (dict(weights="trinary"), "weights must be one of binary, ternary, full, got 'trinary'"),
-        (dict(neuron="izhikevich"), "neuron must be one of"),
-        (dict(seca=3), "seca must be one of 0, 1, 2, got 3"),
-        (dict(spike_bits=0), "spike_bits must be one of"),
-        (dict(parallel=1.5), "must lie in 0..1, got 1.5"),
-        (dict(width=0), "width must be positive"),
-        (dict(T=0), "T must be at least 1, got 0"),
-        (dict(neuron="lif", parallel=0.5), "LIF baseline"),
-        (dict(weigths="binary"), "unknown model setting weigths"),
-    ],
-)
-def test_bad_configuration(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        small(**kwargs)
-
-
 def test_vgg_needs_16_pixels():
     with pytest.raises(ValueError, match="at least 16x16, got 8"):
         empf.vgg_snn(image_size=8)
-
-
-def test_configuration_round_trip():
-    config = ModelConfig(arch="vgg_snn", spike_bits=4, width=0.5)
-    assert ModelConfig.from_dict(config.to_dict()) == config
-    assert set(config.to_dict()) == {f.name for f in fields(ModelConfig)}
 
 
 def test_hooks_on_layers_and_blocks_fire_with_tensors():
@@ -341,15 +313,6 @@ def test_images_that_are_not_square(arch, size):
     with pytest.raises(ValueError, match=rf"images \(N, 2, {size[0]}, {size[1]}\)"):
         model(x.transpose(2, 3))
     empf.online_backward(model.train(), x, torch.arange(3), torch.nn.functional.cross_entropy, steps=[2])
-
-
-def test_sizes_of_images():
-    config = empf.ModelConfig(image_size=(24, 40))
-    assert empf.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert empf.ModelConfig(image_size=(32, 32)) == empf.ModelConfig()
-    for size in ((0, 8), (8, 8, 8), ("8", 8), (8, 10_000)):
-        with pytest.raises(ValueError, match="image_size must be"):
-            empf.ModelConfig(image_size=size)
 
 
 def test_a_norm_with_its_own_forward_is_called():

@@ -1,0 +1,43 @@
+"""The configuration of a network: what it refuses, and what a file of it gives back."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+import empf
+from empf.model_config import ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(weights="trinary"), "weights must be one of binary, ternary, full, got 'trinary'"),
+        (dict(neuron="izhikevich"), "neuron must be one of"),
+        (dict(seca=3), "seca must be one of 0, 1, 2, got 3"),
+        (dict(spike_bits=0), "spike_bits must be one of"),
+        (dict(parallel=1.5), "must lie in 0..1, got 1.5"),
+        (dict(width=0), "width must be positive"),
+        (dict(T=0), "T must be at least 1, got 0"),
+        (dict(neuron="lif", parallel=0.5), "LIF baseline"),
+        (dict(weigths="binary"), "unknown model setting weigths"),
+    ],
+)
+def test_bad_configuration(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        empf.resnet18(**kwargs)
+
+
+def test_configuration_round_trip():
+    config = ModelConfig(arch="vgg_snn", spike_bits=4, width=0.5)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert set(config.to_dict()) == {f.name for f in fields(ModelConfig)}
+
+
+def test_sizes_of_images():
+    config = ModelConfig(image_size=(24, 40))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig(image_size=(32, 32)) == ModelConfig()
+    for size in ((0, 8), (8, 8, 8), ("8", 8), (8, 10_000)):
+        with pytest.raises(ValueError, match="image_size must be"):
+            ModelConfig(image_size=size)
