@@ -61,8 +61,8 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
         torch.manual_seed(config.seed)
         raw = empf.build(config.model(train_set.spec)).to(device, memory_format=torch.channels_last)
         if config.init_from is not None and session.state is None:
-            source = empf.from_pretrained(config.init_from)
-            session.notes.append(take_weights(raw, source, train_set.class_names, config.init_from))
+            taken = take_weights(raw, empf.from_pretrained(config.init_from), train_set.class_names)
+            session.notes.append(f"started from {config.init_from}: {taken}")
         frozen = freeze(raw, config.freeze)
         if config.sync_bn and accelerator.num_processes > 1:
             sync_norms(raw)

@@ -40,19 +40,20 @@ def differing(model, source) -> set[str]:
 def test_what_fits_is_taken_and_the_rest_is_listed():
     source, model = network(5, seed=2), network(5)
     assert differing(model, source)
-    assert take_weights(model, source, ["a"] * 5, "RUN") == "started from RUN, 134 of 134 tensors"
+    assert take_weights(model, source, ["a"] * 5) == "134 of 134 tensors"
     assert differing(model, source) == set()
     other = network(7)
-    said = take_weights(other, source, ["a"] * 7, "RUN")
-    assert (
-        said
-        == "started from RUN, 132 of 134 tensors; new: head.weight (5x32 in it, 7x32 here), head.bias (5 in it, 7 here)"
-    )
+    said = take_weights(other, source, ["a"] * 7)
+    assert said == "132 of 134 tensors; not taken: head.weight (5x32 in it, 7x32 here), head.bias (5 in it, 7 here)"
+    attention = network(5, seca=1)
+    words = "; not taken: blocks.0.conv1.seca.conv.weight ({}), blocks.0.conv2.seca.conv.weight ({}), "
+    assert words.format("not in it", "not in it") in take_weights(attention, source, ["a"] * 5)
+    assert words.format("not here", "not here") in take_weights(source, attention, ["a"] * 5)
     attention = network(5, seca=1, T=3)
-    said = take_weights(attention, source, ["a"] * 5, "RUN")
+    said = take_weights(attention, source, ["a"] * 5)
     assert "blocks.0.conv1.neuron.leak_logit (2 in it, 3 here)" in said and said.endswith("more") and len(said) < 500
-    with pytest.raises(ValueError, match="no weight of RUN fits this network: give the --arch, --width"):
-        take_weights(network(5, width=0.125), source, ["a"] * 5, "RUN")
+    with pytest.raises(ValueError, match="no weight of --init-from fits this network: give the --arch and --width"):
+        take_weights(network(5, width=0.125), source, ["a"] * 5)
 
 
 def test_other_classes_get_a_new_head_also_where_their_number_is_the_same(trained):
@@ -60,7 +61,9 @@ def test_other_classes_get_a_new_head_also_where_their_number_is_the_same(traine
     digits = runs.read_config(trained)["classes"]
     for classes in (digits[::-1], [f"letter {n}" for n in range(10)]):
         model = network()
-        assert "new: head.weight (other classes), head.bias (other classes)" in take_weights(model, source, classes)
+        assert "not taken: head.weight (other classes), head.bias (other classes)" in take_weights(
+            model, source, classes
+        )
         assert differing(model, source) == {"head.weight", "head.bias"}
     model = network()
     take_weights(model, source, digits)
@@ -94,7 +97,7 @@ def test_a_run_a_file_a_packed_file_and_the_hub(trained, tmp_path, monkeypatch):
         else:
             assert torch.equal(found[name].sign(), start[name].sign()) and not torch.equal(found[name], start[name])
         log = (run / "log.txt").read_text()
-        assert f"started from {source}, " in log and str(runs.read_config(run)["train"]["init_from"]) == str(source)
+        assert f"started from {source}: " in log and str(runs.read_config(run)["train"]["init_from"]) == str(source)
 
 
 def local(path: Path) -> str:

@@ -13,40 +13,42 @@ NAMED = 6  # of what was not taken
 
 
 @torch.no_grad()
-def take_weights(model: nn.Module, source: nn.Module, classes: Sequence[str], name: str = "it") -> str:
-    """Give the model what `source` has under the same names in the same shapes; returns a line that says what it lacks.
+def take_weights(model: nn.Module, source: nn.Module, classes: Sequence[str]) -> str:
+    """Give the model what `source` has under the same names in the same shapes; returns what was taken, for people.
 
-    The head is taken only where `source` does not know its classes or knows these, in this order. A packed network has
-    no latent weights and folded norms: those that are binary or ternary start from the signs, at the mean size of those
-    of the model, norms and neurons anew. `name`: of the source, for people. Raises ValueError where no weight fits.
+    The head is taken only where `source` does not know its classes, or they are `classes`. A packed network has no
+    latent weights, and folded norms: binary or ternary weights start from its signs, at the mean size of those of the
+    model, norms and neurons anew. Raises ValueError where no weight fits.
     """
-    own, found = model.state_dict(), dict(getattr(source, "net", source).state_dict())
-    for part, module in getattr(source, "net", source).named_modules():
-        if hasattr(module, "bits") and (latent := own.get(f"{part}.weight")) is not None:
-            found[f"{part}.weight"] = module.effective_weight().sign() * latent.abs().mean()
-    if hasattr(source, "net"):
-        known = source.origin.classes
+    packed, own = hasattr(source, "net"), model.state_dict()
+    if packed:
+        found, known = dict(source.net.state_dict()), source.origin.classes
+        for part, module in source.net.named_modules():
+            if hasattr(module, "bits") and (latent := own.get(f"{part}.weight")) is not None:
+                found[f"{part}.weight"] = module.effective_weight().sign() * latent.abs().mean()
     else:
+        found = source.state_dict()
         known = read_config(source.run).get("classes", ()) if hasattr(source, "run") else ()
     lacking = {}
-    for at, tensor in own.items():
-        if at not in found:
-            lacking[at] = "not in it"
-        elif found[at].shape != tensor.shape:
-            there, here = ("x".join(map(str, t.shape)) or "1" for t in (found[at], tensor))
-            lacking[at] = f"{there} in it, {here} here"
-        elif at.startswith("head.") and known and list(known) != list(classes):
-            lacking[at] = "other classes"
+    for name, tensor in own.items():
+        if name not in found:
+            lacking[name] = "not in it"
+        elif found[name].shape != tensor.shape:
+            there, here = ("x".join(map(str, t.shape)) or "1" for t in (found[name], tensor))
+            lacking[name] = f"{there} in it, {here} here"
+        elif name.startswith("head.") and known and list(known) != list(classes):
+            lacking[name] = "other classes"
         else:
-            tensor.copy_(found[at])
-    if not any(at.endswith(".weight") and tensor.dim() > 1 for at, tensor in own.items() if at not in lacking):
+            tensor.copy_(found[name])
+    taken = own.keys() - lacking
+    if not any(name.endswith(".weight") and own[name].dim() > 1 for name in taken):
         raise ValueError(
-            f"no weight of {name} fits this network: give the --arch, --width and --T that it was trained with"
+            "no weight of --init-from fits this network: give the --arch and --width that it was trained with"
         )
-    words = [f"{at} ({why})" for at, why in lacking.items()]
-    more = [f"{len(words) - NAMED} more"] if len(words) > NAMED else []
-    anew = f"; new: {', '.join(words[:NAMED] + more)}" if words else ""
-    return shown(f"started from {name}, {len(own) - len(lacking)} of {len(own)} tensors{anew}", 1000)
+    lacking |= {} if packed else dict.fromkeys((name for name in found if name not in own), "not here")
+    words = [f"{name} ({why})" for name, why in lacking.items()]
+    words[NAMED:] = [f"{len(words) - NAMED} more"] if len(words) > NAMED else []
+    return shown(f"{len(taken)} of {len(own)} tensors" + (f"; not taken: {', '.join(words)}" if words else ""), 1000)
 
 
 def freeze(model: nn.Module, patterns: str | None) -> set[str]:
