@@ -162,7 +162,7 @@ class Session:
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
         frozen = [not parameter.requires_grad for parameter in model.parameters()]
         if any(frozen):
-            self.notes.append(f"{sum(frozen)} of {len(frozen)} parameters are frozen")
+            self.notes.append(f"{sum(frozen)} of {len(frozen)} parameter tensors are frozen")
         in_vain = without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet))
         for line in [*self.notes, *in_vain]:
             self.say(line)
@@ -405,7 +405,7 @@ def division(train: ImageSet, test: ImageSet, held: ImageSet | None) -> str:
         tested = f"; tested on {test.split}" if is_held_out(test) else ""
         return f"{len(train)} training, {len(test)} test images{tested}"
     counts = f"{len(train)} training, {len(held)} held-out, {len(test)} test images"
-    return f"{counts}; {held.split}, choose the best epoch"
+    return f"{counts}; {held.split}, chooses the best epoch"
 
 
 def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
