@@ -8,6 +8,7 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where `kerne
 from empf.accounting import account, spike_account
 from empf.attention import SECA
 from empf.deploy.hub import from_pretrained
+from empf.deploy.nir import to_nir
 from empf.deploy.onnx import export_onnx
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.diagnose.separability import measure_separability
@@ -26,5 +27,6 @@ __all__ = [
     "BinaryConv1d", "BinaryConv2d", "BinaryLinear", "EMPFNeuron", "LIFNeuron", "ModelConfig", "PackedModel",
     "PerStep", "SECA", "SpikingNetwork", "StepBatchNorm", "account", "build", "calibrate", "draw_steps",
     "export_onnx", "freeze_norm", "from_pretrained", "load", "load_packed", "measure_separability", "online_backward",
-    "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online", "spike_account", "time_steps", "vgg_snn",
+    "pack", "reset", "resnet18", "resnet19", "resnet34", "set_online", "spike_account", "time_steps", "to_nir",
+    "vgg_snn",
 ]  # fmt: skip
