@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 from make_data import image_folder, pictures, stream_folder
 from make_events import moving_bars
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -220,10 +222,39 @@ def test_tracker_writes_into_the_run_folder(tmp_path, monkeypatch):
     assert events.Scalars("accuracy_t2")[-1].value == pytest.approx(records[-1]["accuracy"][1])
 
 
+class Notebook(GeneralTracker):
+    """A tracker that is not installed here, in place of W&B."""
+
+    name, requires_logging_directory, tracker = "wandb", False, None
+    pages: dict = {}
+
+    def __init__(self, run_name, **options):
+        super().__init__()
+        self.pages["run"] = run_name
+
+    def store_init_configuration(self, values):
+        self.pages["config"] = values
+
+    def log(self, values, step, **options):
+        self.pages[step] = values
+
+
+def test_two_trackers_are_told_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    both = [LoggerType("tensorboard"), LoggerType("wandb")]
+    for place in ("empf.training.processes", "accelerate.tracking"):
+        monkeypatch.setattr(f"{place}.get_available_trackers", lambda: both)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Notebook)
+    run_train("--tracker", "tensorboard,wandb", "--epochs", "1", "--output-dir", tmp_path / "run")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert Notebook.pages["run"] == "empf" and Notebook.pages["config"]["epochs"] == 1
+    assert Notebook.pages[1]["accuracy_t2"] == metrics(tmp_path / "run")[0]["accuracy"][1]
+
+
 def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("empf.training.processes.get_available_trackers", list)
     with pytest.raises(SystemExit, match="error: tracker 'wandb' is .* not installed: install it .* installed: none"):
-        run_train("--tracker", "wandb", "--output-dir", tmp_path / "run")
+        run_train("--tracker", "wandb,tensorboard", "--output-dir", tmp_path / "run")
 
 
 def test_ctrl_c_before_the_first_batch(tmp_path, monkeypatch):

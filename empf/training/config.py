@@ -134,7 +134,7 @@ class TrainConfig:
     output_dir: str | None = setting(None, "run folder; default: the first free runs/DATASET-ARCH[-N]")
     save_minutes: float = setting(10.0, "also save within an epoch after so many minutes")
     max_steps: int | None = setting(None, "save and stop after so many updates of this call; --resume continues")
-    tracker: str | None = setting(None, "also log to a tracker of Accelerate, e.g. tensorboard")
+    tracker: str | None = setting(None, "also log to trackers of Accelerate, e.g. tensorboard or tensorboard,wandb")
 
     def __post_init__(self):
         check_types(self)

@@ -127,9 +127,10 @@ def end_with_launcher() -> None:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes and tracker; raises ValueError where what is asked for is not installed or not possible."""
     installed = [tracker.value for tracker in get_available_trackers()]
-    if config.tracker not in (None, *installed):
+    trackers = config.tracker.split(",") if config.tracker else []
+    if missing := [tracker for tracker in trackers if tracker not in installed]:
         raise ValueError(
-            f"tracker {config.tracker!r} is unknown to Accelerate or not installed: install it or leave --tracker out; "
+            f"tracker {missing[0]!r} is unknown to Accelerate or not installed: install it or leave --tracker out; "
             f"installed: {', '.join(installed) or 'none'}"
         )
     check_workers(config.workers)
@@ -141,7 +142,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=several and not torch.cuda.is_available(),  # else they would not see each other
         mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
+        log_with=trackers or None,
         project_dir=".",  # the run folder takes its place once it is known
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else it divides the loss once more
         kwargs_handlers=[parallel],
