@@ -1,8 +1,10 @@
 """Reader and frames of event recordings, against files and counts that are made event by event."""
 
+import base64
 import builtins
 import struct
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,3 +160,26 @@ def test_aedat4_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.aedat4").write_bytes(b"#!AER-DAT4.0\r\n")
     with pytest.raises(ValueError, match=r"a\.aedat4 is AEDAT 4, which needs a package: pip install aedat"):
         read_events(tmp_path / "a.aedat4")
+
+
+# Six events of 346x260 pixels, written by dv-processing 2.0.4 with LZ4; compressed once more.
+DV = (
+    "c-oCqO;6iE5S@I8pp=gYP{pB#?H2V!W0OXl9E%iE5vc*SjVK^4R=i19kX>uNwo27Q#fe|gbAJSf9y#{dpV0#cxc1bsaoW_lA}fvc"
+    "#(wjjXLskx<7Vs4v#n;gUNvXSD+PdM0BG-Sw;*0+%!@Ds(})0a7!{0*0{mH5c>v1|NywDXrD)Jv)ueWr;If2t84=EqHK+`9Tl6I*"
+    "o}=G4sFCDGLQT`nJ4ADw8q*!E6**?74ce1KPcc98r$nE6DBx?w#emwc4(pZ?G5=dE6(4ZnoOGlcoUk3VPiu6fkem2kIqwwLOid`b"
+    "8)z@kS%NHNLi_i~L?v6y?<wx-jK($tU&|qJ9qq(lh>Y#36R5UbwC8=!R9dvP*L|BQFm^ON>ljUgr%p4&+vgwI{>YLGP3`CP^(?!L"
+    "x`Th}YU}1Cbuv)BJDcCjY|w~09J`BS`3PHv8`|a3y$>;pw6naiaXCPEGxI4Kj%W`7rf_76_(T#Qd>xhKOK|op9-^Ox3anZ1{UOjF"
+    "C4?W~3jzA=0m2J#5q_OVcnvj#=Zh8iyqfzvaf$1G<ofg|aediszDT*oPD^pg9IWCH7cqMTD=@bNXSWU5g;`jbDnTv}mpI38zKDOB"
+    "*!%{rWBpw"
+)
+
+
+def test_aedat4_of_the_encoder_of_the_cameras(tmp_path):
+    """Equal to what was written; longer files in all compressions were compared by hand."""
+    pytest.importorskip("aedat", reason="needs aedat")
+    (tmp_path / "a.aedat4").write_bytes(zlib.decompress(base64.b85decode(DV)))
+    events = read_events(tmp_path / "a.aedat4")
+    assert (events.height, events.width) == (260, 346)
+    assert events.t.tolist() == [2**33 + 1000 * i for i in range(6)]
+    assert events.x.tolist() == [60 * i for i in range(6)] and events.y.tolist() == [250 - 50 * i for i in range(6)]
+    assert events.on.tolist() == [True, False] * 3
