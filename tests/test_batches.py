@@ -8,7 +8,7 @@ import torch
 from make_data import assert_same, normalised, random_set, stored
 
 from empf.data.batches import Augment, Batches
-from empf.data.events import EventAugment, EventBatches, EventSet
+from empf.data.events import EventBatches, EventSet
 from empf.data.load import make_batches
 from empf.data.sets import DATASETS, ImageSet
 
@@ -303,11 +303,9 @@ def test_batches_of_events_are_made_by_the_factory():
     frames = torch.rand(6, 3, 2, 8, 8).half()
     spec = replace(DATASETS["dvs-cifar10"], image_size=8)
     events = EventSet(frames, torch.arange(6), [str(i) for i in range(6)], spec, "folders")
-    made = make_batches(
-        events, 4, train=True, seed=2, augment=Augment(crop=True, flip=True, roll=3, label_smoothing=0.1)
-    )
+    augment = Augment(crop=True, flip=True, roll=3, label_smoothing=0.1)
+    made = make_batches(events, 4, train=True, seed=2, augment=augment)
     assert type(made) is EventBatches
-    augment = EventAugment(flip=True, roll=3, crop=spec.crop_padding, label_smoothing=0.1)
     expected = EventBatches(events, 4, train=True, seed=2, augment=augment)
     assert_same(list(made), list(expected))
     ((plain, _),) = make_batches(events, 6, train=False)

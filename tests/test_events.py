@@ -12,8 +12,9 @@ from train_tools import metrics, run_train
 
 import empf
 import eval
+from empf.data.batches import Augment
 from empf.data.event_frames import EventSettings, FrameSettings, event_frames_of_file
-from empf.data.events import DVS_CIFAR10, EventAugment, EventBatches, EventSet, _slanted
+from empf.data.events import DVS_CIFAR10, EventBatches, EventSet, _slanted
 from empf.data.load import load_test
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed
@@ -118,11 +119,11 @@ def test_errors_of_a_folder(tmp_path):
 def event_set(count: int = 22, T: int = 3, side: int = 6, flip_dim: int = -1) -> EventSet:
     """Random frames, all of them different; recording i has the label i mod 10."""
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 99, (count, T, 2, side, side))).half()
-    spec = replace(DVS_CIFAR10, image_size=side)
+    spec = replace(DVS_CIFAR10, image_size=side, crop_padding=1)
     return EventSet(frames, torch.arange(count) % 10, [str(i) for i in range(10)], spec, "first900", flip_dim)
 
 
-ALL = EventAugment(flip=True, roll=2, crop=1, label_smoothing=0.1)
+ALL = Augment(flip=True, roll=2, crop=True, label_smoothing=0.1)
 
 
 def epoch(batches, start=0):
@@ -168,7 +169,7 @@ def test_each_test_recording_comes_once_unchanged(world):
     assert same(epoch(parts[0], start=1), found[0][1:])
 
 
-def augmented(augment: EventAugment, flip_dim: int = -1, epochs: int = 12):
+def augmented(augment: Augment, flip_dim: int = -1, epochs: int = 12):
     """(augmented, original) pairs [T, 2, H, W] of several epochs; labels are found by the order of the epoch."""
     data = event_set(20, flip_dim=flip_dim)
     changed = EventBatches(data, 20, train=True, augment=augment)
@@ -182,8 +183,8 @@ def augmented(augment: EventAugment, flip_dim: int = -1, epochs: int = 12):
 
 @pytest.mark.parametrize("flip_dim", [-1, -2])
 def test_flip(flip_dim):
-    flipped = [torch.equal(a, b.flip(flip_dim)) for a, b in augmented(EventAugment(flip=True), flip_dim)]
-    kept = [torch.equal(a, b) for a, b in augmented(EventAugment(flip=True), flip_dim)]
+    flipped = [torch.equal(a, b.flip(flip_dim)) for a, b in augmented(Augment(flip=True), flip_dim)]
+    kept = [torch.equal(a, b) for a, b in augmented(Augment(flip=True), flip_dim)]
     assert all(f != k for f, k in zip(flipped, kept, strict=True))  # whole recordings, never single frames
     assert 90 < sum(flipped) < 150
 
@@ -203,7 +204,7 @@ def shifts(after, before, roll: bool, reach: int):
     return found
 
 
-@pytest.mark.parametrize("augment", [EventAugment(roll=1), EventAugment(crop=1)])
+@pytest.mark.parametrize("augment", [Augment(roll=1), Augment(crop=True)])
 def test_roll_and_crop_move_all_steps_alike(augment):
     seen = [shifts(a, b, augment.roll > 0, reach=2) for a, b in augmented(augment)]
     assert all(len(s) == 1 for s in seen)
@@ -214,7 +215,7 @@ def test_roll_and_crop_move_all_steps_alike(augment):
 
 def test_frames_are_dropped_whole():
     emptied = []
-    for after, before in augmented(EventAugment(drop=0.3), epochs=4):
+    for after, before in augmented(Augment(drop=0.3), epochs=4):
         empty = (after == 0).flatten(1).all(1)
         assert torch.equal(after[~empty], before[~empty])
         emptied += empty.tolist()
@@ -223,7 +224,7 @@ def test_frames_are_dropped_whole():
 
 def test_a_square_is_cut_out_of_all_steps_alike():
     places = set()
-    for after, before in augmented(EventAugment(cutout=2), epochs=4):
+    for after, before in augmented(Augment(cutout=2), epochs=4):
         hole = (after != before).flatten(0, 1).any(0)
         assert (after[:, :, hole] == 0).all() and 1 <= hole.sum() <= 4
         places.add(tuple(hole.nonzero()[0].tolist()))
@@ -245,14 +246,14 @@ def test_turned_and_slanted_events_stay_together():
     rows = torch.arange(33.0)
     centres = [(slanted[0, 1, 0, y] * rows).sum() / slanted[0, 1, 0, y].sum() for y in (7, 9)]
     assert (centres[0] - centres[1]).abs() > 0.5  # the second one leans
-    for augment in (EventAugment(rotate=15), EventAugment(shear=0.2)):
+    for augment in (Augment(rotate=15), Augment(shear=0.2)):
         assert sum(not torch.equal(a, b) for a, b in augmented(augment, epochs=1)) >= 19
 
 
 def test_one_augmentation_leaves_the_draws_of_the_others_alone():
-    both = list(augmented(EventAugment(flip=True, roll=1), epochs=2))
-    rolled = [shifts(a, b, True, 1)[0] for a, b in augmented(EventAugment(roll=1), epochs=2)]
-    flipped = [torch.equal(a, b.flip(-1)) for a, b in augmented(EventAugment(flip=True), epochs=2)]
+    both = list(augmented(Augment(flip=True, roll=1), epochs=2))
+    rolled = [shifts(a, b, True, 1)[0] for a, b in augmented(Augment(roll=1), epochs=2)]
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in augmented(Augment(flip=True), epochs=2)]
     for (after, before), shift, flip in zip(both, rolled, flipped, strict=True):
         assert torch.equal(after, (before.flip(-1) if flip else before).roll(shift, (-2, -1)))
 
@@ -267,7 +268,7 @@ def test_flip_mirrors_the_scene_in_both_orientations(tmp_path, orientation):
         (tmp_path / "dvs" / "a" / f"{number}.aedat").write_bytes(aedat2(events))
     settings = dict(T=2, size=16, orientation=orientation, workers=1, cache=tmp_path / "cache")
     scene, mirror = load_small(tmp_path / "dvs", **settings)
-    batches = EventBatches(scene, 1, train=True, augment=EventAugment(flip=True))
+    batches = EventBatches(scene, 1, train=True, augment=Augment(flip=True))
     seen = set()
     for number in range(12):
         batches.set_epoch(number)
@@ -277,7 +278,7 @@ def test_flip_mirrors_the_scene_in_both_orientations(tmp_path, orientation):
 
 
 def test_label_smoothing():
-    ((_, targets),) = epoch(EventBatches(event_set(20), 20, train=True, augment=EventAugment(label_smoothing=0.1)))
+    ((_, targets),) = epoch(EventBatches(event_set(20), 20, train=True, augment=Augment(label_smoothing=0.1)))
     ((_, labels),) = epoch(EventBatches(event_set(20), 20, train=True))
     assert torch.allclose(targets.sum(1), torch.ones(20)) and torch.equal(targets.argmax(1), labels)
     assert torch.allclose(targets.amax(1), torch.tensor(0.91))
@@ -289,9 +290,9 @@ def test_wrong_arguments_of_batches():
     with pytest.raises(ValueError, match="got batch_size=0"):
         EventBatches(event_set(), 0, train=False)
     with pytest.raises(ValueError, match="roll must not be negative, got -1"):
-        EventAugment(roll=-1)
+        Augment(roll=-1)
     with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, got 2"):
-        EventAugment(label_smoothing=2)
+        Augment(label_smoothing=2)
 
 
 def test_evaluation_makes_frames_as_training_did(tmp_path, monkeypatch):

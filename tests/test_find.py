@@ -9,8 +9,7 @@ from make_data import image_folder, parquet_folder, pictures, stream_folder, to_
 
 from empf.data import find
 from empf.data.find import in_folder, on_hub
-from empf.data.shards import ParquetFiles
-from empf.data.sources import Columns, ImageFiles, SavedRows
+from empf.data.sources import Columns, ImageFiles, ParquetFiles, SavedRows
 
 datasets.disable_progress_bars()
 

@@ -13,8 +13,7 @@ from PIL import ExifTags, Image
 
 from empf.data.batches import Augment
 from empf.data.load import hold_out, load_data, make_batches
-from empf.data.sets import ImageSet, ImageSettings
-from empf.data.stream_set import StreamSet
+from empf.data.sets import ImageSet, ImageSettings, StreamSet
 
 datasets.disable_progress_bars()
 

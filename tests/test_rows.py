@@ -5,8 +5,7 @@ import pytest
 from make_data import stream_folder
 
 from empf.data.rows import one_line, read_rows
-from empf.data.shards import ParquetFiles
-from empf.data.sources import Columns
+from empf.data.sources import Columns, ParquetFiles
 
 
 @pytest.mark.parametrize("wanted", [[0], [32], [5, 6, 7], [0, 19, 20, 32], list(range(33)), []])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_data import STREAMED, image_folder, stream_folder
 
-from empf.data import find, shards
+from empf.data import find, sources
 from empf.data.load import load_data
 from empf.data.sets import DATASETS
 
@@ -98,7 +98,7 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
         opened.append(address)
         return open(folder / address[7:], mode)
 
-    monkeypatch.setattr(shards, "xopen", xopen)
+    monkeypatch.setattr(sources, "xopen", xopen)
     train, test = load_data("streamed", streaming=True)
     assert len(fetched) == 3 and set(opened) == {f"hf://x/{name}" for name in names}
     assert [row.label for row in read_all(train)] == list(range(33))

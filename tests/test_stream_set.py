@@ -6,9 +6,8 @@ from make_data import STREAMED, image_folder, stream_folder
 
 from empf.data.classes import Classes
 from empf.data.load import make_batches
-from empf.data.shards import ParquetFiles
-from empf.data.sources import Columns, ImageFiles
-from empf.data.stream_set import StreamSet
+from empf.data.sets import StreamSet
+from empf.data.sources import Columns, ImageFiles, ParquetFiles
 
 
 def stream_set(folder, **options) -> StreamSet:

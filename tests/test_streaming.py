@@ -26,7 +26,7 @@ from empf.data.batches import Augment
 from empf.data.images import centre_crop
 from empf.data.load import load_data, make_batches
 from empf.data.sets import DATASETS
-from empf.data.shards import ParquetFiles
+from empf.data.sources import ParquetFiles
 from empf.data.streaming import LANES, StreamBatches, _shuffled
 
 TRAIN, TEST = 103, 53  # spread over uneven shards and row groups of 7

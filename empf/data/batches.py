@@ -18,21 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from empf.data.auto_augment import augmented, check_policy
-from empf.data.sets import ImageSet
-from empf.data.stream_set import StreamSet
+from empf.data.sets import ImageSet, StreamSet
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images, in this order. Everything is off by default.
+    """What is done to training images and recordings, in this order. Everything is off by default.
 
     `crop`: shift by up to the dataset's `crop_padding` pixels, black beyond the border. `flip`: mirror left to right
-    with probability 1/2, where that keeps the class. `roll`, `rotate`, `shear`, `drop`: of events alone,
-    see `EventAugment`. `auto_augment`,
-    `erasing`: see `empf/data/auto_augment.py`. `cutout`: side in pixels of a square at a uniform centre that is set to
-    the mean colour. `mixup`, `cutmix`: alpha of the Beta(alpha, alpha) that draws the share of the image itself; the
-    rest comes from the image at the mirrored place of the joined batch; where both are on, each batch gets one of them
-    with probability 1/2. `label_smoothing`: share of the target spread evenly over all classes.
+    with probability 1/2, where that keeps the class. `cutout`: side in pixels of a square at a uniform centre that is
+    set to the mean colour. `label_smoothing`: share of the target spread evenly over all classes.
+
+    Of images alone: `auto_augment`, `erasing`: see `empf/data/auto_augment.py`. `mixup`, `cutmix`: alpha of the
+    Beta(alpha, alpha) that draws the share of the image itself; the rest comes from the image at the mirrored place of
+    the joined batch; where both are on, each batch gets one of them with probability 1/2.
+
+    Of events alone, the same in all steps of a recording: `roll`: shift by up to so many pixels in both directions,
+    what leaves on one side comes back on the other. `rotate`: turn by up to so many degrees, `shear`: slant by up to
+    this share of the side, about the centre. `drop`: probability with which each frame is emptied. Neuromorphic data
+    augmentation: arXiv 2203.06145; EventDrop: arXiv 2106.05836.
     """
 
     crop: bool = False
@@ -53,8 +57,9 @@ class Augment:
         for name in ("roll", "rotate", "shear", "drop", "cutout", "mixup", "cutmix", "label_smoothing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.label_smoothing > 1:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
+        for name in ("drop", "label_smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     @property
     def soft_targets(self) -> bool:
@@ -62,7 +67,14 @@ class Augment:
 
 
 class ImageBatches(ABC):
-    """What all batches of images have: the seed and the epoch, the share of a rank, and how a batch is prepared."""
+    """What all batches have: the seed and the epoch, the share of a rank, and how a batch is prepared.
+
+    `rank` is one of `world` processes. `workers`: processes that read and decode a set that does not lie in memory.
+    Raises ValueError where `augment` asks for what is not done to such data.
+    """
+
+    kind, others = "images", "events"
+    not_done = ("roll", "rotate", "shear", "drop")
 
     def __init__(
         self,
@@ -74,6 +86,7 @@ class ImageBatches(ABC):
         rank: int = 0,
         world: int = 1,
         augment: Augment | None = None,
+        workers: int = 0,
     ) -> None:
         if batch_size < 1 or seed < 0 or not 0 <= rank < world:
             raise ValueError(
@@ -85,8 +98,12 @@ class ImageBatches(ABC):
                 "use a smaller --batch-size or a larger --limit"
             )
         self.data, self.batch_size, self.train, self.seed = data, batch_size, train, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.workers = rank, world, workers
         self.augment = augment or Augment()
+        if wrong := [name for name in self.not_done if getattr(self.augment, name) != getattr(Augment, name)]:
+            are, them = ("is", "it") if len(wrong) == 1 else ("are", "them")
+            off = "none" if wrong == ["auto_augment"] else "0"
+            raise ValueError(f"{' and '.join(wrong)} {are} for {self.others}, not for {self.kind}: set {them} to {off}")
         self.epoch = 0
         mean, std = (
             torch.tensor(values, device=data.device)[:, None, None]  # C 1 1

@@ -1,10 +1,8 @@
 """Labels: what stands in the data, and the number of the class that it means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from empf.data.rows import Source
 
 
 def plain(label: Any) -> Any:
@@ -56,14 +54,16 @@ class Classes:
         return Classes(self.names, {at: self.names.index(name) for at, name in enumerate(names)})
 
     @classmethod
-    def known(cls, names: Sequence[str], source: Source, origin: str) -> "Classes":
-        """For data whose classes are among these names, or that have no names and mean the numbers of these.
+    def known(
+        cls, names: Sequence[str], own: Sequence[str] | None, stored: Callable[[], Iterable[Any]], origin: str
+    ) -> "Classes":
+        """For data whose classes, called `own`, are among these names, or whose `stored` labels mean these.
 
         ValueError where the data have another class.
         """
-        if source.names is not None:
-            return cls(list(names)).of(source.names, origin)
-        values = cls.found(source.labels(), origin).index
+        if own is not None:
+            return cls(list(names)).of(own, origin)
+        values = cls.found(stored(), origin).index
         meant = {value: names.index(str(value)) for value in values if str(value) in names}
         if not meant and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
             return cls(list(names))

@@ -12,59 +12,41 @@ float16 has 11 significant bits: at 48x48 pixels the mean of up to 32 events per
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from empf.data.aedat import Events
 from empf.data.batches import Batches
 from empf.data.event_cache import FrameCache, default_folder
-from empf.data.event_frames import Clip, EventSettings
+from empf.data.event_frames import Clip, EventSettings, FrameSettings, frames_of
 from empf.data.folders import files_below, subfolder, subfolders
 from empf.data.gesture import GESTURES, gesture_files
-from empf.data.recordings import ARRAYS, RECORDINGS
-from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, both
+from empf.data.recordings import ARRAYS, RECORDINGS, of_arrays
+from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, both
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
 
 
 @dataclass(frozen=True)
-class EventSet:
-    """A whole split: `frames` float16 [N, T, 2, H, W], `labels` int64 [N] on one device, `class_names` by label.
+class EventSet(ImageSet):
+    """A whole split: `images` are frames, float16 [N, T, 2, H, W]; `labels` int64 [N], `class_names` by label.
 
     `split`: the rule that made it (a name of `SPLITS`, `random` with its seed, or `folders`), for the record.
     `flip_dim`: the dimension along which the scene is mirrored from left to right, -1 or -2.
     """
 
-    frames: Tensor
-    labels: Tensor
-    class_names: list[str]
-    spec: DataSpec
-    split: str
     flip_dim: int = -1
 
-    def __len__(self) -> int:
-        return len(self.frames)
-
     @property
-    def device(self) -> torch.device:
-        return self.frames.device
-
-    def chosen(self, rows: np.ndarray) -> "EventSet":
-        """Only the recordings of these numbers."""
-        rows = torch.from_numpy(rows).to(self.device)
-        return replace(self, frames=self.frames[rows], labels=self.labels[rows])
-
-    @property
-    def images(self) -> Tensor:
-        """What `Batches` takes rows of."""
-        return self.frames
-
-    def to(self, device: str | torch.device) -> "EventSet":
-        return replace(self, frames=self.frames.to(device), labels=self.labels.to(device))
+    def frames(self) -> Tensor:
+        return self.images
 
 
 @dataclass(frozen=True)
@@ -184,36 +166,6 @@ def _is_test(files: _Files, split: str, seed: int) -> np.ndarray:
     return test
 
 
-@dataclass(frozen=True)
-class EventAugment:
-    """What is done to training recordings, in this order, the same in all steps of one. Everything is off by default.
-
-    `flip`: mirror the scene left to right with probability 1/2, where that keeps the class. `roll`: shift by up to so
-    many pixels in both directions, what leaves on one side comes back on the other. `crop`: the same, but it comes back
-    empty. `rotate`: turn by up to so many degrees, `shear`: slant by up to this share of the side, about the centre.
-    `cutout`: side in pixels of a square at a uniform centre that is emptied. `drop`: probability with which each frame
-    is emptied. `label_smoothing`: share of the target spread evenly over all classes. Neuromorphic data augmentation:
-    arXiv 2203.06145; EventDrop: arXiv 2106.05836.
-    """
-
-    flip: bool = False
-    roll: int = 0
-    crop: int = 0
-    rotate: float = 0.0
-    shear: float = 0.0
-    cutout: int = 0
-    drop: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("roll", "crop", "rotate", "shear", "cutout", "drop", "label_smoothing"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("drop", "label_smoothing"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-
-
 class EventBatches(Batches):
     """Batches of an `EventSet`, as (events float32 [T, B, 2, H, W], targets), on the device of the set.
 
@@ -221,10 +173,8 @@ class EventBatches(Batches):
     float32 [B, classes] where training smooths the labels.
     """
 
-    def __init__(
-        self, data: EventSet, batch_size: int, *, train: bool, augment: EventAugment | None = None, **options
-    ) -> None:
-        super().__init__(data, batch_size, train=train, augment=augment or EventAugment(), **options)
+    kind, others = "events", "images"
+    not_done = ("mixup", "cutmix", "auto_augment", "erasing")
 
     def _normalise(self, frames: Tensor, *drawn: int) -> Tensor:
         return frames.transpose(0, 1).float().contiguous()
@@ -234,7 +184,7 @@ class EventBatches(Batches):
         a, device = self.augment, self.data.device
         # per recording: flip, then (y, x) of roll and crop, as numbers in 0..1: switching one of them on leaves the
         # others as they are
-        reach = np.array([a.roll] * 2 + [a.crop] * 2)
+        reach = np.array([a.roll] * 2 + [self.data.spec.crop_padding * a.crop] * 2)
         choices = np.array([2, *(2 * reach + 1)])
         drawn = (rng.random((len(rows), 5)) * choices).astype(np.int64) - (0, *reach)
         # the same for angle, shear, centre of the hole, and each frame
@@ -285,3 +235,54 @@ def _sources(side: int, flip: Tensor, roll: Tensor, crop: Tensor) -> tuple[Tenso
     inside = (place >= 0) & (place < side)
     place = (place - roll[:, None]) % side
     return torch.where(flip[:, None] > 0, side - 1 - place, place), inside
+
+
+def from_tonic(
+    dataset: Sequence[tuple[Any, int]],
+    *,
+    T: int = 10,
+    size: int | tuple[int, int] = 48,
+    by: str = "count",
+    device: str | torch.device = "cpu",
+) -> EventSet:
+    """All recordings of a `tonic` data set as frames: one split, for `make_batches` and `hold_out`.
+
+    `dataset[i]` is (events, label): a structured array with x, y, t and p, or frames [T, 2, H, W] where the data set
+    makes them itself (`tonic.transforms.ToFrame(n_time_bins=T, ...)`). The sensor is `dataset.sensor_size`, which is
+    width, height and polarities; the classes are `dataset.classes` where there are any. `T, size, by` as in
+    `empf.data.event_frames.FrameSettings`. Recordings are not mirrored in training: that may change the class.
+
+    Raises ValueError that names the recording which does not fit.
+    """
+    settings = FrameSettings(T, size, by)
+    if not len(dataset):
+        raise ValueError(f"{type(dataset).__name__} has no recordings: download it first")
+    sensor = getattr(dataset, "sensor_size", None)
+    frames = torch.empty(len(dataset), T, 2, *both(size), dtype=torch.float16)
+    labels = []
+    for number in range(len(dataset)):
+        recording, label = dataset[number]
+        where = f"recording {number} of {type(dataset).__name__}"
+        made = frames_of(_found(np.asarray(recording), sensor, T, where), settings)
+        frames[number] = torch.from_numpy(np.minimum(made, torch.finfo(torch.float16).max))
+        if not isinstance(label, int | np.integer) or label < 0:
+            raise ValueError(f"{where} has the label {label!r}: it must be the number of a class")
+        labels.append(int(label))
+    names = [str(name) for name in getattr(dataset, "classes", ())]
+    names = names if len(names) > max(labels) else [str(label) for label in range(max(labels) + 1)]
+    spec = replace(
+        DVS_CIFAR10, name=type(dataset).__name__, image_size=size, num_classes=len(names), flip=False,
+        crop_padding=round(DVS_CIFAR10.crop_padding * min(both(size)) / DVS_CIFAR10.image_size),
+    )  # fmt: skip
+    return EventSet(frames, torch.tensor(labels), names, spec, "tonic").to(device)
+
+
+def _found(recording: np.ndarray, sensor: Sequence[int] | None, T: int, where: str) -> Events | np.ndarray:
+    if recording.dtype.names is None:
+        if recording.ndim != 4 or recording.shape[:2] != (T, 2):
+            raise ValueError(f"{where} is an array {list(recording.shape)}: it must be events or frames [{T}, 2, H, W]")
+        return recording
+    arrays = {name: recording[name] for name in recording.dtype.names}
+    if sensor is not None:
+        arrays |= {"width": np.array(sensor[0]), "height": np.array(sensor[1])}
+    return of_arrays(arrays, where)

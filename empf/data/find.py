@@ -20,8 +20,7 @@ from huggingface_hub import HfFileSystem, hf_hub_download
 from empf.data.folders import is_data, subfolders
 from empf.data.rows import Source, one_line
 from empf.data.sets import TEST_SPLITS, TRAIN_SPLITS
-from empf.data.shards import ParquetFiles
-from empf.data.sources import Columns, ImageFiles, SavedRows
+from empf.data.sources import Columns, ImageFiles, ParquetFiles, SavedRows
 
 Open = Callable[[], Source]
 

@@ -16,15 +16,14 @@ import torch
 from empf.data.batches import Augment, Batches
 from empf.data.classes import Classes, is_missing, plain
 from empf.data.event_frames import EventSettings
-from empf.data.events import EventAugment, EventBatches, EventSet, load_events
+from empf.data.events import EventBatches, EventSet, load_events
 from empf.data.find import Place, in_folder, on_hub
 from empf.data.images import BROKEN, mismatch, open_image, stored_pixels
 from empf.data.own import own_spec
 from empf.data.recordings import has_recordings
 from empf.data.rows import Row, Source, one_line, read_rows
-from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, both
+from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, StreamSet, both
 from empf.data.sources import Columns
-from empf.data.stream_set import StreamSet
 from empf.data.streaming import StreamBatches
 
 HELD_OUT = "of the training data, held out with seed"  # in the name of such a part
@@ -136,7 +135,10 @@ def load_test(
     found = _test(place, known, settings)
     source, split = found or (_train(place, known, settings), "all")
     where = f"{split} of {place.origin}"
-    meant = Classes.known(classes, source, where) if known is None else _known_classes(known, source.names, where)
+    if known is None:
+        meant = Classes.known(classes, source.names, source.labels, where)
+    else:
+        meant = _known_classes(known, source.names, where)
     count, train_limit = int(source.blocks()[:, 3].sum()), trained_on[1]
     whole = trained_on[0] not in (None, min(count, train_limit or count)) and place.find(TRAIN_SPLITS[0]) is None
     if found or whole:
@@ -186,43 +188,14 @@ def is_held_out(data: ImageSet | StreamSet | EventSet) -> bool:
 
 
 def make_batches(
-    data: ImageSet | StreamSet | EventSet,
-    batch_size: int,
-    *,
-    train: bool,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    augment: Augment | None = None,
-    workers: int = 0,
+    data: ImageSet | StreamSet | EventSet, batch_size: int, *, train: bool, **options: int | Augment | None
 ) -> Batches | StreamBatches | EventBatches:
     """Batches of what `load_data` returns, of the kind that fits it; all kinds are used alike.
 
-    `workers`: processes that read and decode a set that does not lie in memory. Of `augment`, events take all
-    but `mixup`, `cutmix`, `auto_augment` and `erasing`, images all but `roll`, `rotate`, `shear` and `drop`; ValueError
-    where it asks for the others.
+    `options`: seed, rank, world, augment and workers, see `empf.data.batches.ImageBatches`.
     """
-    options = dict(train=train, seed=seed, rank=rank, world=world, augment=augment)
-    if isinstance(data, ImageSet | StreamSet) and augment is not None:
-        for name in ("roll", "rotate", "shear", "drop"):
-            if getattr(augment, name):
-                raise ValueError(f"{name} is for events, not for images: set it to 0")
-    if isinstance(data, ImageSet):
-        return Batches(data, batch_size, **options)
-    if isinstance(data, StreamSet):
-        return StreamBatches(data, batch_size, workers=workers, **options)
-    if augment is not None:
-        wrong = [name for name in ("mixup", "cutmix", "erasing") if getattr(augment, name)]
-        if augment.auto_augment != "none":
-            raise ValueError("auto_augment is for images, not for events: set it to none")
-        if wrong:
-            are, them = ("is", "it") if len(wrong) == 1 else ("are", "them")
-            raise ValueError(f"{' and '.join(wrong)} {are} for images, not for events: set {them} to 0")
-        crop = data.spec.crop_padding if augment.crop else 0
-        shared = ("flip", "roll", "rotate", "shear", "drop", "cutout", "label_smoothing")
-        kept = {name: getattr(augment, name) for name in shared}
-        options["augment"] = EventAugment(crop=crop, **kept)
-    return EventBatches(data, batch_size, **options)
+    kind = StreamBatches if isinstance(data, StreamSet) else EventBatches if isinstance(data, EventSet) else Batches
+    return kind(data, batch_size, train=train, **options)
 
 
 def _known(

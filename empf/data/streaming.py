@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from empf.data.batches import Augment, ImageBatches
 from empf.data.images import BROKEN, centre_crop, mismatch, open_image, random_crop, stored_pixels
 from empf.data.rows import Row, one_line
-from empf.data.stream_set import StreamSet
+from empf.data.sets import StreamSet
 
 LANES = 16
 BUFFER = 8192  # about 1 GB of ImageNet
@@ -58,23 +58,11 @@ class StreamBatches(ImageBatches):
 
     data: StreamSet
 
-    def __init__(
-        self,
-        data: StreamSet,
-        batch_size: int,
-        *,
-        train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        augment: Augment | None = None,
-        workers: int = 0,
-        buffer: int = BUFFER,
-    ) -> None:
-        super().__init__(data, batch_size, train=train, seed=seed, rank=rank, world=world, augment=augment)
-        if workers < 0 or buffer < LANES:
-            raise ValueError(f"needs workers >= 0 and buffer >= {LANES}, got {workers=}, {buffer=}")
-        self.workers = max(n for n in range(LANES + 1) if n <= workers and (n == 0 or LANES % n == 0))
+    def __init__(self, data: StreamSet, batch_size: int, *, train: bool, buffer: int = BUFFER, **options) -> None:
+        super().__init__(data, batch_size, train=train, **options)
+        if self.workers < 0 or buffer < LANES:
+            raise ValueError(f"needs workers >= 0 and buffer >= {LANES}, got workers={self.workers}, {buffer=}")
+        self.workers = max(n for n in range(LANES + 1) if n <= self.workers and (n == 0 or LANES % n == 0))
         self.buffer = buffer
         self.broken: dict[str, str] = {}  # what was skipped so far, with the reason
 

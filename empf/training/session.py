@@ -20,8 +20,7 @@ from empf import runs
 from empf.accounting import account
 from empf.data.batches import ImageBatches
 from empf.data.load import is_held_out
-from empf.data.sets import ImageSet
-from empf.data.stream_set import StreamSet
+from empf.data.sets import ImageSet, StreamSet
 from empf.figures import has_matplotlib
 from empf.files import fingerprint
 from empf.kernels import backend
