@@ -1,9 +1,11 @@
 """The machine and the code that run: what stands beside every number that is measured; threads and memory of a CPU."""
 
 import ctypes
+import multiprocessing
 import os
 import platform
 import subprocess
+import threading
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,3 +94,13 @@ def use_cpu(threads: int, processes: int = 1) -> None:
     """`torch.set_num_threads` with `cpu_threads`, and `keep_freed_memory`. Raises as they do."""
     torch.set_num_threads(cpu_threads(threads, processes))
     keep_freed_memory()
+
+
+def end_with_parent() -> None:
+    """In a worker process: end with the process that asked for it, however that one ends."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

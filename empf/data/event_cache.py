@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from empf.data.event_frames import Clip, FrameSettings, read_frames
 from empf.data.sets import both
 from empf.files import write_atomic
+from empf.machine import end_with_parent
 
 SHARD = 16
 FORMAT = 2  # part of the hash: another number forgets all caches
@@ -141,13 +141,7 @@ def _decode_shard(files: list[Clip], path: Path, settings: FrameSettings) -> lis
 def _start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever, and hold the lock."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()  # else it would wait for work for ever, and hold the lock
 
 
 def _cores() -> int:

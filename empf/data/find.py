@@ -32,7 +32,7 @@ class Place:
 
     origin: str
     find: Callable[[str], Open | None]
-    whole: Callable[[], Source | None]
+    whole: Callable[[], Source | None] = lambda: None
     splits: tuple[str, ...] | None = None
 
     def missing(self, split: str) -> Exception:
@@ -65,12 +65,12 @@ def in_folder(path: Path, columns: Columns, config: str | None = None) -> Place:
 def of_datasets(data: datasets.DatasetDict | datasets.Dataset, columns: Columns, origin: str) -> Place:
     """What the library `datasets` has loaded."""
     if isinstance(data, datasets.Dataset):
-        return Place(origin, _nothing, partial(SavedRows.of, data, columns, origin))
+        return Place(origin, lambda split: None, partial(SavedRows.of, data, columns, origin))
 
     def find(split: str) -> Open | None:
         return partial(SavedRows.of, data[split], columns, f"{split} of {origin}") if split in data else None
 
-    return Place(origin, find, _nothing, splits=tuple(data))
+    return Place(origin, find, splits=tuple(data))
 
 
 def on_hub(hub_id: str, columns: Columns, config: str | None = None, *, streaming: bool, by_file: bool) -> Place:
@@ -102,11 +102,7 @@ def on_hub(hub_id: str, columns: Columns, config: str | None = None, *, streamin
     def find(split: str) -> Open | None:
         return partial(open_files, split) if split in files else None
 
-    return Place(hub_id, find, _nothing, splits=tuple(files))
-
-
-def _nothing(*split: str) -> None:
-    return None
+    return Place(hub_id, find, splits=tuple(files))
 
 
 def _unreachable(hub_id: str, error: Exception) -> FileNotFoundError:

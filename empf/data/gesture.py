@@ -41,16 +41,9 @@ def gesture_files(folder: Path) -> tuple[list[Clip], np.ndarray, np.ndarray] | N
             clips.append(Clip(recording, start, stop))
             labels.append(label - 1)
             is_test.append(splits[0] == "test")
-    turn = np.argsort(_turns(np.array(labels, np.int64)), kind="stable")  # all classes in turn
+    turns = [labels[:at].count(label) for at, label in enumerate(labels)]
+    turn = np.argsort(turns, kind="stable")  # all classes in turn
     return [clips[at] for at in turn], np.array(labels, np.int64)[turn], np.array(is_test, bool)[turn]
-
-
-def _turns(labels: np.ndarray) -> np.ndarray:
-    """How many of the same label came before."""
-    turns = np.zeros(len(labels), np.int64)
-    for label in np.unique(labels):
-        turns[labels == label] = np.arange((labels == label).sum())
-    return turns
 
 
 def _listed(folder: Path, name: str) -> set[str]:

@@ -8,9 +8,7 @@ on (seed, epoch, image): the number of workers changes the speed, nothing else.
 """
 
 import multiprocessing
-import os
 import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from empf.data.batches import Augment, ImageBatches
 from empf.data.images import BROKEN, centre_crop, mismatch, open_image, random_crop, stored_pixels
 from empf.data.rows import Row, one_line
 from empf.data.sets import StreamSet
+from empf.machine import end_with_parent
 
 LANES = 16
 BUFFER = 8192  # about 1 GB of ImageNet
@@ -306,14 +305,8 @@ _FOR_THE_MAIN_PROCESS = {signal.SIGINT, signal.SIGTERM}
 
 def _start_worker(worker: int) -> None:
     _ignore_signals()
-    threading.Thread(target=_end_with_training, daemon=True).start()
+    end_with_parent()  # DataLoader looks at the server that forked this worker, which lives as long as it: for ever
     warnings.simplefilter("ignore")  # Pillow's on odd metadata
-
-
-def _end_with_training() -> None:
-    """DataLoader looks at the parent, here the server that forked this worker and lives as long as it: for ever."""
-    multiprocessing.parent_process().join()  # the process that asked for the worker
-    os._exit(1)
 
 
 def _ignore_signals() -> set[int]:

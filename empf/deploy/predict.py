@@ -4,13 +4,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from empf.data.event_frames import event_frames_of_file
-from empf.data.images import BROKEN, centre_crop, converted
+from empf.data.images import BROKEN, centre_crop, converted, stored_pixels
 from empf.data.rows import one_line
 from empf.data.sets import both
 from empf.deploy.origin import Origin
@@ -72,15 +71,14 @@ def read_picture(path: str | Path, channels: int, size: int | tuple[int, int], c
 
     `cropped`: as images are in testing where they have several sizes; else the largest centre of the aspect.
     """
-    path, (height, width) = Path(path), both(size)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}: check the path")
     try:
         with Image.open(path) as image:
             image = converted(ImageOps.exif_transpose(image), channels)
-            if cropped:
-                return torch.from_numpy(centre_crop(image, size, channels).copy())
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+            fitted = None if cropped else ImageOps.fit(image, both(size)[::-1], Image.Resampling.BICUBIC)
+            pixels = centre_crop(image, size, channels) if cropped else stored_pixels(fitted, channels)
     except BROKEN as error:
         raise ValueError(f"cannot read {path} as an image ({one_line(error)}): convert it to PNG") from error
-    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+    return torch.from_numpy(pixels.copy())
