@@ -15,7 +15,7 @@ from PIL import Image
 from empf.data import find
 from empf.data import load as data
 from empf.data.event_frames import EventSettings
-from empf.data.load import load_data
+from empf.data.load import load_data, load_test
 from empf.data.sets import DATASETS
 
 datasets.disable_progress_bars()
@@ -325,3 +325,18 @@ def test_events_are_loaded_with_their_settings(monkeypatch):
     assert [(given, {n: options[n] for n in known}) for given, options in asked] == [
         ((Path("folder"), settings), known)
     ]
+
+
+def test_a_known_set_is_tested_with_the_labels_of_its_training(tmp_path):
+    """Whatever order the test split names the classes in, and without the training images."""
+    folder = parquet_folder(tmp_path, "cifar10", test=10)
+    train, test = load_data("cifar10", folder)
+    names = list(reversed(train.class_names))
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"img": pictures(10, "cifar10", seed=1)[0], "label": list(range(9, -1, -1))}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "test-00000-of-00001.parquet")
+    for file in folder.glob("train*"):
+        file.unlink()
+    again = load_test("cifar10", folder, spec=train.spec, classes=train.class_names)
+    assert torch.equal(again.images, test.images) and torch.equal(again.labels, test.labels)
+    assert again.class_names == train.class_names

@@ -139,8 +139,9 @@ def load_test(
         meant = Classes.known(classes, source.names, source.labels, where)
     else:
         meant = _known_classes(known, source.names, where)
-    count, train_limit = int(source.blocks()[:, 3].sum()), trained_on[1]
-    whole = trained_on[0] not in (None, min(count, train_limit or count)) and place.find(TRAIN_SPLITS[0]) is None
+        meant = Classes(list(classes)).of(source.names, where) if set(meant.names) == set(classes) else meant
+    count, train_limit, train_name = int(source.blocks()[:, 3].sum()), trained_on[1], settings.train_split or "train"
+    whole = trained_on[0] not in (None, min(count, train_limit or count)) and not place.find(train_name)
     if found or whole:
         return _read(spec, source, meant, split if found else where, where, limit, streaming).to(device)
     held = hold_out(_read(spec, source, meant, "train", where, train_limit, streaming), settings.hold_out)[1]
