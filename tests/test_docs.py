@@ -100,6 +100,8 @@ def test_flags_files_and_names_of_a_page_exist(name):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:empf|kernels|tests|bench|docs)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+    for requirement in re.findall(r"(empf\[[\w,]+\])", text):
+        assert set(extras(requirement)) <= extras_of_the_package(), requirement
     for dotted in re.findall(r"`(empf\.\w+(?:\.\w+)*)[`(]", text):
         thing = empf
         for part in dotted.split(".")[1:]:

@@ -12,9 +12,15 @@ from empf.training.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAIN = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume", "no-crop", "no-flip"}
-OTHER = {"help", "json", "pack", "image", "stream"}  # of eval.py
-OTHER |= {"equality", "report", "check", "seeds", "only", "repeats", "memory", "untrained"}  # of bench/, diagnose
-OTHER |= {"cpu", "num-processes", "config-file", "machine-rank", "main-process-ip", "dist", "logdir", "strict"}
+SCRIPTS = [ROOT / "eval.py", ROOT / "empf/diagnose/__main__.py", *(ROOT / "bench").glob("*.py")]
+OTHER = {flag for script in SCRIPTS for flag in re.findall(r'"--([a-z][\w-]*)"', script.read_text())}
+OTHER |= {"help", "cpu", "num-processes", "config-file", "machine-rank", "main-process-ip"}  # of accelerate launch
+OTHER |= {
+    "gradient-accumulation-steps",
+    "dist",
+    "logdir",
+    "strict",
+}  # of the same, pytest, tensorboard, mkdocs and twine
 CONSOLE = r"(accelerate launch|python (train\.py|-m empf train)) "
 
 
