@@ -20,7 +20,7 @@ OTHER |= {
     "dist",
     "logdir",
     "strict",
-}  # of the same, pytest, tensorboard, mkdocs and twine
+}  # also pytest, tensorboard, twine
 CONSOLE = r"(accelerate launch|python (train\.py|-m empf train)) "
 
 
