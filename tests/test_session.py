@@ -1,4 +1,4 @@
-"""The parts of the training loop that need no training: signals, and flags that do nothing."""
+"""The parts of the training loop that need no training: signals, memory, and the updates of an epoch."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from train_tools import undisturbed
 
 import empf
 from empf.training.config import TrainConfig
-from empf.training.session import Stop, check_size, without_effect
+from empf.training.session import Stop, check_size
 from train import updates
 
 
@@ -33,14 +33,6 @@ def test_a_second_ctrl_c_ends_at_once():
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGINT
-
-
-def test_flags_that_do_nothing_are_named():
-    config = TrainConfig(sync_bn=True, grad_compression="powersgd", workers=2)
-    assert [line.split()[1] for line in without_effect(config, 1, in_memory=True)] == [
-        "--sync-bn", "--grad-compression", "--workers",
-    ]  # fmt: skip
-    assert without_effect(config, 2, in_memory=False) == without_effect(TrainConfig(), 1, in_memory=True) == []
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

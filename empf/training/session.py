@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from empf import runs
-from empf.accounting import account
 from empf.data.batches import ImageBatches
 from empf.data.load import is_held_out
 from empf.data.sets import ImageSet, StreamSet
@@ -28,12 +27,12 @@ from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
 from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of, with_file
 from empf.training.curves import plot_curves
+from empf.training.messages import epoch_line, headline, warning_lines, without_effect
 from empf.training.optimizers import learning_rate
 from empf.training.processes import of_launcher, total
 
 DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
-SHOWN = 5  # warnings per epoch
 START = {"epoch": 0, "batch": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0}
 
 
@@ -157,7 +156,7 @@ class Session:
             self.accelerator.init_trackers("empf", config=settings)
         device = self.accelerator.device
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-        self.say(f"{headline(model)}; {division(train_set, test_set, held)}")
+        self.say(headline(model, train_set, test_set, held))
         self.say(f"{self.processes} x {device.type}{threads}, kernels: {backend(device)}, run: {self.run}")
         frozen = [not parameter.requires_grad for parameter in model.parameters()]
         if any(frozen):
@@ -389,58 +388,8 @@ def restore(parts: dict[str, Any], state: dict, run: Path) -> None:
             raise runs.damaged(run, str(error)) from error
 
 
-def headline(model: SpikingNetwork) -> str:
-    """What is trained, for people."""
-    config, size = model.config, account(model)
-    return (
-        f"{config.arch}, {config.weights} weights, T = {config.T}: {size['params_mb']:.2f} MB "
-        f"({size['params_full_mb']:.2f} MB full)"
-    )
-
-
-def division(train: ImageSet, test: ImageSet, held: ImageSet | None) -> str:
-    """How many images are for what, for people."""
-    if held is None:
-        tested = f"; tested on {test.split}" if is_held_out(test) else ""
-        return f"{len(train)} training, {len(test)} test images{tested}"
-    counts = f"{len(train)} training, {len(held)} held-out, {len(test)} test images"
-    return f"{counts}; {held.split}, chooses the best epoch"
-
-
-def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
-    """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
-    alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
-    found = {
-        f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
-        for name, value in of_launcher(config.to_dict()).items()
-    } | {
-        f"--sync-bn {alone}": config.sync_bn and processes == 1,
-        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
-        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
-    }
-    return [f"note: {line}" for line, holds in found.items() if holds]
-
-
 def scalars(record: dict) -> dict[str, float]:
     """One line of metrics.jsonl for a tracker."""
     single = {name: value for name, value in record.items() if isinstance(value, float)}
     single |= {"held_out": record["held_out"][-1]} if "held_out" in record else {}
     return single | {f"accuracy_t{t}": accuracy for t, accuracy in enumerate(record["accuracy"], 1)}
-
-
-def epoch_line(record: dict) -> str:
-    """One line of metrics.jsonl for people."""
-    per_step = " ".join(f"{a:.2f}" for a in record["accuracy"])
-    held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record else ""
-    return (
-        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  {held}"
-        f"test after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
-    )
-
-
-def warning_lines(record: dict) -> list[str]:
-    """The first few warnings of an epoch, for people; one fault brings about many."""
-    warnings = record.get("health", {}).get("warnings", [])
-    lines = [f"warning: {warning}" for warning in warnings[:SHOWN]]
-    more = len(warnings) - len(lines)
-    return lines + [f"warning: {more} more: python -m empf.training.health RUN"] if more else lines

@@ -1,0 +1,55 @@
+"""What training says to people: what is trained on what, what was asked for in vain, how each epoch went."""
+
+from empf.accounting import account
+from empf.data.events import EventSet
+from empf.data.load import is_held_out
+from empf.data.sets import ImageSet
+from empf.data.stream_set import StreamSet
+from empf.models import SpikingNetwork
+from empf.training.config import TrainConfig
+from empf.training.processes import of_launcher
+
+SHOWN = 5  # warnings per epoch
+Data = ImageSet | StreamSet | EventSet
+
+
+def headline(model: SpikingNetwork, train: Data, test: Data, held: Data | None = None) -> str:
+    """The network and its size, and how many images are for what."""
+    config, size = model.config, account(model)
+    sizes = f"{size['params_mb']:.2f} MB ({size['params_full_mb']:.2f} MB full)"
+    counts, tail = f"{len(train)} training, ", f"; tested on {test.split}" if is_held_out(test) else ""
+    if held is not None:
+        counts, tail = f"{counts}{len(held)} held-out, ", f"; {held.split}, chooses the best epoch"
+    return f"{config.arch}, {config.weights} weights, T = {config.T}: {sizes}; {counts}{len(test)} test images{tail}"
+
+
+def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
+    """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
+    alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
+    found = {
+        f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
+        for name, value in of_launcher(config.to_dict()).items()
+    } | {
+        f"--sync-bn {alone}": config.sync_bn and processes == 1,
+        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
+        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
+    }
+    return [f"note: {line}" for line, holds in found.items() if holds]
+
+
+def epoch_line(record: dict) -> str:
+    """One line of metrics.jsonl for people."""
+    per_step = " ".join(f"{a:.2f}" for a in record["accuracy"])
+    held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record else ""
+    return (
+        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  {held}"
+        f"test after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
+    )
+
+
+def warning_lines(record: dict) -> list[str]:
+    """The first few warnings of an epoch, for people; one fault brings about many."""
+    warnings = record.get("health", {}).get("warnings", [])
+    lines = [f"warning: {warning}" for warning in warnings[:SHOWN]]
+    more = len(warnings) - len(lines)
+    return lines + [f"warning: {more} more: python -m empf.training.health RUN"] if more else lines
