@@ -3,8 +3,7 @@
 from empf.accounting import account
 from empf.data.events import EventSet
 from empf.data.load import is_held_out
-from empf.data.sets import ImageSet
-from empf.data.stream_set import StreamSet
+from empf.data.sets import ImageSet, StreamSet
 from empf.models import SpikingNetwork
 from empf.training.config import TrainConfig
 from empf.training.processes import of_launcher
