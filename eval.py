@@ -245,6 +245,8 @@ def answer(args: Namespace, command: str) -> None:
             "--batch-size and --count-batches must be at least 1, --threads and --workers at least 0, "
             f"got {args.batch_size}, {args.count_batches}, {args.threads} and {args.workers}"
         )
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        raise ValueError(f"{empty[0]} must not be empty: leave --{empty[0]} out")
     check_device(device)
     check_workers(args.workers)
     use_cpu(args.threads)

@@ -20,6 +20,8 @@ RUN_FILES = {
     "curves.png",
     "log.txt",
     "state.pt",
+    "lock",
+    "owner",
 }
 
 
@@ -49,11 +51,16 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_result(path: Path | None) -> None:
-    """Raise ValueError for a file of a run, which a result may not replace."""
-    if path is not None and path.resolve().name in RUN_FILES:
-        folder = path.resolve().parent
-        if any((run / "config.json").exists() for run in (folder, folder.parent)):
-            raise ValueError(f"{path} is a file of a run: choose another name for the result")
+    """Raise ValueError for a file of a run, or one that holds something else than JSON: no result may replace it."""
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if path.resolve().name in RUN_FILES and any((run / "config.json").exists() for run in (folder, folder.parent)):
+        raise ValueError(f"{path} is a file of a run: choose another name for the result")
+    try:
+        parse_json(path.is_file() and path.read_bytes() or b"0")
+    except ValueError as error:
+        raise ValueError(f"{path} exists and is no result, it would be lost: choose another name") from error
 
 
 def write_result(path: Path, text: str) -> None:

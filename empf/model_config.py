@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import KW_ONLY, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import TypeVar, get_args, get_type_hints
@@ -18,8 +19,11 @@ Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
 NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
 
 
+hints = cache(get_type_hints)
+
+
 def field_types(cls, name: str) -> tuple[type, ...]:
-    hint = get_type_hints(cls)[name]
+    hint = hints(cls)[name]
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 

@@ -16,7 +16,6 @@ decides where a resumed run continues; the other files follow from it.
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 from collections.abc import Iterator
@@ -39,6 +38,8 @@ from empf.models import SpikingNetwork, build
 from empf.terminal import shown
 
 FORMAT = 1
+MEASURED = {"loss", "train_accuracy", "accuracy"}  # what an epoch has at least
+MOST_PROCESSES = 10**6
 WEIGHTS = ("model.safetensors", "best.safetensors")
 
 
@@ -119,7 +120,7 @@ def read_config(run: str | Path) -> dict:
         raise ValueError(f"{path} is damaged (model and train must be objects): restore it from a copy of the run")
     norm = config.get("normalisation", {})
     numbers = [norm.get(name, []) for name in ("mean", "std")] if isinstance(norm, dict) else [None]
-    sound = is_list(config.get("classes", []), str) and all(is_list(part, int | float) for part in numbers)
+    sound = is_list(config.get("classes", []), str) and all(map(is_numbers, numbers))
     if not (sound and isinstance(config.get("data", {}), dict)):
         raise ValueError(f"{path} is damaged (classes or normalisation or data): restore it from a copy of the run")
     return config
@@ -127,6 +128,10 @@ def read_config(run: str | Path) -> dict:
 
 def is_list(value: object, kind) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) for v in value)
+
+
+def is_numbers(value: object) -> bool:
+    return is_list(value, int | float) and all(map(math.isfinite, value))
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -145,15 +150,16 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 def is_record(record: object) -> bool:
     """Is it a line of metrics.jsonl?"""
-    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+    if not isinstance(record, dict) or not is_count(record.get("epoch"), 1):
         return False
-    health = record.get("health", {})
-    numbers = [record.get("accuracy", []), record.get("held_out", [0.0])]
+    health, numbers = record.get("health", {}), [record.get("accuracy", []), record.get("held_out", [0.0])]
     return (
-        all(is_list(part, int | float) for part in numbers)
+        all(map(is_numbers, numbers))
         and bool(numbers[1])
-        and (isinstance(health, dict) and is_list(health.get("warnings", []), str))
-    )
+        and all(isinstance(record.get(name, 0.0), int | float) for name in ("loss", "train_accuracy", "test_loss"))
+        and isinstance(record.get("weights", ""), str)
+        and isinstance(health, dict) and is_list(health.get("warnings", []), str)
+    )  # fmt: skip
 
 
 def save_state(run: Path, state: dict) -> None:
@@ -177,22 +183,23 @@ def load_state(run: Path) -> dict:
         if broken is not None:
             raise BadZipFile(broken)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # torch and zipfile meet damage in many ways
         raise damaged(run, type(error).__name__) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not is_count(state.get("format"), FORMAT, FORMAT):
         raise ValueError(f"{path} is not a checkpoint of this version (format {FORMAT}): use the version that wrote it")
     at, history = state.get("at"), state.get("history")
     fits = {
         "at": is_position(at),
-        "history": is_list(history, dict) and all(map(is_record, history)),
-        "processes": is_count(state.get("processes"), 1),
+        "history": is_list(history, dict) and all(is_record(r) and r.keys() >= MEASURED for r in history),
+        "processes": is_count(state.get("processes"), 1, MOST_PROCESSES),
         "rng": unlike(state.get("rng"), torch.get_rng_state()) is None,
-        **{name: isinstance(state.get(name), dict) for name in ("model", "optimizer")},
+        "model": isinstance(model := state.get("model"), dict) and all(isinstance(t, Tensor) for t in model.values()),
+        "optimizer": isinstance(state.get("optimizer"), dict),
         **{name: isinstance(state.get(name), dict | None) for name in ("average", "health")},
     }
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise damaged(run, wrong[0])
-    if len(history) != at["epoch"]:
+    if len(history) != at["epoch"] or any(record["epoch"] != n for n, record in enumerate(history, 1)):
         raise damaged(run, "history")
     return state
 
@@ -202,8 +209,8 @@ def damaged(run: Path, what: str) -> ValueError:
     return ValueError(f"{path} is damaged ({shown(what, 100)}): restore it from a copy or start anew")
 
 
-def is_count(value: object, least: int = 0) -> bool:
-    return type(value) is int and value >= least
+def is_count(value: object, least: int = 0, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def is_position(at: object) -> bool:
@@ -212,14 +219,17 @@ def is_position(at: object) -> bool:
         isinstance(at, dict)
         and is_count(at.get("epoch"))
         and is_count(at.get("batch"))
-        and is_count(at.get("begun_by", 1), 1)
+        and is_count(at.get("begun_by", 1), 1, MOST_PROCESSES)
         and is_list(at.get("sums"), float) and len(at["sums"]) == 3 and all(map(math.isfinite, at["sums"]))
         and isinstance(at.get("seconds"), float) and 0 <= at["seconds"] < math.inf
     )  # fmt: skip
 
 
 def unlike(found: object, wanted: object, where: str = "") -> str | None:
-    """The first place at which two nested values differ in kind, keys, length, or the shape and type of a tensor."""
+    """The first place at which two nested values differ in kind, keys, length, or the shape and type of a tensor.
+
+    Or where a tensor of the first holds a number that is not finite.
+    """
     kinds = [
         next((k for k in (bool, Tensor, dict, list, int | float) if isinstance(value, k)), type(value))
         for value in (found, wanted)
@@ -227,7 +237,9 @@ def unlike(found: object, wanted: object, where: str = "") -> str | None:
     if kinds[0] != kinds[1]:
         return where or "kind"
     if isinstance(wanted, Tensor):
-        return None if (found.shape, found.dtype) == (wanted.shape, wanted.dtype) else where or "shape"
+        plain = found.layout == torch.strided and not found.is_meta
+        same = plain and (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        return None if same and found.isfinite().all() else where or "shape"
     if isinstance(wanted, list):
         found, wanted = (dict(enumerate(value)) for value in (found, wanted))
     if not isinstance(wanted, dict):
@@ -296,6 +308,11 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({shown(error, 100)}): restore it from a copy of the run") from error
     model = build(config)
+    if (place := unlike(tensors, model.state_dict())) is not None:
+        raise ValueError(
+            f"{path} is damaged ({place.strip()} holds numbers of another type, or not finite): restore it from a copy "
+            "of the run"
+        )
     model.load_state_dict(tensors)
     model.run = path.parent
     return model.eval().to(device)

@@ -7,14 +7,11 @@ is computed anew, or the fingerprint of the network as well, as somebody would d
 be another network, which must be sound, and must not ask for more memory or time than a file of its kind.
 """
 
-import copy
 import json
 import random
 import sys
-import tempfile
-import time
 import zlib
-from collections import Counter
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +22,7 @@ import torch
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from fuzz_tools import by_hand, refusal, some_bytes, some_value
 from test_deploy_layers import Convolutional, settled
 
 import empf
@@ -33,14 +31,10 @@ from empf.deploy import file as packed_file
 from empf.deploy.pack import PackedModel, load_packed, numbers_of_a_step, pack
 
 SHALLOW = {"resnet18": ([1, 1], [64, 128], None), "resnet19": ([1, 1], [128, 256], 256)}
-NASTY = [
-    None, True, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "binary", "\x1b]0;x\x07", "a\nb", "ä" * 5000, [], ["x"], {}, {"a": []}, "resnet19", "vgg_snn", "ternary", "mem_bn",
-    "lif", 4, 8,
-]  # fmt: skip
 FLOATS = [float("nan"), float("inf"), -float("inf"), 1e38, -1.0, 0.0]
 
 
+@cache
 def examples() -> list[tuple[bytes, torch.Tensor, torch.Tensor, type | None]]:
     """(file, input, logits, class that `load_packed` needs) of three small networks."""
     made, x = [], torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -50,48 +44,6 @@ def examples() -> list[tuple[bytes, torch.Tensor, torch.Tensor, type | None]]:
         made.append((net.eval(), x, None))
     made.append((*settled(Convolutional), Convolutional))
     return [(pack(net).to_bytes(), x, pack(net)(x), kind) for net, x, kind in made]
-
-
-def some_bytes(data: bytes, r: random.Random) -> bytes:
-    header = 8 + int.from_bytes(data[:8], "little")
-    at = r.randrange(r.choice((8, header, len(data))))
-    junk = r.randbytes(r.randrange(1, 200))
-    return r.choice(
-        [
-            lambda: data[:at] + bytes([data[at] ^ 1 << r.randrange(8)]) + data[at + 1 :],
-            lambda: data[:at],
-            lambda: data[:at] + junk + data[at + len(junk) :],
-            lambda: data[:at] + junk + data[at:],
-            lambda: data[:at] + data[at + len(junk) :],
-            lambda: data + junk,
-            lambda: junk,
-            lambda: data[:8] + b"[" * (header - 8) + data[header:],
-        ]
-    )()
-
-
-def some_description(about: dict, r: random.Random):
-    """Another value, a missing or a new key somewhere in the description, or something else in its place."""
-    if r.random() < 0.05:
-        return copy.deepcopy(r.choice(NASTY))
-    part = about
-    while True:
-        inner = [value for value in part.values() if isinstance(value, dict) and value]
-        if not inner or r.random() < 0.2:
-            break
-        part = r.choice(inner)
-    name = r.choice([*part, "unknown"])
-    how = r.random()
-    if how < 0.1:
-        part.pop(name, None)
-    elif how < 0.2:
-        nested: list = []
-        for _ in range(300):
-            nested = [nested]
-        part[name] = nested
-    else:
-        part[name] = copy.deepcopy(r.choice(NASTY))
-    return about
 
 
 def some_tensors(arrays: dict[str, np.ndarray], r: random.Random) -> None:
@@ -132,7 +84,7 @@ def some_parameters(arrays: dict[str, np.ndarray], r: random.Random) -> None:
 def altered(data: bytes, r: random.Random) -> tuple[bytes, int]:
     """(file, 0: nothing was repaired | 1: the checksum was | 2: the fingerprint too)."""
     if r.random() < 0.3:
-        return some_bytes(data, r), 0
+        return some_bytes(data, r, 8 + int.from_bytes(data[:8], "little")), 0
     sealed = r.choice((1, 2, 2))
     arrays = dict(safetensors.numpy.load(data))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -140,7 +92,7 @@ def altered(data: bytes, r: random.Random) -> tuple[bytes, int]:
     for _ in range(r.choice((1, 1, 2, 5))):
         how = r.random()
         if how < 0.5 and isinstance(about, dict):
-            about = some_description(about, r)
+            about = some_value(about, r)
         elif how < 0.8 or packed_file.PARAMETERS not in arrays:
             if arrays:
                 some_tensors(arrays, r)
@@ -162,9 +114,7 @@ def outcome(path: Path, case: tuple, sealed: int) -> str:
         try:
             packed = load_packed(path, net=None if kind is None else kind())
         except ValueError as error:
-            words = str(error)
-            assert words.startswith(str(path)) and words.isprintable() and len(words) < len(str(path)) + 500, words
-            return "refused"
+            return refusal(error, path)
     c = packed.config
     if c is not None and (c.in_channels, c.image_size, c.T) != (1, 8, 2):
         x = torch.zeros(1, c.in_channels, c.image_size, c.image_size)
@@ -178,30 +128,15 @@ def outcome(path: Path, case: tuple, sealed: int) -> str:
     return "another network"
 
 
-def fuzz(count: int, seed: int, folder: Path) -> tuple[Counter, list[str], float]:
-    """(outcomes, what went wrong, seconds of the slowest case)."""
-    r, outcomes, wrong, slowest = random.Random(seed), Counter(), [], 0.0
+def one(r: random.Random, folder: Path) -> str:
+    """What becomes of an altered file."""
     path = folder / "altered.safetensors"
     with mock.patch.dict(models.RESNETS, SHALLOW):
-        cases = examples()
-        for number in range(count):
-            case = r.choice(cases)
-            data, sealed = altered(case[0], r)
-            path.write_bytes(data)
-            start = time.perf_counter()
-            try:
-                outcomes[outcome(path, case, sealed)] += 1
-            except Exception as error:  # whatever it is, it is a finding
-                wrong.append(f"seed {seed}, case {number}: {type(error).__name__}: {str(error)[:300]}")
-            slowest = max(slowest, time.perf_counter() - start)
-    return outcomes, wrong, slowest
+        case = r.choice(examples())
+        data, sealed = altered(case[0], r)
+        path.write_bytes(data)
+        return outcome(path, case, sealed)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        found, failures, longest = fuzz(
-            int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(temporary)
-        )  # fmt: skip
-    print(dict(found), f"wrong: {len(failures)}, slowest {longest:.2f} s", *failures[:20], sep="\n")
-    sys.exit(bool(failures))
+    by_hand(one)

@@ -206,6 +206,8 @@ WRONG = [
     (["--mixup", "1e300"], "mixup must be at most 1000.0, got 1e+300"),
     (["--workers", "1000000"], "workers must lie in 0.."),
     (["--width", "64", "--arch", "resnet19"], " GB are needed, "),
+    (["--dataset="], "dataset must not be empty: leave --dataset out"),
+    (["--train-split="], "train_split must not be empty: leave --train-split out"),
     (["--output-dir="], "output_dir must not be empty: leave --output-dir out"),
     (["--data", ""], "data must not be empty: leave --data out"),
     (["--width", "1e9"], "width must be positive and at most 64, got 1000000000.0"),

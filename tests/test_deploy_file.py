@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 import torch
 from deploy_tools import logits, trained
-from fuzz_packed import fuzz
+from fuzz_packed import one
+from fuzz_tools import fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_deploy_layers import Plain
@@ -291,7 +292,7 @@ def test_a_loaded_network_runs_and_can_be_saved_again(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_an_altered_file_is_refused_or_the_same_network(seed, tmp_path):
     """2,000 cases in all; `python tests/fuzz_packed.py 20000` for more."""
-    outcomes, wrong, slowest = fuzz(500, seed, tmp_path)
+    outcomes, wrong, slowest = fuzz(one, 500, seed, tmp_path)
     assert wrong == [] and sum(outcomes.values()) == 500
     assert outcomes["refused"] > 300 and outcomes["the same network"] > 0 and outcomes["another network"] > 0
 

@@ -76,7 +76,9 @@ def test_a_result_follows_a_link_and_leaves_devices_and_pipes_in_place(tmp_path,
     assert capsys.readouterr().out == "said\n"
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "state/state.pt", "link"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "model.safetensors", "state/state.pt", "state/lock", "link"]
+)
 def test_files_of_a_run_are_refused(tmp_path, name):
     write_atomic(tmp_path / "config.json", b"{}")
     write_atomic(tmp_path / "state" / "state.pt", b"x")
@@ -87,6 +89,19 @@ def test_files_of_a_run_are_refused(tmp_path, name):
     assert (tmp_path / "config.json").read_bytes() == b"{}"
     check_result(tmp_path / "result.json")
     check_result(None)
+
+
+def test_what_is_no_result_is_not_replaced(tmp_path):
+    path = tmp_path / "notes"
+    for content in (b"my notes", b"\x00\xff", b'{"a": '):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="notes exists and is no result, it would be lost: choose another name"):
+            write_result(path, "{}")
+        assert path.read_bytes() == content
+    for content in (b"", b"[1]"):
+        path.write_bytes(content)
+        write_result(path, "{}")
+        assert path.read_text() == "{}"
 
 
 # ---- JSON and fingerprints

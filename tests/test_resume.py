@@ -240,6 +240,16 @@ DAMAGES = {
     "momentum of a parameter more": lambda state: state["optimizer"]["state"].update({999: {"m": torch.ones(1)}}),
     "momentum a number": lambda state: state["optimizer"]["state"].update({0: 3}),
     "average a list": put("average", value=[]),
+    "average not finite": lambda state: state["average"]["module.head.weight"].fill_(float("nan")),
+    "momentum not finite": lambda state: state["optimizer"]["state"][0]["momentum_buffer"].fill_(float("inf")),
+    "weights sparse": lambda state: put("model", "head.bias", value=state["model"]["head.bias"].to_sparse())(state),
+    "weights on meta": lambda state: put("model", "head.bias", value=state["model"]["head.bias"].to("meta"))(state),
+    "weights a number": put("model", "head.weight", value=3),
+    "history without a loss": lambda state: state["history"][0].pop("loss"),
+    "history of a text": put("history", 0, "loss", value="\x1b]0;x\x07"),
+    "history of another epoch": put("history", 0, "epoch", value=5),
+    "too many processes": put("processes", value=10**30),
+    "begun by too many": put("at", "begun_by", value=10**30),
     "health without layers": put("health", "states", value={}),
     "health a text": put("health", "seen", value="x"),
     "health of other layers": put("health", "seen", "density", value={"elsewhere": [0.0, 1]}),
@@ -259,6 +269,18 @@ def test_a_part_that_is_missing_or_wrong_is_one_sentence(stopped, tmp_path, name
     assert message.startswith("error: ") and message.isprintable()
     assert re.search(r"state.pt is damaged \(.*\): restore it from a copy or start anew$", message), message
     assert (run / "state" / "state.pt").read_bytes() == before
+
+
+def test_the_settings_of_the_optimizer_are_those_of_the_run(stopped, tmp_path):
+    """Whatever the checkpoint says of them."""
+    for name, change in (("run", {}), ("altered", {"lr": float("inf"), "momentum": 1e300, "weight_decay": 7.0})):
+        run = shutil.copytree(stopped, tmp_path / name)
+        state = runs.load_state(run)
+        for group in state["optimizer"]["param_groups"]:
+            group |= change
+        runs.save_state(run, state)
+        resume(run)
+    assert trace(tmp_path / "altered") == trace(tmp_path / "run")
 
 
 def test_a_tensor_of_another_network_is_named(stopped, tmp_path):

@@ -98,6 +98,12 @@ def edit_config(run: Path, change) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
+def edit_weights(run: Path, change) -> None:
+    tensors = safetensors.torch.load_file(run / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, run / "model.safetensors")
+
+
 def cut(path: Path, share: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -166,6 +172,14 @@ MODEL_DAMAGES = {
         lambda run: safetensors.torch.save_file({"\x1b]0;x\x07\n" * 999: torch.ones(1)}, run / "model.safetensors"),
         "is not part of the model",
     ),
+    "numbers not finite": (
+        lambda run: edit_weights(run, lambda t: t["head.bias"].fill_(float("nan"))),
+        "model.safetensors is damaged (head.bias holds numbers of another type, or not finite): restore it",
+    ),
+    "another type": (
+        lambda run: edit_weights(run, lambda t: t.update({"head.bias": t["head.bias"].int()})),
+        "model.safetensors is damaged (head.bias holds numbers of another type, or not finite): restore it",
+    ),
     "unknown setting": (
         lambda run: edit_config(run, lambda c: c["model"].update(depth=3)),
         "run/config.json: unknown model setting depth: ",
@@ -197,7 +211,19 @@ def test_nothing_is_built_before_the_sizes_are_known(run, monkeypatch):
     assert built == [{"meta"}]
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, "3", '{"epoch": "x"}', '{"epoch": 1, "health": {"warnings": 3}}', "{"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        "3",
+        '{"epoch": 1, "accuracy": [NaN]}',
+        '{"epoch": 1, "loss": "\x1b"}',
+        '{"epoch": 1, "weights": [1]}',
+        '{"epoch": "x"}',
+        '{"epoch": 1, "health": {"warnings": 3}}',
+        "{",
+    ],
+)
 def test_damaged_metrics_are_one_sentence(run, line):
     (run / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": [1.0]}\n' + line)
     with pytest.raises(ValueError, match="metrics.jsonl, line 2 is damaged: restore it from a copy of the run"):

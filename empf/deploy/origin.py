@@ -9,6 +9,7 @@ from empf.data.sets import DATASETS, DataSpec, ImageSettings
 from empf.files import fingerprint
 from empf.model_config import ModelConfig, check_types
 from empf.runs import read_config, read_metrics
+from empf.terminal import shown
 
 KINDS = {"epochs": int, "images": int, "limit": int, "resized": bool, "reading": dict}  # of fields that are no text
 READING = tuple(f.name for f in fields(ImageSettings) if f.name != "size")
@@ -104,7 +105,7 @@ class Origin:
                 }
             )
         except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{run} is damaged ({error}): restore it from a copy of the run") from error
+            raise ValueError(f"{run} is damaged ({shown(error, 100)}): restore it from a copy of the run") from error
 
 
 def measurement(model: nn.Module) -> dict | None:

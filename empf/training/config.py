@@ -157,8 +157,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and (value < bound if word == "least" else value > bound):
                     raise ValueError(f"{name} must be at {word} {bound}, got {value}")
-        for name in ("data", "output_dir", "tracker", "init_from", "freeze"):
-            if getattr(self, name) == "":
+        for name, value in asdict(self).items():
+            if value == "":
                 raise ValueError(f"{name} must not be empty: leave --{name.replace('_', '-')} out")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")

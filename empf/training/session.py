@@ -383,6 +383,8 @@ def restore(parts: dict[str, Any], state: dict, run: Path) -> None:
                     wanted["state"] = {i: dict.fromkeys(momenta, like[i]) for i, momenta in found["state"].items()}
                 if (place := runs.unlike(found, wanted, name)) is not None:
                     raise ValueError(place)
+                if name == "optimizer":
+                    found = found | {"param_groups": wanted["param_groups"]}  # as the run was configured
             part.load_state_dict(found)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise runs.damaged(run, str(error)) from error
