@@ -8,6 +8,7 @@ x (k, N, C, ...)      v, one step (N, C, ...)      leak, threshold (k,) or (k, C
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def pieces(*steps: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
     """The tensors (N, C, ...) cut along the batch alike, so that the pieces fit the cache; whole on an accelerator."""
     first = steps[0]
     size = len(first)
-    if first.device.type == "cpu":
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
         size = max(1, PIECE * torch.get_num_threads() * size // max(1, first.numel()))
     if size >= len(first):
         yield steps
@@ -123,34 +124,60 @@ def fire(
     out: where the spikes of one step go, in fp32 at least. Then v is not computed, and terms (x, gain, shift) may come
     with `more`.
     """
-    dtype, k = working_dtype(x), len(x)
+    dtype = working_dtype(x)
     spikes = empty_like_steps(x, x.dtype) if out is None else out
-    v_out = empty_like_steps(x, dtype, one_step=True) if leak is not None and out is None else None
-    v = None if leak is None else v
-    direct = bits is None and spikes.dtype == dtype  # the spikes are written where they are computed
 
     def lanes(p):
-        return [None] * k if p is None else [lane(q.to(dtype), x[0]) for q in p]
+        return repeat(None) if p is None else [lane(q.to(dtype), x[0]) for q in p]
 
-    parameters = list(zip(lanes(leak), lanes(threshold), lanes(gain), lanes(shift), strict=True))
+    of_steps = zip(lanes(leak), lanes(threshold), lanes(gain), lanes(shift), repeat(None), repeat(None), strict=False)
     more = [(y[0], lane(g[0], x[0]), lane(h[0], x[0])) for y, g, h in more]
-    for *both, v_n, v_out_n in pieces(*x, *spikes, *(y for y, _, _ in more), v, v_out):
-        for x_t, spikes_t, (leak_t, threshold_t, gain_t, shift_t) in zip(
-            both[:k], both[k : 2 * k], parameters, strict=True
+    v = None if leak is None else v
+    potential = leak is not None and out is None
+    v = fire_steps(x, v, list(of_steps), spikes, potential=potential, bits=bits, step=step, more=more)
+    return spikes, v
+
+
+def fire_steps(
+    x: Tensor, v: Tensor | None, lanes: Sequence[Sequence[Tensor | None]], spikes: Tensor, *, potential: bool,
+    bits: int | None = None, step: float = 0.25, more: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+) -> Tensor | None:  # fmt: skip
+    """`fire` into `spikes`; v after the last step, if the potential is wanted.
+
+    lanes: of each step leak, threshold, gain and shift of the current, gain and shift of the potential (Mem-BN that is
+    folded), each None or of a shape that broadcasts.
+    """
+    dtype, steps, v_out = working_dtype(x), x.unbind(), None
+    whole = torch.compiler.is_compiling() or steps[0].numel() <= PIECE  # then v is made by the first step
+    if potential and not whole:
+        v_out = torch.empty_like(steps[0], dtype=dtype)
+    k, tensors = len(steps), (*steps, *spikes.unbind(), *(y for y, _, _ in more), v, v_out)
+    direct = bits is None and spikes.dtype == dtype  # the spikes are written where they are computed
+    for *both, v_n, v_out_n in (tensors,) if whole else pieces(*tensors):
+        added = list(zip(both[2 * k :], more, strict=True))
+        for x_t, spikes_t, (leak_t, threshold_t, gain_t, shift_t, gain_m, shift_m) in zip(
+            both[:k], both[k : 2 * k], lanes, strict=True
         ):
             here = spikes_t if direct else None
             i = x_t if gain_t is None else torch.addcmul(shift_t, x_t, gain_t, out=here)
-            for y_n, (_, gain_y, shift_y) in zip(both[2 * k :], more, strict=True):
+            for y_n, (_, gain_y, shift_y) in added:
                 i = torch.add(torch.addcmul(shift_y, y_n, gain_y), i, out=here)
             m = i.to(dtype) if v_n is None else torch.addcmul(i, v_n, leak_t, out=here)
-            if v_out_n is None:
-                s = torch.sub(m, threshold_t, out=here).clamp_min_(0)
-            else:
-                v_n = torch.minimum(m, threshold_t, out=v_out_n)
+            m = m if gain_m is None else torch.addcmul(shift_m, m, gain_m, out=here)
+            if potential:
+                v_n = v_out_n = torch.minimum(m, threshold_t, out=v_out_n)
                 s = torch.sub(m, v_n, out=here)
+            else:
+                s = torch.sub(m, threshold_t, out=here).clamp_min_(0)
             if not direct:
                 spikes_t.copy_(s if bits is None else spike_codes(s, bits, step) * step)
-    return spikes, v_out
+    return v_n if whole and potential else v_out
+
+
+def rounded(spikes: Tensor, bits: int, step: float) -> Tensor:
+    """`spike_codes` as uint8, of all steps at once; spikes is written to."""
+    top = 2**bits - 0.5  # the conversion to integers is the floor
+    return spikes.mul_(1 / step).add_(0.5).clamp_(0.0, top).to(torch.uint8)
 
 
 def stacked(steps: Sequence[Tensor]) -> Tensor:

@@ -46,6 +46,7 @@ def test_halves_are_normalised_as_the_whole(processes, dtype):
 
     halves = list(processes.map(lambda rows: run(sync_norm.sync_batch_norm, rows), (slice(0, 3), slice(3, 6))))
     x = x.double()
+    x = x.double()
     whole = run(F.batch_norm, slice(0, 6))
     joined = []
     for i, parts in enumerate(zip(*halves, strict=True)):

@@ -27,13 +27,13 @@ from empf.kernels import backend
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron
 from empf.kernels.matmul import binary_matmul
-from empf.kernels.neuron import ACTIVATIONS, neuron_update
-from empf.kernels.neuron_cpu import per_channel
+from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, neuron_update
+from empf.kernels.neuron_cpu import fire_steps, per_channel, rounded
 from empf.kernels.pack import PackedWeight, signs, weights_per_word
 from empf.kernels.pack import pack as pack_weight
 from empf.kernels.steps import empty_like_steps, stack_steps
 from empf.layer import Current, StepBatchNorm, plus
-from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron
+from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, lif_step
 from empf.synapse import QuantizedWeight, quantize_weight
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
@@ -104,12 +104,13 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
     def lanes(self, steps: slice, dims: int) -> list[tuple[Tensor | None, ...]]:
-        """For each step what `parameters_of` gives it, shaped for steps of `dims` axes; kept for the next call."""
+        """What `fire_steps` wants of these steps with `dims` axes; kept for the next call."""
         if self.T is None:  # all steps have the same
             steps = slice(0, steps.stop - steps.start)
         key = (steps.start, steps.stop, dims)
         if key not in self._lanes:
-            rows = zip(*(repeat(None) if p is None else p for p in self.parameters_of(steps)), strict=False)
+            leak, *rest = (repeat(None) if p is None else p for p in self.parameters_of(steps))
+            rows = zip(leak, rest[0], repeat(None), repeat(None), *rest[1:], strict=False)
             self._lanes[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
         return self._lanes[key]
 
@@ -117,8 +118,7 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         if not self.fusible or backend(self.threshold.device) == "torch":
             x = plain(current)
             steps = self.advance(x)
-            run = self.relu_steps if self.fusible else self.other_steps
-            spikes, v = run(x, self.lanes(steps, x.dim() - 1))
+            spikes, v = self.plain_steps(x, steps)
         else:
             steps = self.advance(current)
             spikes, v = self.on_kernels(current, steps)
@@ -149,39 +149,26 @@ class PackedNeuron(StatefulNeuron, PackedPart):
             product.neuron = self
         return outputs[:2]
 
-    def relu_steps(self, x: Tensor, lanes: list) -> tuple[Tensor, Tensor | None]:
-        """(spikes or codes, v) of (k, N, C, ...) in plain torch, with as few calls and buffers as it takes."""
-        v, after = self.v, None
-        spikes = empty_like_steps(x, torch.float32)
-        charged, parallel = x if x.dtype == torch.float32 else x.float(), self.parallel
-        for i, s, (leak, threshold, gain, shift) in zip(charged.unbind(), spikes.unbind(), lanes, strict=True):
-            m = i if v is None or parallel else torch.addcmul(i, v, leak, out=s)
-            m = m if gain is None else torch.addcmul(shift, m, gain, out=s)
-            v = after = torch.minimum(m, threshold, out=after)  # the first makes it, in the layout of m
-            torch.sub(m, v, out=s)
-        return self.rounded(spikes, x.dtype), v
-
-    def rounded(self, spikes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Codes of the spikes, where there are any; spikes is written to."""
+    def plain_steps(self, x: Tensor, steps: slice) -> tuple[Tensor, Tensor | None]:
+        """(spikes or codes, v) of (k, N, C, ...) without kernels."""
+        dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
+        if self.fusible:
+            v, spikes = None if self.parallel else self.v, empty_like_steps(x, torch.float32)
+            v = fire_steps(x, v, self.lanes(steps, x.dim() - 1), spikes, potential=not self.parallel)
+        elif self.lif:
+            v, spikes = self.v, []
+            for i, *own in zip(x, *self.parameters_of(steps)[:2], strict=True):
+                s, v = lif_step(i, v, *own)
+                spikes.append(s)
+            spikes = stack_steps(spikes, x)
+        else:
+            leak, threshold, gain, shift = self.parameters_of(steps)
+            p = NeuronParams(leak, threshold, gain=gain, shift=shift, parallel=self.parallel)
+            spikes, v = neuron_steps(x, self.v, p, activation=ACTIVATIONS[self.activation])
+            spikes = stack_steps(spikes, x)
         if self.spike_bits is None:
-            return spikes.to(dtype)
-        top = 2**self.spike_bits - 0.5  # `spike_codes`; the conversion to integers is its floor
-        return spikes.mul_(1 / self.spike_step).add_(0.5).clamp_(0.0, top).to(torch.uint8)
-
-    def other_steps(self, x: Tensor, lanes: list) -> tuple[Tensor, Tensor | None]:
-        """The same of binary spikes, and of other activations than ReLU."""
-        v, spikes = self.v, []
-        for i, (leak, threshold, gain, shift) in zip(x.float(), lanes, strict=True):
-            m = i if v is None or self.parallel else torch.addcmul(i, v, leak)
-            m = m if gain is None else torch.addcmul(shift, m, gain)
-            if self.lif:
-                s = (m >= threshold).float()
-                v = m - s * threshold
-            else:
-                s = ACTIVATIONS[self.activation](m - threshold)
-                v = m - s
-            spikes.append(s)
-        return self.rounded(stack_steps(spikes, x), x.dtype), v
+            return spikes.to(dtype), v
+        return rounded(spikes, self.spike_bits, self.spike_step), v
 
 
 class PackedSynapse(PackedPart):
