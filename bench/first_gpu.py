@@ -2,19 +2,22 @@
 
     python bench/first_gpu.py --out first                 as many steps as fit into 9.5 minutes; call again to continue
     python bench/first_gpu.py --out first --again split   these steps anew
-    python bench/first_gpu.py --out try --rehearse        all steps here, tiny, on the CPU and Triton's interpreter,
-                                                          one of which fails
+    python bench/first_gpu.py --out try --rehearse        all steps here, tiny, on the CPU (kernels on Triton's
+                                                          interpreter), one of which fails
 
 Steps, in this order: versions; tests of the kernels, bf16 first, which runs nowhere else; split K under load, and under
 compute-sanitizer; edges; random calls; kernels against dense libraries; the candidates of the tuner side by side; the
 same tuned; training; packed networks; the record network in slices. Each step is a process with a time limit. OUT holds
 steps.json (what is done), a log for each step, the results, and summary.md: one row per step, and the kernels ranked by
-how far they are from their targets.
+how far they are from their targets. In a rehearsal each step is a copy of this process, for importing torch takes most of the time.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
+if "--rehearse" in sys.argv and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from bench.kernel_cases import cases
 from bench.kernels import error
 from empf.kernels import (
@@ -35,6 +40,7 @@ from empf.kernels import (
     binary_matmul,
     binary_matmul_ref,
     pack,
+    set_backend,
     set_tuning,
     tune,
 )
@@ -44,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = ("matmul", "products", "conv", "conv_neuron", "pack", "neuron_kernel", "norm_neuron_kernel", "steps")
 FUZZED = ("pack", "matmul", "conv", "gradients", "neuron", "quantizer", "conv_neuron", "norm")
 PARTS = 6  # of the cases of bench/kernels.py
+OFF = {"EMPF_KERNELS": "off"}  # in the rehearsal of a step: training on the interpreter would take minutes
 
 
 class Step(NamedTuple):
@@ -54,6 +61,7 @@ class Step(NamedTuple):
     command: list
     rehearsal: list | None
     environment: dict = {}
+    rehearsal_environment: dict = {"EMPF_KERNELS": "on"}
 
 
 def steps(out: Path, data: str | None) -> list[Step]:
@@ -90,19 +98,20 @@ def steps(out: Path, data: str | None) -> list[Step]:
         if not tuned:
             listed.append(Step("alternatives", 9, [*me, "alternatives"], [*me, "alternatives"]))
     train = [python, "bench/train.py", "--device", "cuda", "--width", "1"]
-    tiny_train = [python, "bench/train.py", "--width", "0.0625", "--T", "2", "--batch-size", "4", "--repeats", "1"]
+    tiny_train = [python, "bench/train.py", "--width", "0.0625", "--T", "2", "--batch-size", "2", "--repeats", "1"]
+    tiny_train += ["--variants", "random"]
     for name, flags in (("bf16", ["--bf16"]), ("bf16-graph", ["--bf16", "--cuda-graph"]), ("fp32", []),
                         ("bf16-compile", ["--bf16", "--compile"]), ("fp32-graph", ["--cuda-graph"])):  # fmt: skip
         result = ["--json", str(out / f"train-{name}.json")]
-        listed.append(
-            Step(f"train-{name}", 9, [*train, *flags, *result], [*tiny_train, *result] if not flags else None)
-        )
+        tiny = None if flags else [*tiny_train, *result]
+        listed.append(Step(f"train-{name}", 9, [*train, *flags, *result], tiny, {}, OFF))
     deploy, result = [python, "bench/deploy.py"], ["--json", str(out / "deploy.json")]
     tiny_deploy = [*deploy, "--width", "0.0625", "--rounds", "1", *result]
-    listed.append(Step("deploy", 9, [*deploy, "--device", "cuda", *result], tiny_deploy))
+    listed.append(Step("deploy", 9, [*deploy, "--device", "cuda", *result], tiny_deploy, {}, OFF))
     record = [python, "bench/record.py", "--runs", str(out / "runs"), *source]
     smoke = [*record, "--smoke", "--weights", "binary"]
-    listed += [Step(f"record-{i}", 9, [*record, "--minutes", "8"], smoke if i == 0 else None) for i in range(8)]
+    sliced = [*record, "--minutes", "8"]
+    listed += [Step(f"record-{i}", 9, sliced, smoke if i == 0 else None, {}, OFF) for i in range(8)]
     return listed
 
 
@@ -212,17 +221,47 @@ CHECKS = {
 }  # fmt: skip
 
 
+def as_python(arguments: list[str], environment: dict, file) -> None:
+    """What `python ARGUMENTS` would do, in this process."""
+    os.environ |= environment
+    os.chdir(ROOT)
+    for number in (1, 2):
+        os.dup2(file.fileno(), number)
+    set_backend(environment["EMPF_KERNELS"])
+    kind, *rest = arguments
+    sys.argv = rest if kind == "-m" else arguments
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if kind == "-c":
+            exec(rest[0])
+        elif kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(kind, run_name="__main__")
+
+
+def run_copy(command: list, environment: dict, file, timeout: float) -> int:
+    """The exit status of a Python command, run in a copy of this process."""
+    copy = multiprocessing.get_context("fork").Process(target=as_python, args=(command[1:], environment, file))
+    copy.start()
+    copy.join(timeout)
+    if copy.is_alive():
+        copy.kill()
+        raise subprocess.TimeoutExpired(command, timeout)
+    return copy.exitcode
+
+
 def run_step(step: Step, command: list, out: Path, rehearse: bool) -> dict:
     """The row of a step; what it printed is in its log."""
-    environment = {**os.environ, **step.environment}
-    if rehearse:
-        environment |= {"TRITON_INTERPRET": "1", "EMPF_KERNELS": "on"}
-    start, log = time.time(), out / f"{step.name}.log"
-    with log.open("w") as file:
+    start, log, timeout = time.time(), out / f"{step.name}.log", 60 * step.minutes
+    with log.open("w", buffering=1) as file:
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=60 * step.minutes
-            ).returncode
+            if rehearse:
+                code = run_copy(command, step.rehearsal_environment, file, timeout)
+            else:
+                environment = {**os.environ, **step.environment}
+                code = subprocess.run(
+                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=timeout
+                ).returncode
             status = "passed" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
             status = f"stopped after {step.minutes} minutes"
@@ -252,7 +291,7 @@ def write_summary(out: Path, done: dict) -> None:
     (out / "summary.md").write_text("\n".join(text) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What is to be run first on a new GPU, in slices.")
     parser.add_argument("--out", type=Path, default=Path("first_gpu"), help="folder of all output (default: first_gpu)")
     parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default: 9.5)")
@@ -262,7 +301,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="all of it here, tiny")
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=1000, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.check:
         return CHECKS[options.check](options.repeats)
     if not options.rehearse and device() == "cpu":

@@ -140,15 +140,15 @@ def watch(loop: Loop, variant: str = "random", t: int | None = None) -> Watch:
 # ---- what is measured
 
 
-def in_turns(loop: Loop, repeats: int, clock: Callable[[], float], laps: bool) -> dict[str, list[Counter]]:
+def in_turns(loop: Loop, variants, repeats: int, clock: Callable[[], float], laps: bool) -> dict[str, list[Counter]]:
     """For each variant and turn, the seconds of one update: "total", and its parts where `laps` are taken.
 
     `past`: what the forward pass takes longer at t* than at t* = 1, where no step comes before.
     """
-    found: dict[str, list[Counter]] = {variant: [] for variant in VARIANTS}
+    found: dict[str, list[Counter]] = {variant: [] for variant in variants}
     updates = 1 if laps else 5  # between two waits for a GPU
     for turn in range(-1, repeats):  # one to warm up
-        for variant in VARIANTS if turn % 2 else VARIANTS[::-1]:
+        for variant in variants if turn % 2 else variants[::-1]:
             parts, first, n = Counter(), 0.0, updates * len(loop.steps(variant))
             for t in loop.steps(variant):
                 stopwatch = Stopwatch(loop.setting.device, clock)
@@ -260,8 +260,8 @@ def shares(loop: Loop, top: int = 12) -> dict[str, float]:
     return {name: round(value / whole, 4) for name, value in spent.most_common(top)}
 
 
-def measure(setting: Setting, repeats: int, cpu_time: bool = False) -> dict:
-    """Everything this file reports, as plain values."""
+def measure(setting: Setting, repeats: int, cpu_time: bool = False, variants=VARIANTS) -> dict:
+    """Everything this file reports, as plain values; `random` is among the variants."""
     clock = time.process_time if cpu_time else time.perf_counter
     result = {"setting": asdict(setting), "machine": machine(setting.device), "clock": clock.__name__}
     result["gradients_apart"] = check_gradients(setting)
@@ -271,8 +271,8 @@ def measure(setting: Setting, repeats: int, cpu_time: bool = False) -> dict:
     result["layout_conversions"], result["host_reads"] = dict(seen.conversions), dict(seen.reads)
     result["weight_conversions"] = dict(seen.weights)
     gpu = torch.device(setting.device).type == "cuda"
-    turns = in_turns(loop, repeats, clock, laps=not gpu)
-    parts = in_turns(loop, max(1, repeats // 2), clock, laps=True) if gpu else turns
+    turns = in_turns(loop, variants, repeats, clock, laps=not gpu)
+    parts = in_turns(loop, variants, max(1, repeats // 2), clock, laps=True) if gpu else turns
     limit = largest_rate(setting, clock)
     result |= {"repeats": repeats, "matmul_flops_per_s": limit, "variants": {}}
     for variant, seconds in turns.items():
@@ -290,7 +290,7 @@ def measure(setting: Setting, repeats: int, cpu_time: bool = False) -> dict:
         }  # fmt: skip
     result["speed_of_random_over"] = {
         other: spread(b["total"] / a["total"] for a, b in zip(turns["random"], turns[other], strict=True))
-        for other in VARIANTS
+        for other in variants
         if other != "random"
     }
     result["shares_of_operations"] = shares(plain)
@@ -345,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     p.add_argument("--cpu-time", action="store_true", help="count CPU seconds of all threads instead of wall time")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/train-cpu.json or train-cuda.json")
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="timed beside random")
     p.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     try:
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
             print(peak_alone(setting, args.alone))
             return
         keep_freed_memory()
-        result = measure(setting, args.repeats, args.cpu_time)
+        result = measure(setting, args.repeats, args.cpu_time, tuple(dict.fromkeys(("random", *args.variants))))
         print(report(result))
         kind = torch.device(setting.device).type
         out = args.json or Path(__file__).parent / "results" / f"train-{kind}.json"

@@ -72,6 +72,7 @@ def binary_conv2d_neuron_ref(
     codes: bool = False,
     parallel: bool = False,
     return_current: bool = False,
+    return_v: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """The definition of `binary_conv2d_neuron` in plain torch: `binary_conv2d_ref`, then `neuron_update_ref`.
@@ -87,8 +88,9 @@ def binary_conv2d_neuron_ref(
     if residual is not None:
         current = current + residual.to(dtype)
     spikes, v = neuron_update_ref(
-        current, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes, parallel=parallel
-    )
+        current, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes, parallel=parallel,
+        return_v=return_v,
+    )  # fmt: skip
     spikes = spikes if codes else spikes.to(out_dtype)
     return (spikes, v, current.to(out_dtype)) if return_current else (spikes, v)
 
@@ -236,7 +238,7 @@ def _binary_conv2d_neuron_kernel(
                 threshold_ptr, gain_ptr, shift_ptr, spikes_ptr, current_ptr, in_step, step, inv_step,
                 X, KH * KW, C, TERNARY, LOG_STEPS, LEAK_C, THRESHOLD_C, BITS, CODES, PARALLEL,
             )  # fmt: skip
-        if not PARALLEL:
+        if v_out_ptr is not None:
             tl.store(v_out_ptr + at + offsets, tl.trans(v), mask=mask)
 
 
@@ -262,10 +264,11 @@ def _launch(
     codes: bool,
     parallel: bool,
     return_current: bool,
+    return_v: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, v, current), the last two empty where they are not wanted; `bits` is 0 for no quantiser."""
-    spikes, v_out, current = _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype)
+    spikes, v_out, current = _outputs(x, shape, stride, padding, codes, return_current, return_v, out_dtype)
     t, n, o, oh, ow = spikes.shape
     p = n * oh * ow
     if p == 0:
@@ -277,7 +280,7 @@ def _launch(
         x, words, scale.contiguous(), None if bias is None else bias.contiguous(), sums,
         None if residual is None else _fold(residual),
         None if v is None or parallel else v.contiguous(memory_format=torch.channels_last), *parameters,
-        spikes, None if parallel else v_out, current if return_current else None,
+        spikes, v_out if return_v else None, current if return_current else None,
     )  # fmt: skip
     scalars = (in_step, step, 1 / step, o, n, p, *x.shape[2:], oh, ow, words.shape[1])
     of_neuron = neuron_constants(t, leak, threshold, bits, codes, parallel)
@@ -314,12 +317,12 @@ _conv2d_neuron_op = torch.library.custom_op(f"{OPS}::binary_conv2d_neuron", _lau
 @_conv2d_neuron_op.register_fake
 def _(
     x, words, scale, bias, sums, residual, v, leak, threshold, gain, shift, in_step, shape, ternary, stride, padding,
-    bits, step, codes, parallel, return_current, out_dtype,
+    bits, step, codes, parallel, return_current, return_v, out_dtype,
 ):  # fmt: skip
-    return _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype)
+    return _outputs(x, shape, stride, padding, codes, return_current, return_v, out_dtype)
 
 
-def _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dtype):
+def _outputs(x, shape, stride, padding, codes, return_current, return_v, out_dtype):
     t, n = x.shape[:2]
     size = shape[0], *output_size(x.shape[3:], shape[2:], stride, padding)
 
@@ -327,7 +330,7 @@ def _outputs(x, shape, stride, padding, codes, parallel, return_current, out_dty
         return torch.empty((images, *size), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
     spikes = empty(t * n, torch.uint8 if codes else out_dtype).unflatten(0, (t, n))
-    v_out = x.new_empty(0, dtype=torch.float32) if parallel else empty(n, torch.float32)
+    v_out = empty(n, torch.float32) if return_v else x.new_empty(0, dtype=torch.float32)
     current = empty(t * n, out_dtype).unflatten(0, (t, n)) if return_current else x.new_empty(0, dtype=out_dtype)
     return spikes, v_out, current
 
@@ -364,6 +367,7 @@ def binary_conv2d_neuron(
     codes: bool = False,
     parallel: bool = False,
     return_current: bool = False,
+    return_v: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Packed convolution, folded normalisation, residual and T neuron steps in one launch: (spikes, v[, current]).
@@ -374,7 +378,7 @@ def binary_conv2d_neuron(
     codes that the next layer reads; up to 7 bits it reads them faster as `spikes.view(torch.int8)`.
     `return_current=True` also returns I, which a pre-activation block needs as its next residual. Spikes and current
     have the dtype of x (fp32 for codes) unless `out_dtype` names another; v is fp32, but a parallel neuron returns it
-    as given. channels_last x and residual are read as they are, other layouts are converted first; what the kernel
+    as given, and with `return_v=False` it is not written and None. channels_last x and residual are read as they are, other layouts are converted first; what the kernel
     returns is channels_last.
 
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
@@ -398,14 +402,14 @@ def binary_conv2d_neuron(
         return binary_conv2d_neuron_ref(
             x, packed, v, leak, threshold, stride=stride, padding=padding, bias=bias, residual=residual, gain=gain,
             shift=shift, bits=bits, step=step, in_step=in_step, codes=codes, parallel=parallel,
-            return_current=return_current, out_dtype=out_dtype,
+            return_current=return_current, return_v=return_v, out_dtype=out_dtype,
         )  # fmt: skip
     words, sums = conv_operands(x, packed)
     run = _conv2d_neuron_op if torch.compiler.is_compiling() else _launch  # the operator costs microseconds
     spikes, v_out, current = run(
         x, words, packed.scale, bias, sums, residual, v, leak, threshold, gain, shift,
         1.0 if in_step is None else in_step, packed.shape, packed.kind == "ternary", stride, padding, bits or 0, step,
-        codes, parallel, return_current, result_dtype(x, out_dtype),
+        codes, parallel, return_current, return_v and not parallel, result_dtype(x, out_dtype),
     )  # fmt: skip
-    v_out = v if parallel else v_out
+    v_out = None if not return_v else v if parallel else v_out
     return (spikes, v_out, current) if return_current else (spikes, v_out)

@@ -134,12 +134,12 @@ def neuron_steps(
 
 def neuron_update_ref(
     current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False,
-    detach=True,
+    detach=True, return_v=True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Definition of `neuron_update`: `neuron_steps`, stacked."""
     p = NeuronParams(leak, threshold, gain=gain, shift=shift, bits=bits, step=step, parallel=parallel, detach=detach)
     spikes, v = neuron_steps(current, v, p, codes=codes)
-    return stack_steps(spikes, current), v
+    return stack_steps(spikes, current), v if return_v else None
 
 
 def _flags(current, leak, threshold, bits, parallel):
@@ -169,15 +169,19 @@ def _launch_forward(
     codes: bool,
     parallel: bool,
     detach: bool,
+    return_v: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(spikes, v), v empty where it is not wanted."""
     current = steps_dense(current)
-    spikes, v_out = _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach)
+    spikes, v_out = _neuron_forward_fake(
+        current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v
+    )
     v = None if v is None or parallel else lay_out_like(v[None], current)
     view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), tile_elements(current, 1))
     LAUNCHES["neuron_update"] += 1
     with torch.cuda.device_of(current):  # Triton launches on the current device, whatever the tensors are on
         _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
-            current, v, leak, threshold, gain, shift, spikes, v_out,
+            current, v, leak, threshold, gain, shift, spikes, v_out if return_v else None,
             *view, current.stride(0), 1 / step, step,
             **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes, **LAUNCH,
         )  # fmt: skip
@@ -188,9 +192,9 @@ _neuron_forward = torch.library.custom_op(f"{OPS}::neuron_update", _launch_forwa
 
 
 @_neuron_forward.register_fake
-def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach):
+def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v):
     spikes = empty_like_steps(current, torch.uint8 if codes else current.dtype)
-    v_out = current.new_empty(0) if parallel else empty_like_steps(current, torch.float32, one_step=True)
+    v_out = empty_like_steps(current, torch.float32, one_step=True) if return_v else current.new_empty(0)
     return spikes, v_out
 
 
@@ -251,7 +255,7 @@ def _neuron_backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    current, v, leak, threshold, gain, shift, ctx.bits, ctx.step, _, ctx.parallel, ctx.detach = inputs
+    current, v, leak, threshold, gain, shift, ctx.bits, ctx.step, _, ctx.parallel, ctx.detach, _ = inputs
     ctx.save_for_backward(current, v, leak, threshold, gain, shift)
     ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
@@ -270,7 +274,7 @@ def _backward(ctx, d_spikes, d_v_out):
             d_p = d_parameters[slot]  # T C
             grads[slot] = (d_p if p.dim() == 2 else d_p.sum(1)).to(p.dtype)
     carried = ctx.needs_input_grad[1] and not ctx.detach and not ctx.parallel
-    return d_current, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None
+    return d_current, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None, None
 
 
 _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -347,6 +351,7 @@ def neuron_update(
     codes: bool = False,
     parallel: bool = False,
     detach: bool = True,
+    return_v: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """T steps of a spiking neuron with floating-point spikes: (spikes, v after the last step).
 
@@ -361,6 +366,7 @@ def neuron_update(
     parallel: m = I: no state, leak is not used and v is returned as it was given.
     detach: v of the step before is a constant in each step (online learning), and so is the v returned. With False the
         gradient flows through time, also into v.
+    return_v: with False v is not written, which saves 4 bytes per position, and None is returned for it.
 
     Gradients of first order for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from
     current and v. More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes,
@@ -373,31 +379,31 @@ def neuron_update(
         parallel=parallel,
     )  # fmt: skip
     options = {"gain": gain, "shift": shift, "bits": bits, "step": step, "parallel": parallel, "detach": detach}
-    return plain_neuron(current, v, NeuronParams(leak, threshold, **options), codes)
+    return plain_neuron(current, v, NeuronParams(leak, threshold, **options), codes, return_v)
 
 
 def plain_neuron(
-    current: Tensor, v: Tensor | None, p: NeuronParams, codes: bool = False
+    current: Tensor, v: Tensor | None, p: NeuronParams, codes: bool = False, return_v: bool = True
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`neuron_update` of arguments that are known to fit."""
     if not on_kernels(current) or current.numel() == 0:
         spikes, v = neuron_steps(current, v, p, codes=codes)
-        return stack_steps(spikes, current), v
+        return stack_steps(spikes, current), v if return_v else None
     if len(current) > MAX_STEPS:
-        return _in_pieces(current, v, p, codes)
+        return _in_pieces(current, v, p, codes, return_v)
     contiguous = [None if q is None else q.contiguous() for q in (p.leak, p.threshold, p.gain, p.shift)]
     leak, threshold, gain, shift = contiguous
     leak = None if p.parallel else leak
     tensors = [q.detach() if q is not None and codes else q for q in (current, v, leak, threshold, gain, shift)]
     wants_grad = torch.is_grad_enabled() and any(q is not None and q.requires_grad for q in tensors)
     run = _neuron_forward if wants_grad or torch.compiler.is_compiling() else _launch_forward  # the operator costs time
-    spikes, v_out = run(*tensors, p.bits or 0, float(p.step), codes, p.parallel, p.detach)
-    if p.parallel:
-        return spikes, v
+    spikes, v_out = run(*tensors, p.bits or 0, float(p.step), codes, p.parallel, p.detach, return_v and not p.parallel)
+    if p.parallel or not return_v:
+        return spikes, v if return_v else None
     return spikes, v_out.detach() if p.detach else v_out
 
 
-def _in_pieces(current, v, p, codes):
+def _in_pieces(current, v, p, codes, return_v):
     """More time steps than a launch holds."""
     pieces = -(-len(current) // MAX_STEPS)
     tensors = (current, p.leak, p.threshold, p.gain, p.shift)
@@ -405,7 +411,8 @@ def _in_pieces(current, v, p, codes):
     for i, leak, threshold, gain, shift in zip(
         *([None] * pieces if q is None else q.chunk(pieces) for q in tensors), strict=True
     ):
-        s, v = plain_neuron(i, v, p._replace(leak=leak, threshold=threshold, gain=gain, shift=shift), codes)
+        p_of_piece = p._replace(leak=leak, threshold=threshold, gain=gain, shift=shift)
+        s, v = plain_neuron(i, v, p_of_piece, codes, return_v or len(spikes) < pieces - 1)
         spikes.append(s)
     return cat_steps(spikes, current), v
 

@@ -54,7 +54,7 @@ def _neuron_forward_kernel(
             if not CODES:
                 s = s * step
         tl.store(spikes_ptr + t * size + offsets, s.to(spikes_ptr.dtype.element_ty), mask=mask)
-    if not PARALLEL:
+    if v_out_ptr is not None:
         tl.store(v_out_ptr + offsets, v, mask=mask)
 
 

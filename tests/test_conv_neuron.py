@@ -109,6 +109,7 @@ OPTIONS = [
     dict(without=("leak", "v"), parallel=True, bits=4),
     dict(without=("gain", "shift"), parallel=True),
     dict(return_current=False, bits=4),
+    dict(return_v=False, bits=4),
 ]
 
 
@@ -253,7 +254,8 @@ def test_operator_is_well_formed(parallel, device, kernels_on):
     words, sums = conv_operands(a["x"], a["packed"])
     args = (
         a["x"], words, a["packed"].scale, a["bias"], sums, a["residual"], a["v"], a["leak"], a["threshold"], a["gain"],
-        a["shift"], 1.0, a["packed"].shape, False, 1, 1, 4, 0.25, parallel, parallel, not parallel, torch.float16,
+        a["shift"], 1.0, a["packed"].shape, False, 1, 1, 4, 0.25, parallel, parallel, not parallel, not parallel,
+        torch.float16,
     )  # fmt: skip
     torch.library.opcheck(conv_neuron._conv2d_neuron_op, args, test_utils=("test_schema", "test_faketensor"))
 

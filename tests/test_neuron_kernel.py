@@ -285,11 +285,24 @@ def test_compiles_without_a_graph_break(kernels_on, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("T", [2, MAX_STEPS + 2])
+def test_without_the_potential(T, kernels_on, device):
+    """Spikes and gradients are the same, and None is returned in its place, kernels on and off."""
+    x = inputs(T, (2, 3, 4), device=device)
+    with_v, without = neuron_update(**x, detach=False), neuron_update(**x, detach=False, return_v=False)
+    assert torch.equal(with_v[0], without[0]) and without[1] is None
+    assert neuron_update(**in_float64(x), return_v=False)[1] is None
+    assert neuron_update(**x, parallel=True, return_v=False)[1] is None
+    grads = (torch.autograd.grad(spikes.sum(), [x["current"], x["v"], x["leak"]]) for spikes in (with_v[0], without[0]))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_operators_are_registered_properly(kernels_on, device):
     from empf.kernels.neuron import _neuron_forward
 
     x = inputs(2, (2, 3, 4), device=device)
-    args = (*x.values(), 0, 0.25, False, False, False)
+    args = (*x.values(), 0, 0.25, False, False, False, True)
     torch.library.opcheck(
         _neuron_forward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
     )

@@ -122,12 +122,16 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         else:
             steps = self.advance(current)
             spikes, v = self.on_kernels(current, steps)
-        self.v = None if self.parallel or steps.stop == self.T else v  # after the last step nobody needs it
+        self.v = v if self.stays(steps) else None
         return spikes if self.spike_bits is None else Spikes(spikes, self.spike_step, 2**self.spike_bits - 1)
+
+    def stays(self, steps: slice) -> bool:
+        """Whether somebody needs the potential after these steps: after the last one nobody does."""
+        return not self.parallel and steps.stop != self.T
 
     def on_kernels(self, current: Tensor, steps: slice) -> tuple[Tensor, Tensor]:
         leak, threshold, gain, shift = self.parameters_of(steps)
-        keywords = {"gain": gain, "shift": shift, "parallel": self.parallel}
+        keywords = {"gain": gain, "shift": shift, "parallel": self.parallel, "return_v": self.stays(steps)}
         if self.spike_bits is not None:
             keywords |= {"bits": self.spike_bits, "step": self.spike_step, "codes": True}
         if isinstance(current, Product) and current.taken_by_neuron:
