@@ -1,11 +1,10 @@
 """What the compiler makes of each Triton kernel, for GPUs that need not be there: registers, spills, the loop.
 
-    python bench/aot.py matmul conv                   a line per kernel module, case and target
+    python bench/aot.py                               a line per kernel module, case and target
     python bench/aot.py matmul --targets sm_90 --json
-    python bench/aot.py matmul conv --once            each case for one of the targets, in turn
 
-    compile_cases("matmul")                                      the same from Python: a list of `Facts`
-    compile_cases("matmul", targets=("sm_90",), only=("bf16",))  cases whose name contains one of these
+    compile_cases(chosen("matmul"))                                      the same from Python: a list of `Facts`
+    compile_cases(chosen("matmul", targets=("sm_90",), only=("bf16",)))  cases whose name contains one of these
 
 The cases of each kernel module (`empf.kernels.<module>`) are those of aot_cases.py. Compilation runs in a process of
 its own, because `TRITON_INTERPRET=1`, which tests without a GPU set, turns `@triton.jit` functions into something that
@@ -50,30 +49,39 @@ class Facts:
     loop: dict[str, int]  # instructions of the loop by name: {"HGMMA": 4, "LOP3": 32, ...}
 
 
-def compile_cases(
-    *modules: str, targets: tuple[str, ...] = TARGETS, only: tuple[str, ...] = (), once: bool = False
-) -> list[Facts]:
-    """Compile the cases of `empf.kernels.<module>` in `PROCESSES` fresh processes and return the facts, in order.
-
-    `only` keeps the cases whose name contains one of these; `once` compiles each for one of its targets, in turn.
-    Raises RuntimeError, with the compiler's message, where one fails.
-    """
+def chosen(
+    *modules: str, targets: tuple[str, ...] = TARGETS, only: tuple[str, ...] = ("",)
+) -> list[tuple[str, str, str]]:
+    """(module, case, target) of the cases of `empf.kernels.<module>` whose name contains one of `only`."""
     for what, asked, known in (("modules", modules, CASES), ("targets", targets, TARGETS)):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return [
+        (module, name, target)
+        for module in modules
+        for name, *_, options in CASES[module]()
+        for target in targets
+        if any(text in name for text in only) and target in _options(options, target).get("targets", TARGETS)
+    ]
+
+
+def compile_cases(wanted: list[tuple[str, str, str]]) -> list[Facts]:
+    """Compile what `chosen` names, in `PROCESSES` fresh processes, and return the facts in order.
+
+    Raises RuntimeError, with the compiler's message, where one fails.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = ["--json", "--targets", *targets, *(["--only", *only] if only else []), *["--once"] * once]
 
     def compiled(part):
-        command = [sys.executable, __file__, *modules, *options, "--part", str(part)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        command = [sys.executable, __file__, "--wanted"]
+        done = subprocess.run(command, input=json.dumps(part), capture_output=True, text=True, env=environment)
         if done.returncode:
-            cases = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{m}: " for m in modules))]
+            cases = [line for line in done.stderr.splitlines() if line.startswith(tuple(f"{m}: " for m in CASES))]
             raise RuntimeError(f"does not compile: {cases[-1] if cases else command}\n{done.stderr[-4000:]}")
         return [Facts(**line) for line in json.loads(done.stdout)]
 
     with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = list(pool.map(compiled, range(PROCESSES)))
+        parts = list(pool.map(compiled, (wanted[i::PROCESSES] for i in range(min(PROCESSES, len(wanted))))))
     return [facts for dealt in zip_longest(*parts) for facts in dealt if facts]
 
 
@@ -174,19 +182,14 @@ def _options(options, target) -> dict:
     return options("cuda" if target.startswith("sm_") else "hip") if callable(options) else options
 
 
-def _run(modules, targets, only, once, part) -> list[Facts]:
-    """Facts of all cases, or of every PROCESSES-th from number `part` on."""
-    listed = []
-    for module in modules:
-        for number, (name, kernel, types, constexprs, options) in enumerate(CASES[module]()):
-            fitting = [t for t in targets if t in _options(options, t).get("targets", TARGETS)]
-            for target in [fitting[number % len(fitting)]] if once and fitting else fitting:
-                if any(text in name for text in only or [""]):
-                    listed.append((module, name, target, (kernel, types, constexprs, _options(options, target))))
+def _run(wanted) -> list[Facts]:
+    """Facts of all cases, in this process."""
+    cases = {(module, name): rest for module in CASES for name, *rest in CASES[module]()}
     result = []
-    for module, name, target, arguments in listed if part is None else listed[part::PROCESSES]:
+    for module, name, target in wanted:
         print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
-        compiled = _compile(*arguments, target)
+        kernel, types, constexprs, options = cases[module, name]
+        compiled = _compile(kernel, types, constexprs, _options(options, target), target)
         found = _nvidia(compiled) if target.startswith("sm_") else _amd(compiled)
         result.append(Facts(module=module, case=name, target=target, **found))
     return result
@@ -195,20 +198,21 @@ def _run(modules, targets, only, once, part) -> list[Facts]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be there.")
     parser.add_argument(
-        "modules", nargs="+", choices=CASES, metavar="MODULE", help=f"of empf.kernels: {', '.join(CASES)}"
+        "modules", nargs="*", choices=CASES, metavar="MODULE", help=f"of empf.kernels: {', '.join(CASES)}"
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--only", nargs="+", default=[], help="only cases whose name contains one of these")
-    parser.add_argument("--once", action="store_true", help="each case for one of its targets, in turn")
-    parser.add_argument(
-        "--part", type=int, choices=range(PROCESSES), help=f"only every {PROCESSES}th case, from here on"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--wanted", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled")
-    result = _run(arguments.modules, arguments.targets, arguments.only, arguments.once, arguments.part)
-    if arguments.json:
+    if arguments.wanted:  # what `compile_cases` asks for
+        wanted = json.load(sys.stdin)
+    else:
+        wanted = chosen(*arguments.modules or CASES, targets=arguments.targets, only=arguments.only)
+    result = _run(wanted)
+    if arguments.json or arguments.wanted:
         print(json.dumps([asdict(facts) for facts in result]))
         return
     columns = [column.name for column in fields(Facts) if column.name != "loop"]

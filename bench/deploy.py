@@ -86,7 +86,7 @@ def size(path: Path) -> int:
     return (path if path.is_file() else path / "model.safetensors").stat().st_size
 
 
-def measure_alone(name: str, path: Path, device: str, threads: int) -> dict:
+def measure_alone(name: str, path: Path, device: str, threads: int, batches=BATCHES) -> dict:
     """In a fresh process: seconds to load, and peak memory of loading and running each batch size, in MB."""
     torch.set_num_threads(threads)
     peak = (lambda: torch.cuda.max_memory_allocated() / 1e6) if device == "cuda" else resident_peak
@@ -97,7 +97,7 @@ def measure_alone(name: str, path: Path, device: str, threads: int) -> dict:
     net = load_contender(name, path, device)
     result = {"load_ms": 1e3 * (time.perf_counter() - start), "memory_mb": {"loaded": peak() - before}}
     c = net.config
-    for n in BATCHES:
+    for n in batches:
         x = torch.randn(n, c.in_channels, c.image_size, c.image_size, device=device)
         for _ in range(2):
             run(net, x)
@@ -145,13 +145,14 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
     }
 
 
-def measure(config: ModelConfig, device: str, threads: int, rounds: int) -> dict:
+def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES) -> dict:
     torch.set_num_threads(threads)
     result = {"machine": machine(device), "model": config.to_dict()}
     with tempfile.TemporaryDirectory() as folder:
         paths = prepare(Path(folder), config)
         result["file_mb"] = {name: size(paths[name]) / 1e6 for name in CONTENDERS}
-        alone = {name: in_fresh_process(name, str(paths[name]), device, str(threads)) for name in CONTENDERS}
+        common = (device, str(threads), *map(str, batches))
+        alone = {name: in_fresh_process(name, str(paths[name]), *common) for name in CONTENDERS}
         result["load_ms"] = {name: round(alone[name]["load_ms"], 1) for name in CONTENDERS}
         result["memory_mb"] = {name: alone[name]["memory_mb"] for name in CONTENDERS}
         nets = {name: load_contender(name, paths[name], device) for name in CONTENDERS}
@@ -160,7 +161,7 @@ def measure(config: ModelConfig, device: str, threads: int, rounds: int) -> dict
     result["relative_difference"] = difference(found, wanted)
     if config.spike_bits is None and device == "cpu" and result["relative_difference"] > 1e-4:
         raise SystemExit(f"error: the packed logits differ by {result['relative_difference']:.1e}, nothing was timed")
-    result["batch"] = {str(n): measure_times(nets, device, n, max(3, rounds // (1 + n // 16))) for n in BATCHES}
+    result["batch"] = {str(n): measure_times(nets, device, n, max(3, rounds // (1 + n // 16))) for n in batches}
     return result
 
 
@@ -279,7 +280,7 @@ def report(result: dict) -> str:
 
     row("file, MB", result["file_mb"], ".3f")
     row("load, ms", result["load_ms"], ".0f")
-    for part, title in (("loaded", "loaded"), *((str(n), f"batch {n}") for n in BATCHES)):
+    for part, title in (("loaded", "loaded"), *((n, f"batch {n}") for n in result["batch"])):
         row(f"memory {title}, MB", {name: result["memory_mb"][name][part] for name in CONTENDERS}, ".0f")
     for n, times in result["batch"].items():
         row(f"batch {n}, ms", {name: times["ms"][name]["median"] for name in CONTENDERS}, ".1f")
@@ -301,15 +302,16 @@ def main() -> None:
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--rounds", type=int, default=40, help="calls per network at batch 1")
+    p.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes (default: 1 64)")
     p.add_argument("--equality", action="store_true", help="compare logits on real images instead")
     p.add_argument("--data", help="local folder of CIFAR-100")
     p.add_argument("--limit", type=int, help="with --equality: use only the first so many test images")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: in bench/results/")
-    p.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
+    p.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.alone:
-        name, path, device, threads = args.alone
-        print(json.dumps(measure_alone(name, Path(path), device, int(threads))))
+        name, path, device, threads, *batches = args.alone
+        print(json.dumps(measure_alone(name, Path(path), device, int(threads), [int(n) for n in batches])))
         return
     if args.equality:
         path = args.json or RESULTS / "deploy-equality.json"
@@ -322,7 +324,7 @@ def main() -> None:
         arch=args.arch, num_classes=100, width=args.width or 1.0, weights=args.weights, neuron=args.neuron,
         spike_bits=args.spike_bits,
     )  # fmt: skip
-    result = measure(config, args.device, args.threads, args.rounds)
+    result = measure(config, args.device, args.threads, args.rounds, args.batches)
     path = args.json or RESULTS / f"deploy-{args.device}.json"
     write(path, result)
     print(f"{report(result)}\nwritten to {path}")

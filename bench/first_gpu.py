@@ -9,7 +9,8 @@ Steps, in this order: versions; tests of the kernels, bf16 first, which runs now
 compute-sanitizer; edges; random calls; kernels against dense libraries; the candidates of the tuner side by side; the
 same tuned; training; packed networks; the record network in slices. Each step is a process with a time limit. OUT holds
 steps.json (what is done), a log for each step, the results, and summary.md: one row per step, and the kernels ranked by
-how far they are from their targets. In a rehearsal each step is a copy of this process, for importing torch takes most of the time.
+how far they are from their targets. In a rehearsal each step is a copy of this process, for importing torch takes most
+of the time.
 """
 
 import argparse
@@ -47,7 +48,17 @@ from empf.kernels import (
 from empf.kernels.dispatch import triton
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = ("matmul", "products", "conv", "conv_neuron", "pack", "neuron_kernel", "norm_neuron_kernel", "steps")
+KERNEL_TESTS = (
+    "matmul",
+    "dense",
+    "products",
+    "conv",
+    "conv_neuron",
+    "pack",
+    "neuron_kernel",
+    "norm_neuron_kernel",
+    "steps",
+)
 FUZZED = ("pack", "matmul", "conv", "gradients", "neuron", "quantizer", "conv_neuron", "norm")
 PARTS = 6  # of the cases of bench/kernels.py
 OFF = {"EMPF_KERNELS": "off"}  # in the rehearsal of a step: training on the interpreter would take minutes
@@ -106,7 +117,7 @@ def steps(out: Path, data: str | None) -> list[Step]:
         tiny = None if flags else [*tiny_train, *result]
         listed.append(Step(f"train-{name}", 9, [*train, *flags, *result], tiny, {}, OFF))
     deploy, result = [python, "bench/deploy.py"], ["--json", str(out / "deploy.json")]
-    tiny_deploy = [*deploy, "--width", "0.0625", "--rounds", "1", *result]
+    tiny_deploy = [*deploy, "--width", "0.0625", "--rounds", "1", "--batches", "1", *result]
     listed.append(Step("deploy", 9, [*deploy, "--device", "cuda", *result], tiny_deploy, {}, OFF))
     record = [python, "bench/record.py", "--runs", str(out / "runs"), *source]
     smoke = [*record, "--smoke", "--weights", "binary"]

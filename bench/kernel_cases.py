@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 
 import torch
@@ -155,7 +156,7 @@ def layer_case(t: int, n: int, c: int, size: int) -> Case:
         x = z["codes" if codes else "x"].unflatten(0, (t, n))
         spikes, _ = conv_neuron.binary_conv2d_neuron(
             x, packed, None, z["leak"], z["threshold"], padding=1, bias=bias, bits=4,
-            in_step=0.25 if codes else None, codes=codes,
+            in_step=0.25 if codes else None, codes=codes, return_v=False,
         )  # fmt: skip
         return spikes
 
@@ -234,13 +235,15 @@ def neuron_case(shape) -> Case:
     numbers = math.prod(shape)
     compiled = torch.compile(neuron.neuron_update_ref, dynamic=False)
     contenders = {
-        "ours": forward_of(neuron.neuron_update, backward=False),
+        "ours": forward_of(partial(neuron.neuron_update, return_v=False), backward=False),
+        "ours with v": forward_of(neuron.neuron_update, backward=False),
         "eager": forward_of(neuron.neuron_update_ref, backward=False),
         "torch.compile": forward_of(compiled, backward=False),
     }
     return Case(
         f"neuron forward {'x'.join(map(str, shape))}", neuron_inputs(shape), contenders,
-        in_float(neuron.neuron_update_ref, backward=False), {"ours": 0.01}, {"ours": 4 * numbers}, share=0.85,
+        in_float(neuron.neuron_update_ref, backward=False), {"ours": 0.01, "ours with v": 0.01},
+        {"ours": 4 * numbers, "ours with v": 4 * numbers + 4 * numbers // shape[0]}, share=0.85,
     )  # fmt: skip
 
 
@@ -248,7 +251,7 @@ def training_case(shape) -> Case:
     numbers = math.prod(shape)
     compiled = torch.compile(neuron.neuron_update_ref, dynamic=False)
     contenders = {
-        "ours": forward_of(neuron.neuron_update, backward=True),
+        "ours": forward_of(partial(neuron.neuron_update, return_v=False), backward=True),
         "eager": forward_of(neuron.neuron_update_ref, backward=True),
         "torch.compile": forward_of(compiled, backward=True),
     }

@@ -5,14 +5,14 @@
 With a GPU: each result is first checked against its definition, then timed: random inputs, enough copies of them to
 leave the L2 cache cold, in a CUDA graph (EMPF_TUNE=1 has the kernels tuned before); median and the 10th to 90th
 percentile of many replays. `share` compares with what copying and dense products reach on this device in the same run.
-Writes bench/results/kernels-<device>.json, .png; a quick run kernels-<device>-quick.json, which git ignores.
+Writes bench/results/kernels-<device>.json and a picture per function; a quick run kernels-<device>-quick.*, which git
+ignores.
 
-Without a GPU: what the compiler makes of every kernel for four targets, and the time that an H200 would need at least.
+Without a GPU: what the compiler makes of every kernel for eight targets, and the time that an H200 would need at least.
 Writes bench/results/kernels-static.json (or -quick). No figure there is a measured time.
 """
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
@@ -26,12 +26,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench import aot
 from bench.kernel_cases import Case, cases
-from empf.figures import BLUE, GREY, ORANGE, WIDTH, plain_log, pyplot, save_figure
+from empf.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    WIDTH,
+    has_matplotlib,
+    plain_log,
+    pyplot,
+    save_figure,
+    shades,
+)
 from empf.kernels import tune
 from empf.kernels.dispatch import HAVE_TRITON, triton
 
 HERE = Path(__file__).resolve().parent
 MODULES = ("matmul", "conv", "conv_neuron", "neuron", "norm_kernels")
+FUNCTIONS = {  # how the names of its cases start, its module in bench/aot_cases.py
+    "matmul": ("matmul", "matmul"), "conv": ("conv3x3", "conv"), "conv_neuron": ("conv+bn", "conv_neuron"),
+    "neuron": ("neuron", "neuron"), "norm_neuron": (("BN", "Mem-BN"), "norm_kernels"),
+}  # fmt: skip
+OURS = {"ours": BLUE, "ours int8": BLUE, "ours bf16": GREEN, "ours with v": GREEN}
 H200 = {"copy": 4.3e12, "bf16": 790e12, "int8": 1580e12}  # bytes/s read and written, FLOP/s: rounded measurements
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 FAILURES += (triton.TritonError,) if HAVE_TRITON else ()
@@ -149,8 +166,9 @@ def floors() -> list[dict]:
 
 
 def run_static(quick: bool) -> list[dict]:
-    """The table of bench/aot.py for all kernels; with `quick` for sm_90 only."""
-    facts = aot.compile_cases(*MODULES, targets=("sm_90",) if quick else aot.TARGETS)
+    """The table of bench/aot.py for all kernels; with `quick` every third for sm_90."""
+    wanted = aot.chosen(*MODULES, targets=("sm_90",))[::3] if quick else aot.chosen(*MODULES)
+    facts = aot.compile_cases(wanted)
     rows = [{key: value for key, value in vars(found).items() if key != "loop"} for found in facts]
     columns = ("registers", "shared", "spills", "tensor_core", "instructions", "loop_instructions")
     print(f"{'kernel and configuration':72} {'target':7} " + " ".join(f"{c.replace('_', ' '):>17}" for c in columns))
@@ -175,27 +193,75 @@ def origin(device: str) -> dict:
     }
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Speed-up of ours over every rival, a dot each; needs matplotlib."""
-    found = [(f"{row['case']}: {row['contender']} / {rival}", ratio) for row in rows if row.get("share")
-             for rival, ratio in row["speedup"].items() if not rival.startswith("ours")]  # fmt: skip
-    if not found:
-        return
-    labels, ratios = zip(*reversed(found), strict=True)
-    with pyplot() as plt:
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.14 * len(found) + 1), layout="constrained")
-        axes.axvline(1, color=GREY, linewidth=0.8)
-        axes.scatter(ratios, labels, s=12, color=[BLUE if ratio >= 1 else ORANGE for ratio in ratios])
-        axes.set(xlabel="times as fast", title=title)
-        axes.tick_params(axis="y", labelsize=5)
-        axes.margins(y=0.03)
-        plain_log(axes.xaxis)
-        save_figure(plt, figure, path)
+def figures(result: dict, path: Path) -> list[Path]:
+    """A picture for each function, `path` with its name in it: times beside the least possible, or what is counted."""
+    floors = {row["case"]: row["floor_us"] for row in result.get("floors_h200_us", [])}
+    times = {}
+    for row in result.get("rows", []):
+        if "us" in row:
+            times.setdefault(row["case"], {})[row["contender"]] = row
+            if row["share"]:
+                floors.setdefault(row["case"], {})[row["contender"]] = row["share"] * row["us"]
+    made = []
+    for function, (starts, module) in FUNCTIONS.items():
+        names = [name for name in floors if name.startswith(starts)][::-1]
+        counted = [row for row in result.get("compiled", []) if row["module"] == module]
+        kinds = list(dict.fromkeys(row["case"] for row in counted))[::-1]
+        if not names:
+            continue
+        with pyplot() as plt:
+            size = (WIDTH, 0.15 * max(2 * len(names), len(kinds)) + 1.3)
+            figure, axes = plt.subplots(1, 2 if counted else 1, figsize=size, layout="constrained", squeeze=False)
+            draw_times(axes[0, 0], names, floors, times)
+            if counted:
+                draw_instructions(plt, axes[0, 1], kinds, counted)
+            what = f"measured on {result['device']}" if times else "counted, not measured: no GPU was at hand"
+            figure.suptitle(f"{function}: {what}", x=0.01, ha="left")
+            made.append(path.with_name(f"{path.stem}-{function}.png"))
+            save_figure(plt, figure, made[-1], dpi=150)
+    return made
+
+
+def draw_times(axes, names: list[str], floors: dict, times: dict) -> None:
+    """A row for each case: medians with the 10th to 90th percentile, and the least time of ours as a bar."""
+    others = dict.fromkeys(name for of_case in times.values() for name in of_case if not name.startswith("ours"))
+    colours = OURS | dict(zip(others, (ORANGE, PURPLE, GREY, "black"), strict=False))
+    shown = set()
+    for place, case in enumerate(names):
+        found = [(name, floors[case][name], 0, 0, "|") for name in floors[case]]
+        found += [
+            (name, t["us"], t["us"] - t["p10"], t["p90"] - t["us"], ".") for name, t in times.get(case, {}).items()
+        ]
+        for number, (name, us, below, above, marker) in enumerate(found):
+            label = f"{name}, least time" if marker == "|" else name
+            axes.errorbar(
+                us, place + 0.12 * (1 - number % max(1, len(floors[case]))), xerr=[[below], [above]], fmt=marker,
+                color=colours.get(name, GREY), markersize=8 if marker == "|" else 4,
+                label=None if label in shown else label,
+            )  # fmt: skip
+            shown.add(label)
+    axes.set_yticks(range(len(names)), [name.removesuffix(" training") for name in names], fontsize=6)
+    axes.set(xlabel="time (us)" if times else "least time on an H200, from bytes and operations (us)", xscale="log")
+    plain_log(axes.xaxis)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=6)
+
+
+def draw_instructions(plt, axes, kinds: list[str], counted: list[dict]) -> None:
+    """A row for each case, a dot for each target."""
+    loops = any(row["loop_instructions"] for row in counted)
+    for target, colour in zip(aot.TARGETS, shades(plt, len(aot.TARGETS)), strict=True):
+        rows = [row for row in counted if row["target"] == target]
+        values = [row["loop_instructions"] or row["instructions"] for row in rows]
+        axes.scatter(values, [kinds.index(row["case"]) for row in rows], s=9, color=colour, label=target)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=5)
+    axes.set(xlabel=f"instructions per warp{' and step of the loop' if loops else ''}", xscale="log")
+    plain_log(axes.xaxis)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=6, handletextpad=0)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the kernels, or without a GPU say what can be known of them.")
-    parser.add_argument("--quick", action="store_true", help="a third of the cases; without a GPU one target")
+    parser.add_argument("--quick", action="store_true", help="a third of the cases; without a GPU for sm_90 alone")
     parser.add_argument("--json", type=Path, help="write the result here, anywhere, instead of bench/results/")
     parser.add_argument("--part", metavar="I/N", default="0/1", help="every N-th case from number I on, with a GPU")
     options = parser.parse_args(arguments)
@@ -219,8 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {path}")
-    if gpu and importlib.util.find_spec("matplotlib"):
-        plot(result["rows"], device, path.with_suffix(".png"))
+    if has_matplotlib():
+        figures(result, path)
 
 
 if __name__ == "__main__":

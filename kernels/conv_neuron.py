@@ -378,8 +378,8 @@ def binary_conv2d_neuron(
     codes that the next layer reads; up to 7 bits it reads them faster as `spikes.view(torch.int8)`.
     `return_current=True` also returns I, which a pre-activation block needs as its next residual. Spikes and current
     have the dtype of x (fp32 for codes) unless `out_dtype` names another; v is fp32, but a parallel neuron returns it
-    as given, and with `return_v=False` it is not written and None. channels_last x and residual are read as they are, other layouts are converted first; what the kernel
-    returns is channels_last.
+    as given, and with `return_v=False` it is not written and None. channels_last x and residual are read as they are,
+    other layouts are converted first; what the kernel returns is channels_last.
 
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
     """

@@ -68,3 +68,15 @@ def kernels_on():
     dispatch.LAUNCHES.clear()
     yield dispatch.LAUNCHES
     dispatch.set_backend(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh buffers hold NaN (or a huge integer), so that what a kernel does not write is seen."""
+    empty = torch.empty
+
+    def poison(*size, **options):
+        buffer = empty(*size, **options)
+        return buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poison)

@@ -64,16 +64,28 @@ def test_report_prints_ratio_share_and_goal(capsys):
     assert rows[0]["speedup"]["cuBLAS bf16"] == 12.0 and "cuBLAS int8" not in rows[0]["speedup"]
 
 
-def test_plot(tmp_path):
+@pytest.mark.parametrize("measured", [True, False])
+def test_figures(measured, tmp_path):
+    """One for each function, of times and of counts."""
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    rows = [{"case": "a", "contender": "ours", "us": 1.0, "share": 0.5, "speedup": {"eager": 2.0, "cuDNN": 0.5}}]
-    bench.plot(rows, "device", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    time = {"us": 10.0, "p10": 9.0, "p90": 12.0}
+    result = {"device": "a GPU", "rows": []}
+    for case in bench.cases(small=True):
+        result["rows"] += [{"case": case.name, "contender": name, "share": 0.5 if name in case.moved else None} | time
+                           for name in case.contenders]  # fmt: skip
+        result["rows"].append({"case": case.name, "goal": "a / b", "wanted": 2.0, "ratio": 1.0})
+    if not measured:
+        row = {"case": "a", "target": "sm_90", "instructions": 9, "loop_instructions": 0}
+        result = {"device": "static", "floors_h200_us": bench.floors()}
+        result["compiled"] = [row | {"module": module} for module in bench.MODULES]
+    made = bench.figures(result, tmp_path / "kernels.json")
+    assert [path.name for path in made] == [f"kernels-{name}.png" for name in bench.FUNCTIONS]
+    assert all(path.stat().st_size > 5000 for path in made)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "MODULES", ("conv_neuron",))
+    monkeypatch.setattr(bench, "MODULES", ("neuron",))
     bench.main(["--quick", "--json", str(tmp_path / "result.json")])
     printed = capsys.readouterr().out
     assert printed.startswith("No GPU") and "nothing is timed" in printed
@@ -88,4 +100,5 @@ def test_a_quick_run_leaves_the_full_result_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "HERE", tmp_path)
     monkeypatch.setattr(bench, "run_static", lambda quick: [])
     bench.main(["--quick"])
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["kernels-static-quick.json"]
+    written = [path.name for path in (tmp_path / "results").iterdir()]
+    assert "kernels-static-quick.json" in written and all("-quick" in name for name in written)

@@ -2,61 +2,26 @@
 
 import pytest
 import torch
+from product_tools import BF16, INTEGERS, KINDS, exact, integers, weights
 
 from empf.kernels import matmul, set_backend
-from empf.kernels.dense import dense_product_of_codes, unpack_op
+from empf.kernels.dense import unpack_op
 from empf.kernels.matmul import CONFIGS, FLOATS, binary_matmul, binary_matmul_ref
 from empf.kernels.pack import PackedWeight, pack, signs
 
-KINDS = ("binary", "ternary")
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter computes bf16 wrongly
 X_TYPES = [torch.float32, torch.float16, BF16, torch.uint8, torch.int8]
-INTEGERS = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 
-# Every value of M, N in 1, 7, 16, 33, 129 and of K in 1, 31, 32, 33, 96, 4608.
+# Every value of M, N in 1, 7, 16, 33, 129 and of K in 1, 31, 32, 33, 96, 1120.
 SHAPES = [
-    (1, 129, 4608),
+    (1, 129, 1120),
     (7, 16, 1),
     (16, 33, 96),
     (33, 7, 31),
     (129, 1, 33),
     (1, 7, 32),
     (129, 129, 96),
-    (33, 1, 4608),
+    (33, 1, 1120),
 ]
-
-
-def integers(m, k, dtype, device, seed=0):
-    low, high = INTEGERS.get(dtype, (-4, 5))
-    return torch.randint(low, high, (m, k), generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
-
-
-def weights(n, k, kind, device, seed=1):
-    """Weights with rows of 0.0, -0.0, all plus and all minus; the scales are powers of two, so products are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(n, k, generator=generator)
-    for row, value in enumerate((0.0, -0.0, 0.5, -0.5)[: n - 1]):
-        w[row] = value
-    return pack(w, kind, 2.0 ** torch.randint(-3, 4, (n,), generator=generator)).to(device)
-
-
-def exact(x, packed, bias, step):
-    """The product in integers, then the scale: nothing here can round for the inputs above."""
-    total = x.cpu().double() @ signs(packed).cpu().double().T
-    y = total * packed.scale.cpu().double() * (step or 1.0)
-    return y if bias is None else y + bias.cpu().double()
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fresh buffers hold NaN (or a huge integer), so that what a kernel does not write is seen."""
-    empty = torch.empty
-
-    def poison(*size, **options):
-        buffer = empty(*size, **options)
-        return buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture
@@ -272,52 +237,6 @@ def test_strides_and_leading_dimensions(dtype, device, kernels_on):
         want = exact(x.reshape(-1, 96), packed, None, options["step"]).view(y.shape)
         assert torch.equal(y.cpu().double(), want), name
     assert binary_matmul(wide[:0, :96], packed, **options).shape == (0, 9)
-
-
-@pytest.mark.kernel
-def test_many_rows_of_bf16_take_the_dense_library(device, kernels_on, poisoned, monkeypatch):
-    """The sums are the library's, so the interpreter can do this one: all it makes in bf16 are powers of two."""
-    monkeypatch.setattr(matmul, "DENSE_ROWS", 33)
-    x, packed = integers(33, 70, torch.bfloat16, device), weights(67, 70, "ternary", device)
-    for bias in (None, integers(1, 67, torch.float32, device)[0]):
-        kernels_on.clear()
-        y = binary_matmul(x, packed, bias=bias)
-        assert kernels_on == {"binary_unpack": 1} and y.dtype == torch.bfloat16
-        assert torch.equal(y.cpu(), exact(x, packed, bias, None).bfloat16())
-    kernels_on.clear()
-    binary_matmul(x[:32], packed)
-    assert kernels_on == {"binary_matmul": 1}
-
-
-@pytest.mark.kernel
-def test_bf16_asked_for_more_does_not_take_the_dense_library(device, kernels_on, monkeypatch):
-    """It would round the scale to bf16, an error of 2^-9 that no type of the result could undo."""
-    monkeypatch.setattr(matmul, "DENSE_ROWS", 1)
-    x, packed = integers(33, 70, torch.bfloat16, device), weights(67, 70, "ternary", device)
-    packed = packed.with_scale(packed.scale / 3)
-    y = binary_matmul(x, packed, out_dtype=torch.float32)
-    assert kernels_on == {"binary_matmul": 1}
-    torch.testing.assert_close(y.cpu().double(), exact(x, packed, None, None), rtol=1e-6, atol=0)
-    for out_dtype in FLOATS:
-        plans = matmul._candidates(64, 72, 128, torch.bfloat16, out_dtype, 132, False)
-        assert (matmul.Plan(None) in plans) == (out_dtype == torch.bfloat16)
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-@pytest.mark.parametrize("kind", KINDS)
-def test_codes_by_the_dense_library(kind, dtype, device, kernels_on, poisoned):
-    """What the tuner may choose: unpacked to int8, exact like the kernel."""
-    x, packed = integers(40, 136, dtype, device)[:, 8:], weights(72, 128, kind, device)
-    assert matmul.Plan(None) in matmul._candidates(40, 72, 128, dtype, torch.float32, 132, False)
-    assert matmul.Plan(None) not in matmul._candidates(16, 72, 128, dtype, torch.float32, 132, False)
-    sums = packed.row_sums() if dtype == torch.uint8 else None
-    for bias in (None, integers(1, 72, torch.float32, device)[0]):
-        y = dense_product_of_codes(
-            x, packed.operand("quad"), packed.scale, bias, sums, 0.5, kind == "ternary", torch.float32
-        )
-        assert torch.equal(y.cpu().double(), exact(x, packed, bias, 0.5))
-    assert kernels_on == {"binary_unpack": 2}
 
 
 @pytest.mark.kernel

@@ -1,11 +1,8 @@
 """BN + neuron and Mem-BN in training: kernels, and the torch path, against float64 autograd of the definitions."""
 
-import sys
-
 import pytest
 import torch
 
-from bench.aot import TARGETS, compile_cases
 from empf.kernels import dispatch, norm_kernels, steps
 from empf.kernels.norm_kernels import MAX_STEPS
 from empf.kernels.norm_neuron import bn_neuron, bn_neuron_ref, mem_bn_neuron, mem_bn_neuron_ref
@@ -188,7 +185,7 @@ def test_partial_sums_of_many_programs(rows, kernels_on, device):
 def test_statistics_about_no_single_number(form, kernels_on, device):
     """The first number of the channel an outlier: as precise as torch's own batch normalisation, not 7 % off."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 64, 2, 64, 64, generator=g)  # 262,144 numbers per channel
+    x = torch.randn(1, 16, 2, 32, 32, generator=g)  # 16,384 numbers per channel
     x[0, 0, :, 0, 0] = 1e5
     x[0, :, 1] += 1e4  # and a large mean
     x = x.to(device)
@@ -328,13 +325,3 @@ def test_errors(form, change, message):
 def test_eps_must_be_positive():
     with pytest.raises(ValueError, match="got 0"):
         bn_neuron(*inputs("bn", 2, (3, 4)), eps=0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux")
-def test_compiles_for_every_target_without_spills():
-    pytest.importorskip("triton", reason="needs Triton")
-    facts = compile_cases("norm_kernels")
-    assert {f.target for f in facts} == set(TARGETS)
-    for f in facts:
-        assert f.spills == 0 and f.stack == 0, f
-        assert f.registers <= 255 and f.shared <= 8192, f
