@@ -198,7 +198,7 @@ def _run(wanted) -> list[Facts]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be there.")
     parser.add_argument(
-        "modules", nargs="*", choices=CASES, metavar="MODULE", help=f"of empf.kernels: {', '.join(CASES)}"
+        "modules", nargs="*", metavar="MODULE", help=f"of empf.kernels: {', '.join(CASES)} (default: all)"
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
@@ -210,7 +210,10 @@ def main() -> None:
     if arguments.wanted:  # what `compile_cases` asks for
         wanted = json.load(sys.stdin)
     else:
-        wanted = chosen(*arguments.modules or CASES, targets=arguments.targets, only=arguments.only)
+        try:
+            wanted = chosen(*arguments.modules or CASES, targets=arguments.targets, only=arguments.only)
+        except ValueError as error:
+            parser.error(str(error))
     result = _run(wanted)
     if arguments.json or arguments.wanted:
         print(json.dumps([asdict(facts) for facts in result]))
