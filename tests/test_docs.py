@@ -5,6 +5,7 @@ what cannot be run here (several processes, the network), of which the flags are
 """
 
 import re
+import runpy
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_flags_files_and_names_of_a_page_exist(name):
         thing = empf
         for part in dotted.split(".")[1:]:
             thing = getattr(thing, part)
+
+
+def test_the_overview_can_be_drawn_again(tmp_path):
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(DOCS / "figures" / "overview.py"))["draw"](tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").read_bytes()[:4] == (DOCS / "figures" / "overview.png").read_bytes()[:4]
 
 
 def test_every_public_name_is_in_the_reference():
