@@ -115,7 +115,8 @@ class StepBatchNorm(nn.Module):
 
     Gain and bias (C,) and the running statistics are shared by the steps. A static image is encoded once but used in k
     steps: with `repeat` = k the running statistics move by the momentum 1 - (1 - momentum)^k, as k passes would do it.
-    Raises ValueError in training where a channel has a single value per step.
+    Raises ValueError in training where a channel has a single value per step. torch's `update_bn` and
+    `convert_sync_batchnorm` pass it over: run batches in training mode, or `empf.training.sync_norm.sync_norms`.
     """
 
     __call__: Callable[..., Tensor]

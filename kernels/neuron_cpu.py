@@ -130,7 +130,7 @@ def fire(
     def lanes(p):
         return repeat(None) if p is None else [lane(q.to(dtype), x[0]) for q in p]
 
-    of_steps = zip(lanes(leak), lanes(threshold), lanes(gain), lanes(shift), repeat(None), repeat(None), strict=False)
+    of_steps = zip(lanes(leak), lanes(threshold), repeat(None), repeat(None), lanes(gain), lanes(shift), strict=False)
     more = [(y[0], lane(g[0], x[0]), lane(h[0], x[0])) for y, g, h in more]
     v = None if leak is None else v
     potential = leak is not None and out is None
@@ -144,8 +144,8 @@ def fire_steps(
 ) -> Tensor | None:  # fmt: skip
     """`fire` into `spikes`; v after the last step, if the potential is wanted.
 
-    lanes: of each step leak, threshold, gain and shift of the current, gain and shift of the potential (Mem-BN that is
-    folded), each None or of a shape that broadcasts.
+    lanes: of each step leak, threshold, gain and shift of the potential (Mem-BN that is folded), gain and shift of the
+    current, each None or of a shape that broadcasts.
     """
     dtype, steps, v_out = working_dtype(x), x.unbind(), None
     whole = torch.compiler.is_compiling() or steps[0].numel() <= PIECE  # then v is made by the first step
@@ -155,7 +155,7 @@ def fire_steps(
     direct = bits is None and spikes.dtype == dtype  # the spikes are written where they are computed
     for *both, v_n, v_out_n in (tensors,) if whole else pieces(*tensors):
         added = list(zip(both[2 * k :], more, strict=True))
-        for x_t, spikes_t, (leak_t, threshold_t, gain_t, shift_t, gain_m, shift_m) in zip(
+        for x_t, spikes_t, (leak_t, threshold_t, gain_m, shift_m, gain_t, shift_t) in zip(
             both[:k], both[k : 2 * k], lanes, strict=True
         ):
             here = spikes_t if direct else None

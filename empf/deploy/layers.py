@@ -109,8 +109,8 @@ class PackedNeuron(StatefulNeuron, PackedPart):
             steps = slice(0, steps.stop - steps.start)
         key = (steps.start, steps.stop, dims)
         if key not in self._lanes:
-            leak, *rest = (repeat(None) if p is None else p for p in self.parameters_of(steps))
-            rows = zip(leak, rest[0], repeat(None), repeat(None), *rest[1:], strict=False)
+            found = (*self.parameters_of(steps), None, None)
+            rows = zip(*(repeat(None) if p is None else p for p in found), strict=False)
             self._lanes[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
         return self._lanes[key]
 
