@@ -18,8 +18,8 @@ import empf
 import eval
 from empf import runs
 from empf.data.events import EventSet
-from empf.data.load import is_held_out, keep_apart, load_data, make_batches
-from empf.data.sets import DATASETS
+from empf.data.load import keep_apart, load_data, make_batches
+from empf.data.sets import DATASETS, is_held_out
 from empf.deploy.origin import Origin
 from empf.training.curves import plot_curves
 from empf.training.session import Session

@@ -24,6 +24,7 @@ from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.evaluate import scores
 from empf.training import processes as launch
+from empf.training.config import of_launcher
 
 ROOT = Path(train.__file__).parent
 
@@ -365,4 +366,4 @@ def test_settings_of_the_launcher_are_contradicted_aloud(monkeypatch, name, told
 def test_what_the_launcher_says_by_default_changes_nothing(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    assert launch.of_launcher({"mixed_precision": "bf16", "accumulate": 4}) == {}
+    assert of_launcher({"mixed_precision": "bf16", "accumulate": 4}) == {}

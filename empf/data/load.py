@@ -22,11 +22,21 @@ from empf.data.images import BROKEN, mismatch, open_image, stored_pixels
 from empf.data.own import own_spec
 from empf.data.recordings import has_recordings
 from empf.data.rows import Row, Source, one_line, read_rows
-from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, ImageSettings, StreamSet, both
+from empf.data.sets import (
+    DATASETS,
+    HELD_OUT,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    DataSpec,
+    ImageSet,
+    ImageSettings,
+    StreamSet,
+    both,
+    is_held_out,
+)
 from empf.data.sources import Columns
 from empf.data.streaming import StreamBatches
 
-HELD_OUT = "of the training data, held out with seed"  # in the name of such a part
 IN_MEMORY = 4 << 30  # bytes of pixels of a set of one's own, which is streamed where it has more
 
 
@@ -181,11 +191,6 @@ def keep_apart(
     None without a share, and where `load_data` has held out what is tested on: there is one such part.
     """
     return (train, None) if share is None or is_held_out(test) else hold_out(train, share)
-
-
-def is_held_out(data: ImageSet | StreamSet | EventSet) -> bool:
-    """Is it a part of the training data?"""
-    return HELD_OUT in data.split
 
 
 def make_batches(

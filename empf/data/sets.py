@@ -14,6 +14,7 @@ _LIMIT_BLOCKS = 100
 # names of the splits, of which the first that exists is taken
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "validation", "valid", "val")
+HELD_OUT = "of the training data, held out with seed"  # in the name of such a part
 
 
 def both(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -233,3 +234,8 @@ class StreamSet:
         ends = np.minimum(sizes[places].cumsum(), limit)
         blocks[:, 3] = np.diff(ends, prepend=0)
         return replace(self, blocks=blocks, kept=None if self.kept is None else [self.kept[at] for at in places])
+
+
+def is_held_out(data: ImageSet | StreamSet) -> bool:
+    """Is it a part of the training data?"""
+    return HELD_OUT in data.split

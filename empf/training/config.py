@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,10 @@ GROUPS = {
     "dataset": "data", "arch": "network", "learning": "online learning", "epochs": "optimisation",
     "crop": "augmentation", "seed": "run",
 }  # fmt: skip
+LAUNCHED_WITH = {  # settings that accelerate launch passes on: its flag, and the value that says nothing
+    "mixed_precision": ("mixed_precision", "no"),
+    "accumulate": ("gradient_accumulation_steps", "1"),
+}
 SETTINGS = (".yaml", ".yml", ".json")  # ends of the names of files of settings
 
 
@@ -308,6 +313,26 @@ def with_file(given: dict) -> dict:
     except argparse.ArgumentError as error:
         raise ValueError(f"{file}: {error}") from error
     return read | {name: value for name, value in given.items() if name != "config"}
+
+
+def of_launcher(given: dict) -> dict:
+    """Settings that `accelerate launch` was told; ValueError where the given flags say otherwise, or it cannot be."""
+    found = {}
+    for name, (flag, default) in LAUNCHED_WITH.items():
+        told = os.environ.get(f"ACCELERATE_{flag.upper()}", default)
+        if told == default:
+            continue
+        try:
+            found[name] = type(getattr(TrainConfig, name))(told)
+            TrainConfig(**{name: found[name]})
+        except ValueError as error:
+            raise ValueError(f"accelerate launch was given --{flag} {told}, which cannot be: {error}") from error
+        if given.get(name, found[name]) != found[name]:
+            raise ValueError(
+                f"accelerate launch was given --{flag} {told}, train.py --{name.replace('_', '-')} {given[name]}: give "
+                "it once"
+            )
+    return found
 
 
 def from_flags(given: dict) -> TrainConfig:

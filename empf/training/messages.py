@@ -2,11 +2,9 @@
 
 from empf.accounting import account
 from empf.data.events import EventSet
-from empf.data.load import is_held_out
-from empf.data.sets import ImageSet, StreamSet
+from empf.data.sets import ImageSet, StreamSet, is_held_out
 from empf.models import SpikingNetwork
-from empf.training.config import TrainConfig
-from empf.training.processes import of_launcher
+from empf.training.config import TrainConfig, of_launcher
 
 SHOWN = 5  # warnings per epoch
 Data = ImageSet | StreamSet | EventSet

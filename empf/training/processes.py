@@ -34,10 +34,6 @@ LAUNCHERS = {
     "accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
     "torch.distributed.launch",
 }  # fmt: skip
-LAUNCHED_WITH = {  # settings that accelerate launch passes on: its flag, and the value that says nothing
-    "mixed_precision": ("mixed_precision", "no"),
-    "accumulate": ("gradient_accumulation_steps", "1"),
-}
 WATCH_SECONDS = 0.5  # between two looks at the launcher
 COMPRESSION = {  # of the gradients: name and options in Accelerate; PowerSGD leaves its first updates as they are
     "none": (DDPCommunicationHookType.NO, {}),
@@ -88,26 +84,6 @@ def asked_for(command: list[str]) -> int | None:
         with open(found.config_file) as file:
             return yaml.safe_load(file).get("num_processes")
     return found.num_processes
-
-
-def of_launcher(given: dict) -> dict:
-    """Settings that `accelerate launch` was told; ValueError where the given flags say otherwise, or it cannot be."""
-    found = {}
-    for name, (flag, default) in LAUNCHED_WITH.items():
-        told = os.environ.get(f"ACCELERATE_{flag.upper()}", default)
-        if told == default:
-            continue
-        try:
-            found[name] = type(getattr(TrainConfig, name))(told)
-            TrainConfig(**{name: found[name]})
-        except ValueError as error:
-            raise ValueError(f"accelerate launch was given --{flag} {told}, which cannot be: {error}") from error
-        if given.get(name, found[name]) != found[name]:
-            raise ValueError(
-                f"accelerate launch was given --{flag} {told}, train.py --{name.replace('_', '-')} {given[name]}: give "
-                "it once"
-            )
-    return found
 
 
 def end_with_launcher() -> None:

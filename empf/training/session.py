@@ -18,18 +18,26 @@ from tqdm import tqdm
 
 from empf import runs
 from empf.data.batches import ImageBatches
-from empf.data.load import is_held_out
-from empf.data.sets import ImageSet, StreamSet
+from empf.data.sets import ImageSet, StreamSet, is_held_out
 from empf.figures import has_matplotlib
 from empf.files import fingerprint
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
-from empf.training.config import TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of, with_file
+from empf.training.config import (
+    TrainConfig,
+    batch_per_process,
+    for_resume,
+    from_flags,
+    of_launcher,
+    parser,
+    training_of,
+    with_file,
+)
 from empf.training.curves import plot_curves
 from empf.training.messages import epoch_line, headline, warning_lines, without_effect
 from empf.training.optimizers import learning_rate
-from empf.training.processes import of_launcher, total
+from empf.training.processes import total
 
 DRAW_SECONDS = 10  # curves.png is drawn at most so often, and at the end
 READ_EVERY = 20  # updates between two looks at the loss where a look waits for the device or for other processes
