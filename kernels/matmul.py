@@ -175,11 +175,11 @@ def _binary_matmul_kernel(
             if BLOCK_M <= 16 and EVEN_K:  # rows past M would cost traffic here, where it is the limit
                 x = tl.load(x_first + x_at, mask=(rm < M)[None, :], other=ZERO)
             elif BLOCK_M <= 16:
-                x = tl.load(x_first + x_at, mask=(rm < M)[None, :] & (k + rk < K)[:, None], other=ZERO)
+                x = tl.load(x_first + x_at, mask=(rm < M)[None, :] & (rk < K - k)[:, None], other=ZERO)
             elif EVEN_K:
                 x = tl.load(x_first + x_at)
             else:
-                x = tl.load(x_first + x_at, mask=(k + rk < K)[:, None], other=ZERO)
+                x = tl.load(x_first + x_at, mask=(rk < K - k)[:, None], other=ZERO)
             if x_type == tl.uint8:
                 x = (x ^ 128).to(tl.int8, bitcast=True)  # code - 128, which the row sums undo
             w = unpack_words(tl.load(words_first + words_at), w_type, TERNARY, stride_w)  # BLOCK_N BLOCK_K
