@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-BUILT_ONCE = ("found", "command_line", "learned", "elsewhere")  # fixtures that take many seconds
+BUILT_ONCE = ("found", "command_line", "learned", "elsewhere", "narrow")  # fixtures that take many seconds
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -72,7 +72,7 @@ def test_the_settings_of_the_test_leave_traces(uninterrupted):
     assert traces[0][0] != traces[1][0] != traces[2][0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_batch(uninterrupted, tmp_path, monkeypatch, number):
     """In the second of three batches: `main` returns (exit code 0) and two batches are saved."""
     backward, calls = train.empf.online_backward, []
