@@ -1,7 +1,9 @@
 """Online-trained spiking neural networks with floating-point spikes and 1-bit synapses (arXiv 2410.07547)."""
 
+import os
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads: on a busy machine, long spinning crawls
 if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where `kernels/` lies beside this folder
     __path__.append(str(Path(__file__).parents[1]))  # an installed package holds it itself
 

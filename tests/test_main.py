@@ -38,3 +38,9 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as end:
         commands.script(["--help"])
     assert end.value.code is None and capsys.readouterr().out.count("python -m empf") == 3
+
+
+def test_threads_are_told_not_to_spin_before_torch_loads():
+    """`python -m empf train` imports the package, and so torch, before train.py could say it."""
+    text = (ROOT / "empf" / "__init__.py").read_text()
+    assert 0 < text.index('os.environ.setdefault("GOMP_SPINCOUNT"') < text.index("\nfrom empf")
