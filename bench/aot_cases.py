@@ -98,7 +98,7 @@ def conv_neuron_cases() -> list[tuple]:
             Plan(of_codes[2]._replace(stages=3)),
         ),
         ("i8 T=4 64x64 split", 4, 4, vanilla, "i8", (512, 512, 3, 3), False, 1, 1, Plan(of_codes[2], 9)),
-        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, Plan(of_fp32)),
+        ("fp32 T=1 64x64", 1, 0, vanilla, "fp32", (64, 256, 3, 3), False, 1, 1, Plan(of_fp32._replace(warps=8))),
     ]
     return [(name, conv_neuron._binary_conv2d_neuron_kernel, *_with_neuron(*rest)) for name, *rest in cases]
 

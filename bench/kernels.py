@@ -256,7 +256,7 @@ def draw_instructions(plt, axes, kinds: list[str], counted: list[dict]) -> None:
     axes.set_yticks(range(len(kinds)), kinds, fontsize=5)
     axes.set(xlabel=f"instructions per warp{' and step of the loop' if loops else ''}", xscale="log")
     plain_log(axes.xaxis)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=6, handletextpad=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=5, handletextpad=0, columnspacing=0.5)
 
 
 def main(arguments: list[str] | None = None) -> None:

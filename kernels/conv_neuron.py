@@ -297,8 +297,10 @@ def _launch(
             )
 
     # v, current and residual of a step are live at once: for more pixels of a step, or groups of steps, a large tile
-    # would not leave them enough registers, nor would four loads in flight on sm_89
-    tiles = TILES[itemsize] if t in (4, 8) else (TILES[itemsize][-1]._replace(stages=3),)
+    # would not leave them enough registers, nor would four loads in flight on sm_89, or four warps of fp32 on sm_120
+    tiles = TILES[itemsize]
+    if t not in (4, 8) or itemsize == 4:
+        tiles = (tiles[-1]._replace(stages=3, warps=8 if itemsize == 4 else 4),)
     tile = pick_tile(itemsize, o, columns) if len(tiles) > 1 else tiles[0]
     processors, _ = device_facts(x.device)
     plan = split_plan(tile, itemsize, shape, columns, processors)

@@ -1,7 +1,9 @@
 """Kernels compiled ahead of time for eight GPUs, none of which need be there: what must hold of the machine code."""
 
 import functools
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +43,7 @@ def spread_out():
 
 @functools.cache
 def facts():
-    """What `spread_out` names, compiled once for all tests."""
+    """What `spread_out` names, compiled once for all tests; the result file has all cases for all targets."""
     return {(f.module, f.case, f.target): f for f in aot.compile_cases(spread_out())}
 
 
@@ -61,6 +63,14 @@ def test_every_configuration_compiles_and_stays_in_registers():
             assert found.tensor_core > 0 or found.case.startswith("unpack"), found
         else:
             assert found.registers <= 255 and found.shared <= 8192, found
+
+
+def test_the_result_file_has_every_case_for_every_target_without_spills():
+    """Made by `python bench/kernels.py` without a GPU."""
+    rows = json.loads((Path(aot.__file__).parent / "results" / "kernels-static.json").read_text())["compiled"]
+    assert {(row["module"], row["case"], row["target"]) for row in rows} == set(aot.chosen(*MODULES))
+    assert [row for row in rows if row["spills"] or row["stack"]] == []
+    assert all(row["shared"] <= SHARED_LIMIT[row["target"]] for row in rows)
 
 
 def test_every_choice_of_the_launchers_is_a_case():
