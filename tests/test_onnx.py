@@ -11,6 +11,7 @@ from empf.deploy import onnx as empf_onnx
 from empf.deploy.onnx import export_onnx
 from empf.deploy.origin import Origin
 from empf.deploy.pack import pack
+from empf.synapse import QuantizedWeight
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about its own packages
@@ -36,7 +37,14 @@ def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, 
         wanted = logits(packed, part)
         assert found.shape == wanted.shape
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    operators = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    operators = {node.op_type for node in graph.node}
+    largest = {"binary": 8, "ternary": 5}[packed.net.config.weights]
+    sizes = [m.weight.numel() for m in model.modules() if isinstance(m, QuantizedWeight)]
+    weights = sum(n for n in sizes if n >= 256)
+    codes = [value for value in graph.initializer if value.data_type == onnx.TensorProto.UINT8]
+    assert weights / largest <= sum(len(value.raw_data) for value in codes) <= weights / largest + len(codes)
+    assert "ScatterElements" not in operators  # 15 times slower: writing one step into all of them
     assert "Conv" in operators and not {"BitShift", "BitwiseAnd", "Loop", "If"} & operators
     assert json.loads(session.get_modelmeta().custom_metadata_map["origin"])["classes"] == list("abcdefghij")
 

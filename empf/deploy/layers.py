@@ -156,7 +156,8 @@ class PackedNeuron(StatefulNeuron, PackedPart):
     def plain_steps(self, x: Tensor, steps: slice) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v) of (k, N, C, ...) without kernels."""
         dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
-        if self.fusible:
+        # in an exported graph, writing into slices would become a scatter per step
+        if self.fusible and not torch.compiler.is_exporting():
             v, spikes = None if self.parallel else self.v, empty_like_steps(x, torch.float32)
             v = fire_steps(x, v, self.lanes(steps, x.dim() - 1), spikes, potential=not self.parallel)
         elif self.lif:

@@ -3,7 +3,9 @@
 images (N, C, H, W) or events (T, N, C, H, W), normalised float32  ->  logits (T, N, classes)
 any other network: what it is called with, (T, N, ...)  ->  what it returns
 
-The weights stand in the graph as dense float32 numbers, the T steps are unrolled, and N is free. The membrane potential
+Binary weights stand in the file eight to a byte, ternary ones five to a byte, as codes of rows in a small table: a
+runtime that folds constants (ONNX Runtime does) has the dense weights once the file is loaded, and computes as with any
+other. The T steps are unrolled, and N is free. The membrane potential
 starts at 0 in each run; the prediction is the arg-max of the sum over T. Class names and normalisation are in the
 file's metadata under `origin`, as JSON.
 """
@@ -13,6 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +26,13 @@ from empf.files import write_atomic
 from empf.machine import installed
 from empf.models import SpikingNetwork
 from empf.online import reset
+
+
+# what the bytes of packed weights stand for: 8 signs, or 5 digits of -1, 0, 1
+TABLES = {
+    8: (1 - 2 * (np.arange(256)[:, None] >> np.arange(8) & 1)).astype(np.int8),
+    5: (np.arange(243)[:, None] // 3 ** np.arange(5) % 3 - 1).astype(np.int8),
+}
 
 
 class WholeSequence(nn.Module):
@@ -68,5 +78,80 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
         dynamic_shapes=({batch: torch.export.Dim("N", min=1)},),
     )  # fmt: skip
     proto = program.model_proto
+    compact(proto.graph)
     proto.metadata_props.add(key="origin", value=json.dumps(asdict(packed.origin)))
     write_atomic(Path(path), proto.SerializeToString())
+
+
+def compact(graph) -> None:
+    """Pack the weights of a graph and drop from it what only describes: names, traces, shapes."""
+    from onnx import numpy_helper
+
+    keep, made, tables = [], [], {}
+    for weight in graph.initializer:
+        dense = numpy_helper.to_array(weight)
+        parts = packed_weight(dense) if dense.ndim > 1 and dense.size >= 256 else None
+        if parts is None:
+            keep.append(weight)
+            continue
+        digits, codes, scale = parts
+        tables[digits] = numpy_helper.from_array(TABLES[digits], f"table{digits}")
+        made += unpacking(weight.name, digits, dense.shape)
+        values = {"codes": codes, "scale": scale, "shape": np.array(dense.shape), "size": np.array([dense.size])}
+        values |= {"zero": np.array([0]), "flat": np.array([-1])}
+        keep += [numpy_helper.from_array(value, f"{weight.name}.{name}") for name, value in values.items()]
+    nodes = [*made, *graph.node]
+    used = {name for node in nodes for name in node.input}
+    keep = [value for value in (*keep, *tables.values()) if value.name in used]
+    for field in ("node", "initializer", "value_info", "metadata_props"):
+        graph.ClearField(field)
+    graph.node.extend(nodes)
+    graph.initializer.extend(keep)
+    names = {"": "", **{value.name: value.name for value in (*graph.input, *graph.output)}}
+    for part in (*graph.node, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for node in graph.node:
+        node.ClearField("name")
+        for listed in (node.input, node.output):
+            listed[:] = [names.setdefault(name, f"t{len(names):x}") for name in listed]
+    for value in graph.initializer:
+        value.name = names[value.name]
+
+
+def packed_weight(dense: np.ndarray) -> tuple[int, np.ndarray, np.ndarray] | None:
+    """(digits to a byte, codes uint8, scale) of a weight of one size, or 0, per output; None for any other weight."""
+    for axis in (0, dense.ndim - 1):  # a product of matrices has its outputs last
+        sizes = np.abs(dense)
+        scale = sizes.max(axis=tuple(i for i in range(dense.ndim) if i != axis), keepdims=True)
+        if ((sizes == 0) | (sizes == scale)).all():
+            break
+    else:
+        return None
+    digits, base = (5, 3) if (dense == 0).any() else (8, 2)
+    signs = np.sign(dense).astype(int).reshape(-1)
+    values = signs + 1 if base == 3 else (signs < 0).astype(int)
+    values = np.pad(values, (0, -len(values) % digits)).reshape(-1, digits)
+    return digits, (values @ base ** np.arange(digits)).astype(np.uint8), scale.astype(np.float32)
+
+
+def unpacking(name: str, digits: int, shape: tuple[int, ...]) -> list:
+    """The nodes that make the dense weight `name` of its codes, shape and scale."""
+    from onnx import TensorProto, helper
+
+    codes, index, found = f"{name}.codes", f"{name}.index", f"{name}.rows"
+    nodes = [
+        helper.make_node("Cast", [codes], [index], to=TensorProto.INT32),
+        helper.make_node("Gather", [f"table{digits}", index], [found]),
+    ]
+    if np.prod(shape) % digits:  # the last byte holds more than the weight
+        line, found = f"{name}.line", f"{name}.cut"
+        nodes += [
+            helper.make_node("Reshape", [f"{name}.rows", f"{name}.flat"], [line]),
+            helper.make_node("Slice", [line, f"{name}.zero", f"{name}.size"], [found]),
+        ]
+    return nodes + [
+        helper.make_node("Reshape", [found, f"{name}.shape"], [f"{name}.signs"]),
+        helper.make_node("Cast", [f"{name}.signs"], [f"{name}.floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.floats", f"{name}.scale"], [name]),
+    ]
