@@ -27,7 +27,6 @@ from empf.machine import installed
 from empf.models import SpikingNetwork
 from empf.online import reset
 
-
 # what the bytes of packed weights stand for: 8 signs, or 5 digits of -1, 0, 1
 TABLES = {
     8: (1 - 2 * (np.arange(256)[:, None] >> np.arange(8) & 1)).astype(np.int8),
