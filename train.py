@@ -1,7 +1,7 @@
 """Train a spiking neural network online, one random time step per batch.
 
     accelerate launch train.py                                    digits, needs no network
-    accelerate launch train.py --dataset cifar100                 the authors' recipe: ResNet-18, 300 epochs
+    accelerate launch train.py --dataset cifar100                 ResNet-18, 300 epochs, near the authors' recipe
     accelerate launch train.py --resume runs/cifar100-resnet18    continue where the run stopped
 
 Every field of `empf.training.config.TrainConfig` is a flag. The run folder is described in `empf/runs.py`, what is

@@ -54,16 +54,16 @@ OLD = dict(
 )  # fmt: skip
 
 NEW = dict(threshold=0.1, optimizer="muon", crop=False)
-AUTHORS = dict(lr=0.01, mixup=0.8, cutmix=1.0, label_smoothing=0.1)  # defaults of train.py for long trainings
+LONG = dict(lr=0.01, mixup=0.8, cutmix=1.0, label_smoothing=0.1)  # what train.py has for 300 epochs
 
-RECIPES = {"authors": {**OLD, **AUTHORS}, "old": OLD, "new": {**OLD, **NEW}}  # to confirm
+RECIPES = {"long": {**OLD, **LONG}, "old": OLD, "new": {**OLD, **NEW}}  # to confirm
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
 VARIANTS: dict[str, dict] = {
     "old": {},
     "new": NEW,
     "new but with crop": {**NEW, "crop": True},
-    "authors": AUTHORS,
+    "long": LONG,
     "two random steps": {"steps_per_batch": 2},
     "later steps more often": {"later": 1.0},
     "earlier steps more often": {"later": -1.0},

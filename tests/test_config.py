@@ -136,7 +136,7 @@ def test_a_missing_file_of_settings():
         of_call(["--config", "no.json"])
 
 
-def test_cifar_has_the_recipe_of_the_authors():
+def test_cifar_has_a_recipe_near_that_of_the_authors():
     config = parse("--dataset", "cifar100")
     recipe = dict(
         arch="resnet18", width=1.0, T=4, weights="binary", learning="random", steps_per_batch=1, lr=0.01, batch_size=64,
