@@ -4,8 +4,9 @@
     python bench/deploy.py --device cuda              the same on a GPU, with bf16 activations
     python bench/deploy.py --equality --data FOLDER   logits of small trained networks on real CIFAR-100 images
 
-The packed network is compared with `model.eval()` and with the same network with full-precision weights. Memory is that
-of a fresh process for each; times are taken in turns in one process, so that their ratios hold on a busy machine too.
+The packed network is compared with `model.eval()`, with the same network with full-precision weights and, where it is
+installed, with ONNX Runtime on the exported file. Memory is that of a fresh process for each; times are taken in turns
+in one process, so that their ratios hold on a busy machine too.
 Writes bench/results/deploy-cpu.json, deploy-cuda.json, deploy-equality.json.
 """
 
@@ -20,6 +21,7 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +39,36 @@ from empf.deploy.layers import PackedNeuron
 from empf.deploy.lazy import Spikes
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.files import write_atomic
+from empf.machine import installed
 from empf.models import ModelConfig, build
 from empf.neuron import StatefulNeuron
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 64)
-CONTENDERS = ("packed", "model", "full precision")
+ONNX_RUNTIME = "ONNX Runtime"
+
+
+def contenders(device: str) -> tuple[str, ...]:
+    """Who is measured; the first is the packed network."""
+    other = device == "cpu" and all(map(installed, ("onnx", "onnxscript", "onnxruntime")))
+    return ("packed", "model", "full precision") + (ONNX_RUNTIME,) * other
+
+
+class Session(nn.Module):
+    """An exported file in ONNX Runtime, with as many threads as torch has."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        _, channels, size, _ = self.session.get_inputs()[0].shape
+        self.config = SimpleNamespace(in_channels=channels, image_size=size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
 
 
 @torch.inference_mode()
@@ -56,7 +82,7 @@ def run(net: nn.Module, x: Tensor) -> Tensor:
     return logits.float()
 
 
-def prepare(folder: Path, config: ModelConfig) -> dict[str, Path]:
+def prepare(folder: Path, config: ModelConfig, names: tuple[str, ...]) -> dict[str, Path]:
     """Write what each contender loads: networks whose statistics fit random images, so that neurons fire."""
     paths = {}
     for name, kind in (("model", config.weights), ("full precision", "full")):
@@ -71,13 +97,19 @@ def prepare(folder: Path, config: ModelConfig) -> dict[str, Path]:
         runs.save_config(paths[name], model.config, {"seed": 0}, [], (), ())
         runs.save_results(paths[name], model, [{"epoch": 1, "loss": 0.0, "accuracy": [0.0] * config.T}])
     paths["packed"] = folder / "packed.safetensors"
-    pack(runs.load(paths["model"])).save(paths["packed"])
+    packed = pack(runs.load(paths["model"]))
+    packed.save(paths["packed"])
+    if ONNX_RUNTIME in names:
+        paths[ONNX_RUNTIME] = folder / "net.onnx"
+        empf.export_onnx(packed, paths[ONNX_RUNTIME])
     return paths
 
 
 def load_contender(name: str, path: Path, device: str) -> nn.Module:
     if name == "packed":
         return load_packed(path, device)
+    if name == ONNX_RUNTIME:
+        return Session(path)
     model = runs.load(path, device)
     return model.to(memory_format=torch.channels_last) if device == "cuda" else model  # its fastest layout
 
@@ -87,7 +119,7 @@ def size(path: Path) -> int:
 
 
 def measure_alone(name: str, path: Path, device: str, threads: int, batches=BATCHES) -> dict:
-    """In a fresh process: seconds to load, and peak memory of loading and running each batch size, in MB."""
+    """In a fresh process: milliseconds to load, and with the first call; peak memory of each batch size, in MB."""
     torch.set_num_threads(threads)
     peak = (lambda: torch.cuda.max_memory_allocated() / 1e6) if device == "cuda" else resident_peak
     if device == "cpu":
@@ -101,6 +133,7 @@ def measure_alone(name: str, path: Path, device: str, threads: int, batches=BATC
         x = torch.randn(n, c.in_channels, c.image_size, c.image_size, device=device)
         for _ in range(2):
             run(net, x)
+            result.setdefault("first_call_ms", 1e3 * (time.perf_counter() - start))
         result["memory_mb"][str(n)] = peak() - before
     return result
 
@@ -147,20 +180,24 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
 
 def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES) -> dict:
     torch.set_num_threads(threads)
+    names = contenders(device)
     result = {"machine": machine(device), "model": config.to_dict()}
     with tempfile.TemporaryDirectory() as folder:
-        paths = prepare(Path(folder), config)
-        result["file_mb"] = {name: size(paths[name]) / 1e6 for name in CONTENDERS}
+        paths = prepare(Path(folder), config, names)
+        result["file_mb"] = {name: size(paths[name]) / 1e6 for name in names}
         common = (device, str(threads), *map(str, batches))
-        alone = {name: in_fresh_process(name, str(paths[name]), *common) for name in CONTENDERS}
-        result["load_ms"] = {name: round(alone[name]["load_ms"], 1) for name in CONTENDERS}
-        result["memory_mb"] = {name: alone[name]["memory_mb"] for name in CONTENDERS}
-        nets = {name: load_contender(name, paths[name], device) for name in CONTENDERS}
+        alone = {name: in_fresh_process(name, str(paths[name]), *common) for name in names}
+        for part in ("load_ms", "first_call_ms"):
+            result[part] = {name: round(alone[name][part], 1) for name in names}
+        result["memory_mb"] = {name: alone[name]["memory_mb"] for name in names}
+        nets = {name: load_contender(name, paths[name], device) for name in names}
     x = torch.randn(4, config.in_channels, config.image_size, config.image_size, device=device)
     wanted, found = run(nets["model"], x), run(nets["packed"], x)
     result["relative_difference"] = difference(found, wanted)
     if config.spike_bits is None and device == "cpu" and result["relative_difference"] > 1e-4:
         raise SystemExit(f"error: the packed logits differ by {result['relative_difference']:.1e}, nothing was timed")
+    if ONNX_RUNTIME in names:
+        result["onnx_relative_difference"] = difference(run(nets[ONNX_RUNTIME], x), found)
     result["batch"] = {str(n): measure_times(nets, device, n, max(3, rounds // (1 + n // 16))) for n in batches}
     return result
 
@@ -273,21 +310,24 @@ def write(path: Path, result: dict) -> None:
 
 
 def report(result: dict) -> str:
-    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in CONTENDERS)]
+    names = list(result["file_mb"])
+    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in names)]
 
     def row(title: str, values: dict, form: str) -> None:
-        lines.append(f"{title:24}" + "".join(f"{values[name]:>16{form}}" for name in CONTENDERS))
+        lines.append(f"{title:24}" + "".join(f"{values[name]:>16{form}}" for name in names))
 
     row("file, MB", result["file_mb"], ".3f")
     row("load, ms", result["load_ms"], ".0f")
+    row("load and first call, ms", result["first_call_ms"], ".0f")
     for part, title in (("loaded", "loaded"), *((n, f"batch {n}") for n in result["batch"])):
-        row(f"memory {title}, MB", {name: result["memory_mb"][name][part] for name in CONTENDERS}, ".0f")
+        row(f"memory {title}, MB", {name: result["memory_mb"][name][part] for name in names}, ".0f")
     for n, times in result["batch"].items():
-        row(f"batch {n}, ms", {name: times["ms"][name]["median"] for name in CONTENDERS}, ".1f")
+        row(f"batch {n}, ms", {name: times["ms"][name]["median"] for name in names}, ".1f")
         over = times["speed_of_packed_over"]
         lines.append(
             f"  packed is {over['model']['median']:.2f}x as fast as model.eval(), "
             f"{over['full precision']['median']:.2f}x as with full-precision weights"
+            + (f", {over[ONNX_RUNTIME]['median']:.2f}x as ONNX Runtime" if ONNX_RUNTIME in over else "")
         )
     return "\n".join(lines)
 

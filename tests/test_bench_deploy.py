@@ -26,12 +26,17 @@ def test_measurement_of_a_small_network(tmp_path, monkeypatch):
         return (
             fresh(*arguments)
             if len(asked) == 1
-            else {"load_ms": 1.0, "memory_mb": dict.fromkeys(("loaded", "1", "64"), 1)}
+            else {"load_ms": 1.0, "first_call_ms": 2.0, "memory_mb": dict.fromkeys(("loaded", "1", "64"), 1)}
         )
 
     monkeypatch.setattr(bench, "in_fresh_process", one_process)
+    names = bench.contenders("cpu")
     result = bench.measure(config, "cpu", torch.get_num_threads(), 3)
-    assert [arguments[0] for arguments in asked] == list(bench.CONTENDERS)
+    assert [arguments[0] for arguments in asked] == list(result["file_mb"]) == list(names)
+    assert result["first_call_ms"]["packed"] > result["load_ms"]["packed"]
+    if bench.ONNX_RUNTIME in names:
+        assert result["onnx_relative_difference"] < 1e-4
+        assert result["file_mb"][bench.ONNX_RUNTIME] < result["file_mb"]["model"] / 2
     assert (
         result["load_ms"]["packed"] > 0
         and result["memory_mb"]["packed"]["64"] >= result["memory_mb"]["packed"]["1"] > 0
@@ -40,7 +45,7 @@ def test_measurement_of_a_small_network(tmp_path, monkeypatch):
     assert result["relative_difference"] < 1e-4
     for n in ("1", "64"):
         times = result["batch"][n]
-        assert set(times["ms"]) == set(bench.CONTENDERS) and times["speed_of_packed_over"]["model"]["median"] > 0
+        assert set(times["ms"]) == set(names) and times["speed_of_packed_over"]["model"]["median"] > 0
         assert times["images_per_s"]["packed"] == pytest.approx(
             1e3 * int(n) / times["ms"]["packed"]["median"], rel=0.05
         )

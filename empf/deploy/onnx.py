@@ -68,7 +68,7 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
         c = packed.net.config
         x = torch.zeros(*[c.T] * (c.arch == "vgg_snn"), 2, c.in_channels, *c.size)
     batch = x.dim() - 4 if builtin else 1
-    whole, x = WholeSequence(packed), x.detach().cpu()
+    whole, x = WholeSequence(packed).eval(), x.detach().cpu()
     whole(x)
     for synapse in (m for m in whole.modules() if isinstance(m, PackedSynapse)):
         synapse.unpack()  # now: otherwise the unpacking would become part of the graph

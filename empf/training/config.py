@@ -25,7 +25,7 @@ OPTIMIZERS = ("sgd", "muon")
 SCHEDULES = ("cosine", "constant")
 COMPRESSIONS = ("none", "bf16", "powersgd")
 
-# What differs from the defaults of TrainConfig (near the authors' recipe for CIFAR, what of it is known) unless given on the command line.
+# What differs from the defaults of TrainConfig (near the authors' recipe for CIFAR) unless given on the command line.
 RECIPES = {
     "digits": dict(
         width=0.25,
