@@ -7,7 +7,6 @@ import datasets
 import pytest
 from make_data import image_folder, parquet_folder, pictures, stream_folder, to_dataset
 
-from empf.data import find
 from empf.data.find import in_folder, on_hub
 from empf.data.sources import Columns, ImageFiles, ParquetFiles, SavedRows
 
@@ -72,7 +71,7 @@ def test_several_configurations_on_the_hub(monkeypatch):
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nEx")
         return datasets.DatasetDict(train=to_dataset(*pictures(10, "cifar10"), "cifar10"))
 
-    monkeypatch.setattr(find.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="me/set has several configurations: name one of a, b with --config"):
         on_hub("me/set", Columns(), streaming=False, by_file=False)
     place = on_hub("me/set", Columns(), "a", streaming=False, by_file=False)
@@ -82,6 +81,6 @@ def test_several_configurations_on_the_hub(monkeypatch):
 
 def test_only_parquet_is_streamed_from_the_hub(monkeypatch):
     config = SimpleNamespace(data_files={"train": ["hf://x/a.zip"]})
-    monkeypatch.setattr(find.datasets, "load_dataset_builder", lambda *given: SimpleNamespace(config=config))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *given: SimpleNamespace(config=config))
     with pytest.raises(ValueError, match="me/set has files such as hf://x/a.zip, which are not parquet"):
         on_hub("me/set", Columns(), streaming=True, by_file=True).find("train")()

@@ -12,7 +12,6 @@ import torch
 from make_data import disk_folder, image_folder, parquet_folder, pictures, to_dataset
 from PIL import Image
 
-from empf.data import find
 from empf.data import load as data
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_data, load_test
@@ -140,7 +139,7 @@ def test_the_hub_is_asked_for_the_right_dataset(monkeypatch):
         ]
         return datasets.DatasetDict(train=rows[0], valid=rows[1])
 
-    monkeypatch.setattr(find.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     train, test = load_data("cifar100", limit=7)
     assert asked == ["uoft-cs/cifar100"]
     assert torch.equal(train.images, pixels(pictures(7, "cifar100")[0]))
@@ -152,7 +151,7 @@ def test_hub_out_of_reach(monkeypatch, error):
     def load_dataset(hub_id):
         raise error
 
-    monkeypatch.setattr(find.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match=r"uoft-cs/cifar10 .*(no route|gone).* --data FOLDER") as caught:
         load_data("cifar10")
     assert "\n" not in str(caught.value)

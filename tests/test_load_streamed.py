@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.utils import file_utils
 from make_data import STREAMED, image_folder, stream_folder
 
-from empf.data import find, sources
+from empf.data import find
 from empf.data.load import load_data
 from empf.data.sets import DATASETS
 
@@ -83,7 +84,7 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
     def resolve(address):
         return SimpleNamespace(repo_id="r", path_in_repo=address[7:], repo_type="dataset", revision="main")
 
-    monkeypatch.setattr(find.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(find, "hf_hub_download", fetch)
     monkeypatch.setattr(find, "HfFileSystem", lambda: SimpleNamespace(resolve_path=resolve))
     train, test = load_data("streamed")
@@ -98,7 +99,7 @@ def test_streamed_from_the_hub(tmp_path, streamed, monkeypatch):
         opened.append(address)
         return open(folder / address[7:], mode)
 
-    monkeypatch.setattr(sources, "xopen", xopen)
+    monkeypatch.setattr(file_utils, "xopen", xopen)
     train, test = load_data("streamed", streaming=True)
     assert len(fetched) == 3 and set(opened) == {f"hf://x/{name}" for name in names}
     assert [row.label for row in read_all(train)] == list(range(33))
@@ -116,7 +117,7 @@ def test_imagenet_needs_a_token_and_a_network(monkeypatch, error, message):
     def builder(hub_id):
         raise error
 
-    monkeypatch.setattr(find.datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     with pytest.raises(FileNotFoundError, match=rf"cannot get ILSVRC/imagenet-1k .*{message}"):
         load_data("imagenet1k", streaming=True)
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import pyarrow as pa
 from huggingface_hub import HfFileSystem, hf_hub_download
 
@@ -21,6 +21,9 @@ from empf.data.folders import is_data, subfolders
 from empf.data.rows import Source, one_line
 from empf.data.sets import TEST_SPLITS, TRAIN_SPLITS
 from empf.data.sources import Columns, ImageFiles, ParquetFiles, SavedRows
+
+if TYPE_CHECKING:  # elsewhere it is imported where it is used: that takes a second
+    import datasets
 
 Open = Callable[[], Source]
 
@@ -54,6 +57,8 @@ def in_folder(path: Path, columns: Columns, config: str | None = None) -> Place:
             raise FileNotFoundError(f"no configuration {config} in {path}: it has the folders {found}")
         path = path / config
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
         try:
             saved = datasets.load_from_disk(path)
         except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
@@ -62,9 +67,9 @@ def in_folder(path: Path, columns: Columns, config: str | None = None) -> Place:
     return Place(str(path), partial(_split, path, columns), partial(_whole, path, columns))
 
 
-def of_datasets(data: datasets.DatasetDict | datasets.Dataset, columns: Columns, origin: str) -> Place:
+def of_datasets(data: "datasets.DatasetDict | datasets.Dataset", columns: Columns, origin: str) -> Place:
     """What the library `datasets` has loaded."""
-    if isinstance(data, datasets.Dataset):
+    if not isinstance(data, dict):
         return Place(origin, lambda split: None, partial(SavedRows.of, data, columns, origin))
 
     def find(split: str) -> Open | None:
@@ -75,6 +80,8 @@ def of_datasets(data: datasets.DatasetDict | datasets.Dataset, columns: Columns,
 
 def on_hub(hub_id: str, columns: Columns, config: str | None = None, *, streaming: bool, by_file: bool) -> Place:
     """A data set of the Hub; `by_file`: its parquet files are read themselves, over the network if `streaming`."""
+    import datasets
+
     named = () if config is None else (config,)
     try:
         if not by_file:

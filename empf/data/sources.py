@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets.utils.file_utils import xopen
 
 from empf.data.folders import IMAGE_SUFFIXES, files_below, subfolders
 from empf.data.rows import Row, one_line
+
+if TYPE_CHECKING:  # elsewhere it is imported where it is used: that takes a second
+    import datasets
 
 _READ_BYTES = 1 << 20  # of a column at once, so that a row group of a gigabyte does not have to fit in memory
 _READ_BYTES_REMOTE = 8 << 20
@@ -126,8 +127,9 @@ def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int, int]]]:
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     if label not in schema.names:
         return None
-    feature = datasets.Features.from_arrow_schema(schema)[label]
-    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+    import datasets
+
+    return getattr(datasets.Features.from_arrow_schema(schema)[label], "names", None)
 
 
 def check_image_column(kind: pa.DataType, column: str) -> None:
@@ -160,6 +162,8 @@ def _damage_named(path: str) -> Iterator[None]:
 def _open_parquet(path: str) -> pq.ParquetFile:
     """Remote files are read again where the connection breaks."""
     if "://" in path:
+        from datasets.utils.file_utils import xopen
+
         return pq.ParquetFile(xopen(path, "rb"), buffer_size=_READ_BYTES_REMOTE)
     return pq.ParquetFile(path, buffer_size=_READ_BYTES)
 
@@ -237,19 +241,19 @@ class ImageFiles:
 class SavedRows:
     """The rows of a data set of the library `datasets`; `origin`: how it is called."""
 
-    rows: datasets.Dataset
+    rows: "datasets.Dataset"
     image: str
     label: str
     names: list[str] | None
     origin: str
 
     @classmethod
-    def of(cls, rows: datasets.Dataset, columns: Columns, origin: str) -> "SavedRows":
+    def of(cls, rows: "datasets.Dataset", columns: Columns, origin: str) -> "SavedRows":
         image, label = columns.find(rows.column_names, origin)
-        feature = rows.features[label]
+        names = getattr(rows.features[label], "names", None)  # of a ClassLabel
         rows = rows.select_columns([image, label]).with_format("arrow")
         check_image_column(rows.features.arrow_schema.field(image).type, image)
-        return cls(rows, image, label, feature.names if isinstance(feature, datasets.ClassLabel) else None, origin)
+        return cls(rows, image, label, names, origin)
 
     def blocks(self) -> np.ndarray:
         first = np.arange(0, len(self.rows), SAVED_ROWS)
