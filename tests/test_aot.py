@@ -12,7 +12,10 @@ from bench.aot_cases import CASES
 from empf.kernels.conv_tiles import TILES
 from empf.kernels.matmul import CONFIGS
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="needs the tools inside the Triton wheel for Linux"),
+    pytest.mark.xdist_group("facts"),  # in one process, which compiles once
+]
 pytest.importorskip("triton", reason="needs Triton")
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
