@@ -183,3 +183,8 @@ def write(folder: Path, layout: str, splits: dict[str, list], labels: str = "nam
         if layout == "table":
             (folder / f"{split or 'labels'}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def labels_of(made) -> list[int]:
+    """The labels of all batches."""
+    return torch.cat([labels for _, labels in made] or [torch.empty(0)]).tolist()
