@@ -267,11 +267,16 @@ def best_epoch(history: list[dict]) -> int | None:
     return 1 + held.index(max(held)) if held else None
 
 
+def identity(model: SpikingNetwork) -> str:
+    """The fingerprint of a network's weights and settings: those that an accuracy was measured with."""
+    return fingerprint(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
+
+
 def save_results(run: Path, model: SpikingNetwork, history: list[dict]) -> None:
     """Write model.safetensors, best.safetensors after the best epoch, and metrics.jsonl, whose last line names the
     weights by their fingerprint."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    records = [*history[:-1], *(record | {"weights": fingerprint(tensors)} for record in history[-1:])]
+    records = [*history[:-1], *(record | {"weights": identity(model)} for record in history[-1:])]
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomic(run / "model.safetensors", data)
     if best_epoch(history) == len(history):

@@ -163,8 +163,8 @@ def continued(run: Path) -> str:
         torch.set_rng_state(state["rng"])
     except (ValueError, FileNotFoundError) as error:
         return refusal(error, run)
-    with torch.no_grad():
-        assert model.eval()(X).isfinite().all()
+    numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    assert all(tensor.isfinite().all() for tensor in numbers)  # 1e38 is finite, and its network is another
     return "continued"
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from torch import nn
 
 from empf.data.sets import DATASETS, DataSpec, ImageSettings
-from empf.files import fingerprint
 from empf.model_config import ModelConfig, check_types
-from empf.runs import read_config, read_metrics
+from empf.runs import identity, read_config, read_metrics
 from empf.terminal import shown
 
 KINDS = {"epochs": int, "images": int, "limit": int, "resized": bool, "reading": dict}  # of fields that are no text
@@ -111,4 +110,4 @@ class Origin:
 def measurement(model: nn.Module) -> dict | None:
     """The line of its run's metrics.jsonl that has measured the weights that a model has now."""
     found = {record["weights"]: record for record in read_metrics(model.run) if "weights" in record}
-    return found.get(fingerprint(model.state_dict())) if found else None
+    return found.get(identity(model)) if found else None

@@ -20,7 +20,6 @@ from empf import runs
 from empf.data.batches import ImageBatches
 from empf.data.sets import ImageSet, StreamSet, is_held_out
 from empf.figures import has_matplotlib
-from empf.files import fingerprint
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
@@ -288,7 +287,7 @@ class Session:
         self.history.append(record)
         self.at = {**START, "epoch": epoch}
         if runs.best_epoch(self.history) == epoch:
-            record["weights"] = fingerprint(self.evaluated.state_dict())
+            record["weights"] = runs.identity(self.evaluated)
         self.save()
         draw = self.stopping or self.finished() or time.monotonic() - self.drawn > DRAW_SECONDS
         self.save_results(draw)
