@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 # Read when torch loads. Threads that wait actively make everything ten times slower where others use the cores too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts only if set before the kernels are imported
 
 import pytest
+from tqdm import tqdm
+
+# tqdm's own lock is shared by processes that were forked: one that a test kills would take it along, for all of us
+tqdm.set_lock(threading.RLock())
 
 BUILT_ONCE = ("found", "command_line", "learned", "elsewhere", "narrow")  # fixtures that take many seconds
 
