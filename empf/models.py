@@ -322,7 +322,7 @@ def _builder(
     kind: Callable[Concatenate[str, Settings], ModelConfig], arch: str, **defaults
 ) -> Callable[Settings, SpikingNetwork]:  # fmt: skip
     def make(**config):
-        return build(kind.from_dict({**defaults, **config, "arch": arch}))
+        return build(kind.from_dict(defaults | dict(arch=arch, **config)))
 
     make.__name__, make.__doc__ = (
         arch,

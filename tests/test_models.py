@@ -333,3 +333,8 @@ def test_a_norm_with_its_own_forward_is_called():
         norm.weight.mul_(2), norm.bias.mul_(2)
     empf.reset(model)
     assert torch.allclose(after, model(x), atol=1e-6) and not torch.equal(after, before)
+
+
+def test_a_builder_has_its_architecture():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'arch'"):
+        empf.resnet18(arch="resnet34", width=0.0625)
