@@ -9,6 +9,7 @@ from own_networks import PlainNorms
 from train_tools import metrics, resume, run_train
 
 import empf
+from empf.models import ModelConfig, build
 from empf.training.config import TrainConfig
 from empf.training.health import Health, main
 from empf.training.optimizers import make_optimizer
@@ -22,8 +23,8 @@ def learner():
 
     def train(plant=lambda model: None, rate=1.0, lr=0.05, **network) -> tuple[Health, dict]:
         torch.manual_seed(0)
-        config = dict(num_classes=5, in_channels=1, image_size=8, width=0.0625, T=2)
-        model = empf.resnet18(**{**config, **network}).train()
+        config = dict(arch="resnet18", num_classes=5, in_channels=1, image_size=8, width=0.0625, T=2)
+        model = build(ModelConfig(**{**config, **network})).train()
         x, y = torch.randn(BATCHES, 16, 1, 8, 8), torch.randint(0, 5, (BATCHES, 16))
         plant(model)
         optimizer = make_optimizer(model, TrainConfig(lr=lr))
