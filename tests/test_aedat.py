@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from event_decoders import aedat4
 from make_events import HEADER, aedat2, random_rows
 
 from empf.data.aedat import read_events, unwrapped
@@ -183,3 +184,5 @@ def test_aedat4_of_the_encoder_of_the_cameras(tmp_path):
     assert events.t.tolist() == [2**33 + 1000 * i for i in range(6)]
     assert events.x.tolist() == [60 * i for i in range(6)] and events.y.tolist() == [250 - 50 * i for i in range(6)]
     assert events.on.tolist() == [True, False] * 3
+    decoded = aedat4((tmp_path / "a.aedat4").read_bytes())
+    assert decoded == list(zip(*(a.tolist() for a in (events.x, events.y, events.on, events.t)), strict=True))

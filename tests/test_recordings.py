@@ -7,13 +7,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from event_decoders import DECODERS, counts, random_file
 from make_events import HEADER, load_small
 
 from empf.data.aedat import read_events
 from empf.data.event_frames import Clip, FrameSettings, event_frames_of_file, read_frames
 from empf.data.gesture import GESTURES
 from empf.data.load import load_data
-from empf.data.recordings import read_recording
+from empf.data.recordings import ARRAYS, load_arrays, read_recording
 
 ROWS = [(3, 5, 1, 10), (33, 0, 0, 12), (0, 33, 1, 900), (3, 5, 1, 5_000)]  # column, row, on, microseconds
 
@@ -73,6 +74,22 @@ def test_events_of_every_format(tmp_path, name, data, size):
     (tmp_path / name).write_bytes(data[:-1])
     with pytest.raises(ValueError, match=rf"{name} ends in the middle of"):
         read_recording(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_random_files_are_decoded_as_the_formats_say(tmp_path, kind):
+    """Places, polarity, time and counts, against decoders that know nothing of the library."""
+    if kind == "aedat4":
+        pytest.importorskip("aedat", reason="needs aedat")
+    name, decode, size = DECODERS[kind]
+    data, file = random_file(kind, np.random.default_rng(0)), tmp_path / name
+    file.write_bytes(data)
+    events = load_arrays(file) if file.suffix in ARRAYS else read_recording(file, "upright")
+    wanted = decode(data)
+    assert len(wanted) > 100 and found(events) == wanted and (events.height, events.width) == size
+    for by in ("count", "time"):
+        frames = event_frames_of_file(file, 4, size, by=by, orientation="upright")
+        assert np.array_equal(frames, counts(wanted, 4, by, *size))
 
 
 def test_clocks_of_the_formats_go_on(tmp_path):
