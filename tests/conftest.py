@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts only if set before the kernels are imported
 
 import pytest
+from interpreter import hasten
 from tqdm import tqdm
 
 # tqdm's own lock is shared by processes that were forked: one that a test kills would take it along, for all of us
@@ -68,6 +69,7 @@ def kernels_on():
     triton = pytest.importorskip("triton", reason="needs Triton")
     if dispatch.INTERPRETED and release(triton) < (3, 9) and release(numpy) >= (2, 5):
         pytest.skip(f"the interpreter of Triton {triton.__version__} needs numpy before 2.5: pip install 'numpy<2.5'")
+    hasten()
     before = dispatch._mode
     dispatch.set_backend("on")
     dispatch.LAUNCHES.clear()

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from interpreter import hasten
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,19 +42,28 @@ from empf.kernels import (
     set_backend,
     unpack,
 )
+from empf.kernels.dispatch import HAVE_TRITON
 from empf.kernels.pack import signs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 CODES = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
+SMALL = 33  # channels and rows: two words of a packed weight, the second with one bit
 EPS = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 class Draw(random.Random):
-    """Random choices, and tensors made of them."""
+    """Random choices, and tensors made of them; `small` ones take one program of a kernel, or few."""
+
+    small = False
 
     def size(self, *usual: int, most: int) -> int:
+        if self.small:
+            usual, most = [n for n in usual if n <= SMALL], min(most, SMALL)
         return self.choice(usual) if self.random() < 0.5 else self.randint(1, most)
+
+    def steps(self, *usual: int) -> int:
+        return self.choice(usual[:2] if self.small else usual)
 
     def normal(self, *shape) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.getrandbits(40)))
@@ -156,9 +166,9 @@ def fuzz_matmul(draw: Draw) -> None:
 def _convolution(draw: Draw):
     """Sizes that fit: (C, H, W), (O, C, kh, kw), stride, padding."""
     c, o = draw.size(1, 3, 31, 32, 33, 64, most=70), draw.size(1, 8, 63, 64, 65, most=80)
-    kh, kw = draw.choice(((1, 1), (3, 3), (3, 3), (1, 3), (2, 5), (5, 5)))
-    stride, padding = draw.randint(1, 3), draw.randint(0, 3)
-    h, w = draw.randint(max(1, kh - 2 * padding), 9), draw.randint(max(1, kw - 2 * padding), 9)
+    kh, kw = draw.choice(((1, 1), (3, 3), (3, 3), (1, 3), (2, 5), (5, 5))[: 4 if draw.small else 6])
+    stride, padding, most = draw.randint(1, 3), draw.randint(0, 3), 4 if draw.small else 9
+    h, w = draw.randint(max(1, kh - 2 * padding), most), draw.randint(max(1, kw - 2 * padding), most)
     return (c, h, w), (o, c, kh, kw), stride, padding
 
 
@@ -217,8 +227,8 @@ def _neuron(draw: Draw, t: int, c: int):
 
 
 def fuzz_neuron(draw: Draw) -> None:
-    t, n, c = draw.randint(1, 6), draw.randint(1, 3), draw.size(1, 2, 16, 17, 128, most=20)
-    rest = [draw.randint(1, 7) for _ in range(draw.randint(0, 3))]
+    t, n, c = draw.steps(1, 2, 3, 4, 5, 6), draw.randint(1, 3), draw.size(1, 2, 16, 17, 128, most=20)
+    rest = [draw.randint(1, 3 if draw.small else 7) for _ in range(draw.randint(0, 3))]
     current = draw.integers(-32, 64, t, n, c, *rest).to(draw.choice(FLOATS)) / 16
     v = draw.laid_out(draw.integers(-8, 9, n, c, *rest).float() / 8) if draw.random() < 0.5 else None
     parameters, options = _neuron(draw, t, c)
@@ -263,7 +273,7 @@ def fuzz_quantizer(draw: Draw) -> None:
 
 def fuzz_conv_neuron(draw: Draw) -> None:
     (c, h, w), shape, stride, padding = _convolution(draw)
-    t, n = draw.choice((1, 2, 3, 4, 6, 8)), draw.randint(1, 2)
+    t, n = draw.steps(1, 2, 3, 4, 6, 8), draw.randint(1, 2)
     x, in_step, exact = draw.signal(t, n, c, h, w)
     if not exact:
         x = x.round()
@@ -287,8 +297,8 @@ def fuzz_conv_neuron(draw: Draw) -> None:
 
 def fuzz_norm(draw: Draw) -> None:
     """Both normalised neurons: spikes, potential, statistics and gradients."""
-    mem, t, n, c = draw.random() < 0.5, draw.randint(1, 5), draw.randint(2, 4), draw.size(1, 2, 16, 17, most=20)
-    rest = [draw.randint(1, 6) for _ in range(draw.randint(0, 2))]
+    mem, t, n, c = draw.random() < 0.5, draw.steps(1, 2, 3, 4, 5), draw.randint(2, 4), draw.size(1, 2, 16, 17, most=20)
+    rest = [draw.randint(1, 3 if draw.small else 6) for _ in range(draw.randint(0, 2))]
     x = draw.laid_out((draw.normal(t, n, c, *rest) * 2 + draw.choice((0, 0, 100))).to(draw.choice(FLOATS)))
     per_step = [draw.integers(1, 4, t).float() / 4 for _ in range(4 if mem else 2)]
     affine = [draw.normal(t, c) + 1, draw.normal(t, c)] if mem else [draw.normal(c) + 1, draw.normal(c)]
@@ -320,12 +330,14 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-def run(name: str, cases: int, first: int = 0) -> list[str]:
-    """What went wrong in cases first .. first + cases - 1 of a function, one line each."""
+def run(name: str, cases: int, first: int = 0, small: bool = False) -> list[str]:
+    """What went wrong in cases first .. first + cases - 1 of a function, one line each; `small` ones are others."""
     found = []
     for case in range(first, first + cases):
+        draw = Draw(f"{name} {case}")
+        draw.small = small
         try:
-            FUNCTIONS[name](Draw(f"{name} {case}"))
+            FUNCTIONS[name](draw)
         except Exception as problem:  # whatever it is, it is a finding
             found.append(f"{name} {case}: {type(problem).__name__}: {problem}"[:300])
     return found
@@ -338,13 +350,17 @@ def main() -> None:
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     options = parser.parse_args()
     set_backend("on")
-    findings = []
+    if HAVE_TRITON:
+        hasten()
+    findings, end = 0, options.first + options.cases
     for name in options.functions:
-        start = time.time()
-        found = run(name, options.cases, options.first)
-        findings += found
-        print(f"{name:12} {options.cases} cases, {len(found)} findings, {time.time() - start:.0f} s", flush=True)
-        print("".join(f"  {line}\n" for line in found[:20]), end="", flush=True)
+        start, of_this = time.time(), 0
+        for first in range(options.first, end, 100):
+            found = run(name, min(100, end - first), first)
+            of_this += len(found)
+            print(f"{name:12} cases {options.first} to {min(first + 100, end) - 1}, {of_this} findings, "
+                  f"{time.time() - start:.0f} s", *found, sep="\n  ", flush=True)  # fmt: skip
+        findings += of_this
     sys.exit(bool(findings))
 
 
