@@ -12,13 +12,16 @@ cannot be compiled. The disassembler and assembler are those inside the Triton w
 """
 
 import argparse
+import ast
 import collections
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
@@ -26,10 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench.aot_cases import CASES, LAUNCH
+from empf import kernels
 
 PROCESSES = 2  # that compile at a time
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 TENSOR_CORE = re.compile(r"HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA|v_s?mfma\w*")
+
+PTX_TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,43 @@ def chosen(
     ]
 
 
-def compile_cases(wanted: list[tuple[str, str, str]]) -> list[Facts]:
+def in_turn() -> list[tuple[str, str, str]]:
+    """Two cases of each kernel, each for a target, as (module, case, target); the targets take turns."""
+    of_kernel, result = {}, []
+    for module in CASES:
+        for name, kernel, *_ in CASES[module]():
+            of_kernel.setdefault(kernel, []).append((module, name))
+    for number, cases in enumerate(of_kernel.values()):
+        for turn in (number, number + 4):
+            target = TARGETS[turn % len(TARGETS)]
+            fitting = [case for case in chosen(cases[0][0], targets=(target,)) if case[:2] in cases]
+            result.append(fitting[turn % len(fitting)])
+    return result
+
+
+def digest() -> str:
+    """Of all that is compiled: the functions for Triton, without their comments and docstrings, and the cases."""
+    words = []
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        for function in ast.parse(text).body:
+            if any("triton.jit" in ast.unparse(by) for by in getattr(function, "decorator_list", [])):
+                lines = text.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno]
+                for token in tokenize.generate_tokens(iter(lines).__next__):
+                    if token.type not in (tokenize.COMMENT, tokenize.NL) and not token.string.startswith('"""'):
+                        words.append(token.string.strip() or tokenize.tok_name[token.type])
+    for module in CASES:
+        for name, kernel, types, constexprs, options in CASES[module]():
+            words.append(repr((module, name, kernel.__name__, types, constexprs)))
+            words += [repr(_options(options, target)) for target in TARGETS]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def compile_cases(wanted: list[tuple[str, str, str]], brief: int = 0) -> list[Facts]:
     """Compile what `chosen` names, in `PROCESSES` fresh processes, and return the facts in order.
+
+    The first `brief` of them are not disassembled, which takes as long as compilation: their instructions, loop and
+    spills are 0 on NVIDIA, where what is spilled lies on the stack.
 
     Raises RuntimeError, with the compiler's message, where one fails.
     """
@@ -81,7 +122,8 @@ def compile_cases(wanted: list[tuple[str, str, str]]) -> list[Facts]:
         return [Facts(**line) for line in json.loads(done.stdout)]
 
     with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = list(pool.map(compiled, (wanted[i::PROCESSES] for i in range(min(PROCESSES, len(wanted))))))
+        ordered = [(*case, number < brief) for number, case in enumerate(wanted)]
+        parts = list(pool.map(compiled, (ordered[i::PROCESSES] for i in range(min(PROCESSES, len(wanted))))))
     return [facts for dealt in zip_longest(*parts) for facts in dealt if facts]
 
 
@@ -114,12 +156,12 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _nvidia(compiled) -> dict:
-    """Facts from the machine code."""
+def _nvidia(compiled, brief: bool) -> dict:
+    """Facts from the machine code; `brief` ones from its header and from PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code = _tool("cuobjdump", "-sass", file.name)
+        code = "" if brief else _tool("cuobjdump", "-sass", file.name)
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", code)]
     lines = [(at, re.sub(r"^@!?U?P\w+\s+", "", text.strip())) for at, text in lines]
@@ -128,7 +170,8 @@ def _nvidia(compiled) -> dict:
     found = _count([(at, text.split()[0].split(".")[0]) for at, text in lines], loops)
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     spills = found["all"]["LDL"] + found["all"]["STL"]
-    return _facts(found, registers=registers, shared=compiled.metadata.shared, stack=stack, spills=spills)
+    facts = _facts(found, registers=registers, shared=compiled.metadata.shared, stack=stack, spills=spills)
+    return facts | ({"tensor_core": len(PTX_TENSOR_CORE.findall(compiled.asm["ptx"]))} if brief else {})
 
 
 def _amd(compiled) -> dict:
@@ -186,11 +229,11 @@ def _run(wanted) -> list[Facts]:
     """Facts of all cases, in this process."""
     cases = {(module, name): rest for module in CASES for name, *rest in CASES[module]()}
     result = []
-    for module, name, target in wanted:
+    for module, name, target, *brief in wanted:
         print(f"{module}: {name} for {target}", file=sys.stderr)  # the last one before a traceback is the culprit
         kernel, types, constexprs, options = cases[module, name]
         compiled = _compile(kernel, types, constexprs, _options(options, target), target)
-        found = _nvidia(compiled) if target.startswith("sm_") else _amd(compiled)
+        found = _nvidia(compiled, any(brief)) if target.startswith("sm_") else _amd(compiled)
         result.append(Facts(module=module, case=name, target=target, **found))
     return result
 

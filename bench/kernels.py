@@ -166,8 +166,8 @@ def floors() -> list[dict]:
 
 
 def run_static(quick: bool) -> list[dict]:
-    """The table of bench/aot.py for all kernels; with `quick` every third for sm_90."""
-    wanted = aot.chosen(*MODULES, targets=("sm_90",))[::3] if quick else aot.chosen(*MODULES)
+    """The table of bench/aot.py for all kernels; with `quick` a few for each target."""
+    wanted = [case for case in aot.in_turn() if case[0] in MODULES][::2] if quick else aot.chosen(*MODULES)
     facts = aot.compile_cases(wanted)
     rows = [{key: value for key, value in vars(found).items() if key != "loop"} for found in facts]
     columns = ("registers", "shared", "spills", "tensor_core", "instructions", "loop_instructions")
@@ -261,7 +261,7 @@ def draw_instructions(plt, axes, kinds: list[str], counted: list[dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the kernels, or without a GPU say what can be known of them.")
-    parser.add_argument("--quick", action="store_true", help="a third of the cases; without a GPU for sm_90 alone")
+    parser.add_argument("--quick", action="store_true", help="a third of the cases; fewer without a GPU")
     parser.add_argument("--json", type=Path, help="write the result here, anywhere, instead of bench/results/")
     parser.add_argument("--part", metavar="I/N", default="0/1", help="every N-th case from number I on, with a GPU")
     options = parser.parse_args(arguments)
@@ -277,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("No GPU (or no Triton) here: nothing is timed. What the compiler says, and least times on an H200:\n")
         result["floors_h200_us"] = floors()
         result["compiled"] = run_static(options.quick) if HAVE_TRITON else []
+        result["digest"] = aot.digest()
         print(f"\n{'least time on an H200, microseconds':50}")
         for row in result["floors_h200_us"]:
             print(f"{row['case']:50} " + "  ".join(f"{name} {us}" for name, us in row["floor_us"].items()))

@@ -25,41 +25,32 @@ TILE_KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS")
 
 MODULES = tuple(CASES)
 PRODUCTS = ("matmul", "conv", "conv_neuron")
-ON_HOPPER = ("128x128", "fp16")  # cases of products looked at more closely below
-
-
-def spread_out():
-    """Every case for one of its targets in turn; what `ON_HOPPER` names for sm_90."""
-    targets = {}
-    for module, case, target in aot.chosen(*MODULES):
-        targets.setdefault((module, case), []).append(target)
-    return [
-        (
-            *case,
-            "sm_90"
-            if case[0] in PRODUCTS and any(text in case[1] for text in ON_HOPPER)
-            else fitting[n % len(fitting)],
-        )
-        for n, (case, fitting) in enumerate(targets.items())
-    ]
+LOOKED_INTO = {  # whose loop is looked at, on sm_90
+    "matmul": ("bf16 binary 128x128", "bf16 ternary", "fp16", "i8 binary 128x", "i8 ternary", "u8 binary", "unpack b"),
+    "conv": ("128x128",), "conv_neuron": ("128x128",),
+}  # fmt: skip
 
 
 @functools.cache
 def facts():
-    """What `spread_out` names, compiled once for all tests; the result file has all cases for all targets."""
-    return {(f.module, f.case, f.target): f for f in aot.compile_cases(spread_out())}
+    """(cases of each kernel for each target in turn, what is looked into), compiled once for all tests."""
+    in_turn = aot.in_turn()
+    wanted = [case for m, only in LOOKED_INTO.items() for case in aot.chosen(m, targets=("sm_90",), only=only)]
+    found = aot.compile_cases(in_turn + wanted, brief=len(in_turn))
+    return found[: len(in_turn)], found[len(in_turn) :]
 
 
 def on_hopper(module):
-    return {case: found for (of, case, target), found in facts().items() if of == module and target == "sm_90"}
+    return {f.case: f for f in facts()[1] if f.module == module}
 
 
-def test_every_configuration_compiles_and_stays_in_registers():
-    """No local-memory traffic, tensor cores in every product, and no more shared memory than there is."""
-    compiled = {(name, case) for name, case, _ in facts()}
-    assert compiled == {(name, case[0]) for name in MODULES for case in CASES[name]()}
-    assert {target for _, _, target in facts()} == set(aot.TARGETS)
-    for found in facts().values():
+def test_each_kernel_stays_in_registers_and_in_shared_memory():
+    """No local-memory traffic, tensor cores in every product. The result file below has all cases for all targets."""
+    in_turn, looked_into = facts()
+    kernels = {(module, name): kernel for module in MODULES for name, kernel, *_ in CASES[module]()}
+    assert {f.target for f in in_turn} == set(aot.TARGETS)
+    assert {kernels[f.module, f.case] for f in in_turn} == set(kernels.values())
+    for found in in_turn + looked_into:
         assert found.spills == 0 and found.stack == 0, found
         if found.module in PRODUCTS:
             assert 0 < found.shared <= SHARED_LIMIT[found.target], found
@@ -70,7 +61,8 @@ def test_every_configuration_compiles_and_stays_in_registers():
 
 def test_the_result_file_has_every_case_for_every_target_without_spills():
     """Made by `python bench/kernels.py` without a GPU."""
-    rows = json.loads((Path(aot.__file__).parent / "results" / "kernels-static.json").read_text())["compiled"]
+    result = json.loads((Path(aot.__file__).parent / "results" / "kernels-static.json").read_text())
+    rows = result["compiled"]
     assert {(row["module"], row["case"], row["target"]) for row in rows} == set(aot.chosen(*MODULES))
     assert [row for row in rows if row["spills"] or row["stack"]] == []
     assert all(row["shared"] <= SHARED_LIMIT[row["target"]] for row in rows)
@@ -118,15 +110,35 @@ def test_instructions_of_a_convolution(module, case, limit):
     assert 0 < on_hopper(module)[case].loop_instructions <= limit
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    monkeypatch.setattr(aot, "PROCESSES", 1)  # it compiles the first case and every second after it
+KERNEL = '@triton.jit\ndef f(x):\n    """Says."""\n    if x:\n        y = 1\n    z = 2\n'
 
 
-def test_selection_of_cases_and_targets(one_process):
-    [found] = aot.compile_cases(aot.chosen("matmul", targets=("sm_90",), only=("unpack bf16",)))
-    assert (found.module, found.case, found.target) == ("matmul", "unpack bf16", "sm_90")
-    assert found.registers > 0 and found.instructions > 0
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [("Says", "Said", True), ("2", "2  # why", True), ("2", "3", False), ("    z", "        z", False)],
+)
+def test_the_digest_follows_a_kernel(old, new, same, monkeypatch, tmp_path):
+    """Its code and how that is indented; no comment, and no docstring."""
+    monkeypatch.setattr(aot, "CASES", {})
+    monkeypatch.setattr(aot.kernels, "__file__", str(tmp_path / "__init__.py"))
+    found = []
+    for text in (KERNEL, KERNEL.replace(old, new)):
+        (tmp_path / "a.py").write_text(text)
+        found.append(aot.digest())
+    assert (found[0] == found[1]) == same
+
+
+def test_the_digest_follows_the_cases(monkeypatch):
+    found = set()
+    for warps in (4, 8):
+        monkeypatch.setattr(aot, "CASES", {"a": lambda warps=warps: [("a", aot.digest, {}, {}, {"num_warps": warps})]})
+        found.add(aot.digest())
+    assert len(found) == 2
+
+
+def test_selection_of_cases_and_targets():
+    found = on_hopper("matmul")["unpack bf16"]
+    assert found.registers > 0 and found.instructions > 0 and found.target == "sm_90"
     assert found.tensor_core == 0 and found.loop == {} and found.loop_instructions == 0
     with pytest.raises(ValueError, match="sm_42"):
         aot.chosen("matmul", targets=("sm_42",))
@@ -134,10 +146,12 @@ def test_selection_of_cases_and_targets(one_process):
         aot.chosen("dispatch")
 
 
-def test_a_failure_is_told(one_process, monkeypatch, tmp_path):
-    (tmp_path / "triton.py").write_text("raise RuntimeError('no compiler here')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="does not compile: (.|\n)*no compiler here"):
+def test_a_failure_is_told(monkeypatch, tmp_path):
+    compiler = tmp_path / "python"
+    compiler.write_text("#!/bin/sh\necho 'matmul: a for sm_90' >&2\necho 'no compiler here' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(compiler))
+    with pytest.raises(RuntimeError, match="does not compile: matmul: a for sm_90\n(.|\n)*no compiler here"):
         aot.compile_cases(aot.chosen("matmul", targets=("sm_90",)))
 
 
