@@ -35,6 +35,7 @@ from empf import runs
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
+from empf.deploy import native
 from empf.deploy.layers import PackedNeuron
 from empf.deploy.lazy import Spikes
 from empf.deploy.pack import PackedModel, load_packed, pack
@@ -181,7 +182,7 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
 def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES) -> dict:
     torch.set_num_threads(threads)
     names = contenders(device)
-    result = {"machine": machine(device), "model": config.to_dict()}
+    result = {"machine": machine(device), "native": native.library() is not None, "model": config.to_dict()}
     with tempfile.TemporaryDirectory() as folder:
         paths = prepare(Path(folder), config, names)
         result["file_mb"] = {name: size(paths[name]) / 1e6 for name in names}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from empf.deploy import cpu_conv
+from empf.deploy import cpu_conv, native
 from empf.deploy.cpu_conv import CodeConv, FloatConv
 from empf.deploy.lazy import Product, Spikes, plain
 from empf.kernels import backend
@@ -79,6 +79,7 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         values = dict(leak=None if self.parallel else neuron.leak, threshold=neuron.threshold, gain=gain, shift=shift)
         for name, value in values.items():
             self.register_buffer(name, None if value is None else torch.empty_like(value.detach(), dtype=torch.float32))
+        self.per_channel = any(value is not None and value.dim() == 2 for value in values.values())
         self.fill(**values)
         self.forget()
 
@@ -93,26 +94,29 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         return self.activation == "relu" and not self.lif
 
     def forget(self) -> None:
-        self._lanes: dict[tuple, list] = {}
+        self._laid_out: dict[tuple, list] = {}
 
     def __getstate__(self) -> dict:  # copies make their own
-        return {**super().__getstate__(), "_lanes": {}}
+        return {**super().__getstate__(), "_laid_out": {}}
 
     def parameters_of(self, steps: slice) -> tuple[Tensor | None, ...]:
         """leak, threshold, gain, shift of these steps."""
         found = (self.leak, self.threshold, self.gain, self.shift)
         return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
-    def lanes(self, steps: slice, dims: int) -> list[tuple[Tensor | None, ...]]:
-        """What `fire_steps` wants of these steps with `dims` axes; kept for the next call."""
+    def laid_out(self, steps: slice, dims: int | None) -> list:
+        """What `fire_steps` wants of these steps with `dims` axes, or native.fire (None); kept for the next call."""
         if self.T is None:  # all steps have the same
             steps = slice(0, steps.stop - steps.start)
         key = (steps.start, steps.stop, dims)
-        if key not in self._lanes:
-            found = (*self.parameters_of(steps), None, None)
-            rows = zip(*(repeat(None) if p is None else p for p in found), strict=False)
-            self._lanes[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
-        return self._lanes[key]
+        if key not in self._laid_out:
+            found = self.parameters_of(steps)
+            if dims is None:
+                self._laid_out[key] = native.table(found, steps.stop - steps.start)
+            else:
+                rows = zip(*(repeat(None) if p is None else p for p in (*found, None, None)), strict=False)
+                self._laid_out[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
+        return self._laid_out[key]
 
     def forward(self, current: Tensor) -> Tensor:
         if not self.fusible or backend(self.threshold.device) == "torch":
@@ -156,10 +160,14 @@ class PackedNeuron(StatefulNeuron, PackedPart):
     def plain_steps(self, x: Tensor, steps: slice) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v) of (k, N, C, ...) without kernels."""
         dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
+        if self.fusible and native.runs(x, self.per_channel):
+            rounding = {} if self.spike_bits is None else {"bits": self.spike_bits, "step": self.spike_step}
+            spikes, v = native.fire(x, self.v, self.laid_out(steps, None), potential=self.stays(steps), **rounding)
+            return spikes if rounding else spikes.to(dtype), v
         # in an exported graph, writing into slices would become a scatter per step
         if self.fusible and not torch.compiler.is_exporting():
             v, spikes = None if self.parallel else self.v, empty_like_steps(x, torch.float32)
-            v = fire_steps(x, v, self.lanes(steps, x.dim() - 1), spikes, potential=not self.parallel)
+            v = fire_steps(x, v, self.laid_out(steps, x.dim() - 1), spikes, potential=not self.parallel)
         elif self.lif:
             v, spikes = self.v, []
             for i, *own in zip(x, *self.parameters_of(steps)[:2], strict=True):
