@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,7 +154,7 @@ def test_push_to_hub_uploads_the_folder(run, monkeypatch, kind):
             sent[repo_id] = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
             return "https://huggingface.co/commit"
 
-    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub.hf, "HfApi", Api)
     model = load(run) if kind == "model" else pack(load(run))
     assert model.push_to_hub("someone/net") == "https://huggingface.co/commit"
     files = {"model": {"model.safetensors", "metrics.jsonl"}, "packed": {"packed.safetensors"}}[kind]
@@ -173,7 +175,7 @@ def test_a_repository_is_downloaded_file_by_file(run, tmp_path, monkeypatch):
             raise EntryNotFoundError("404")
         return str(tmp_path / "snapshot" / filename)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub.hf, "hf_hub_download", download)
     model = SpikingNetwork.from_pretrained("someone/net", revision="v1")
     assert model.config.neuron == "mem_bn"
     names = {"packed.safetensors", "config.json", "model.safetensors", "metrics.jsonl"}
@@ -210,3 +212,11 @@ def test_an_own_model_card_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     trained()[0].save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_nothing_of_the_hub_is_imported_before_it_is_needed():
+    """Half of what `import empf` takes beside torch would be imports that a network does not need."""
+    heavy = ("huggingface_hub.hf_api", "datasets", "accelerate", "pyarrow", "matplotlib", "onnx")
+    code = f"import sys, empf; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

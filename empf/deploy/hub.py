@@ -14,10 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import huggingface_hub as hf  # its parts are imported when they are named
 import safetensors.torch
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from empf.accounting import account
 from empf.data.rows import one_line
@@ -79,7 +78,7 @@ def push_to_hub(
     message: str = "Add a network of empf",
 ) -> str:
     """Upload what `save_pretrained` writes to a repository of the Hub, which is made if need be; returns the commit."""
-    api = HfApi(token=token)
+    api = hf.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with TemporaryDirectory() as folder:
         save_pretrained(net, folder)
@@ -120,13 +119,13 @@ def from_pretrained(
 def download(repo_id: str, options: dict) -> Path:
     """The folder with the files of a repository: those of a packed network, where it has them."""
     try:
-        with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(repo_id, PACKED_FILE, **options)).parent
+        with suppress(hf.errors.EntryNotFoundError):
+            return Path(hf.hf_hub_download(repo_id, PACKED_FILE, **options)).parent
         for name in ("config.json", "model.safetensors"):
-            folder = Path(hf_hub_download(repo_id, name, **options)).parent
-        with suppress(EntryNotFoundError):
-            hf_hub_download(repo_id, "metrics.jsonl", **options)
-    except (OSError, ValueError, EntryNotFoundError) as error:
+            folder = Path(hf.hf_hub_download(repo_id, name, **options)).parent
+        with suppress(hf.errors.EntryNotFoundError):
+            hf.hf_hub_download(repo_id, "metrics.jsonl", **options)
+    except (OSError, ValueError, hf.errors.EntryNotFoundError) as error:
         raise FileNotFoundError(
             f"there is no folder or file {repo_id}, and the Hub gives no such network ({one_line(error)}): check the "
             "name"
@@ -134,7 +133,7 @@ def download(repo_id: str, options: dict) -> Path:
     return folder
 
 
-def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
+def model_card(net: SpikingNetwork | PackedModel) -> "hf.ModelCard":
     """README.md of a network: what it is, what its run measured, how to load it."""
     origin = net.stated_origin() if isinstance(net, PackedModel) else Origin.of(net)
     c = net.config
@@ -153,7 +152,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
         *((f"test accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(origin.accuracy, 1)),
         *([("split of the recordings", origin.split)] if origin.split else []),
     ]
-    data = ModelCardData(
+    data = hf.ModelCardData(
         library_name="empf", pipeline_tag="image-classification",
         tags=["spiking-neural-network", "online-learning", "quantized"],
     )  # fmt: skip
@@ -163,7 +162,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
     if origin.accuracy:
         data.model_name = title
         data.eval_results = [
-            EvalResult(
+            hf.EvalResult(
                 "image-classification", origin.dataset, origin.dataset, "accuracy", round(origin.accuracy[-1], 4),
                 dataset_split="test",
             )
@@ -185,7 +184,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> ModelCard:
         lines.append(
             f"Pixels are scaled to 0..1, then normalised with mean {list(origin.mean)}, std {list(origin.std)}."
         )
-    return ModelCard("\n\n".join(lines) + "\n")
+    return hf.ModelCard("\n\n".join(lines) + "\n")
 
 
 def _from_pretrained(cls, name: str | Path, **options) -> SpikingNetwork | PackedModel:
