@@ -31,8 +31,9 @@ from empf.terminal import shown, steady_output
 from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
 from empf.training.fine_tuning import freeze, take_weights
+from empf.training.flip import Flips
 from empf.training.health import Health
-from empf.training.optimizers import learning_rate, make_optimizer
+from empf.training.optimizers import flips_of, learning_rate, make_optimizer
 from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
 from empf.training.session import Batch, Session, check_size, of_call
 from empf.training.sync_norm import sync_norms
@@ -66,12 +67,13 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
         frozen = freeze(raw, config.freeze)
         if config.sync_bn and accelerator.num_processes > 1:
             sync_norms(raw)
+        flips = flips_of(raw, config, session.notes)
         optimizer = make_optimizer(raw, config)
         ema = get_ema_multi_avg_fn(config.ema)
         average = AveragedModel(raw, multi_avg_fn=ema, use_buffers=True) if config.ema else None
         evaluated = raw if average is None else average.module
         health = Health(raw, len(batches), frozen) if config.health and accelerator.is_main_process else None
-        parts = dict(model=raw, optimizer=optimizer, average=average, health=health)
+        parts = dict(model=raw, optimizer=optimizer, average=average, health=health, flips=flips)
         session.begin(train_set, test_set, held, evaluated, **parts)
         model = accelerator.prepare(raw)
         captured = CapturedBackward(model, F.cross_entropy, learning=config.learning) if config.cuda_graphs else None
@@ -84,7 +86,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
                 draw=partial(empf.draw_steps, config.T, config.steps_per_batch, config.seed),
                 rate=lambda done: learning_rate(config, done / len(batches)),
                 learning=config.learning, accumulate=config.accumulate,
-                accelerator=accelerator, health=health, captured=captured,
+                accelerator=accelerator, health=health, captured=captured, flips=flips,
             ):  # fmt: skip
                 if batch.update and average is not None:
                     average.update_parameters(raw)
@@ -114,20 +116,24 @@ def updates(
     accelerator: Accelerator | None = None,
     health: Health | None = None,
     captured: CapturedBackward | None = None,
+    flips: Flips | None = None,
 ) -> Iterator[Batch]:
     """Train on the batches (images, target) of an epoch of `length`, `done` batches having gone before in all.
 
     draw: the time steps of a batch, by the number of batches before it; rate: likewise the learning rate.
     accumulate: batches per update. accelerator: of several processes or mixed precision; health looks at some batches,
-    the others are replayed from a graph where they are `captured`.
+    the others are replayed from a graph where they are `captured`. flips: update synapses within the backward passes.
     """
     backward = Tensor.backward if accelerator is None else accelerator.backward
     no_sync = nullcontext if accelerator is None else partial(accelerator.no_sync, model)
+    no_sync = no_sync if flips is None else partial(flips.gathering, no_sync)
     for before, (images, target) in enumerate(batches, done):
         number = before % length + 1
         size = min(accumulate, length - (number - 1) // accumulate * accumulate)  # batches that share the update
         update = number % accumulate == 0 or number == length
         steps = draw(before)
+        if flips is not None:
+            flips.lr = rate(before - (number - 1) % accumulate)
         with health.watch(number) if health else nullcontext(), nullcontext() if update else no_sync():
             if captured is not None and not (health and number in health.looked_at):
                 loss, logits = captured(images, target, steps=steps, divisor=size)

@@ -15,7 +15,7 @@
 
 import torch
 
-from empf.kernels import conv, conv_neuron, dense, matmul, neuron, neuron_kernels, norm_kernels
+from empf.kernels import conv, conv_neuron, dense, flip, matmul, neuron, neuron_kernels, norm_kernels
 from empf.kernels.conv_tiles import TILES, constants
 from empf.kernels.dispatch import LAUNCH
 from empf.kernels.matmul import CONFIGS
@@ -228,7 +228,17 @@ def norm_cases() -> list[tuple]:
     return cases
 
 
+def flip_cases() -> list[tuple]:
+    cases = []
+    for grad, momentum in (("fp32", "i8"), ("bf16", "i8"), ("fp16", "bf16"), ("fp32", "bf16")):
+        types = dict(grad_ptr=f"*{grad}", bits_ptr="*i32", momentum_ptr=f"*{momentum}", tau_ptr="*fp32")
+        types |= dict(scale_ptr="*fp32" if momentum == "i8" else None, squares_ptr="*fp32")
+        types |= dict(n="i32", keep="fp32", rate="fp32")
+        cases.append((f"{grad} momentum {momentum}", flip._flip_kernel, types, {"WORDS": flip.BLOCK // 32}, {}))
+    return cases
+
+
 CASES = {
     "matmul": matmul_cases, "conv": conv_cases, "conv_neuron": conv_neuron_cases, "neuron": neuron_cases,
-    "norm_kernels": norm_cases,
+    "norm_kernels": norm_cases, "flip": flip_cases,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 
-from empf.kernels import conv, conv_neuron, matmul, neuron, norm_neuron
+from empf.kernels import conv, conv_neuron, flip, matmul, neuron, norm_neuron
 from empf.kernels.pack import pack, signs, unpack
 
 
@@ -45,6 +45,7 @@ def cases(small: bool = False) -> list[Case]:
         images, channels = max(1, images // shrink), max(8, c // shrink)
         listed.append(conv_case(4 * images, channels, size))
         listed.append(layer_case(4, images, channels, size))
+    listed.append(flip_case(max(8, 512 // shrink)))
     shape = (4, 64 // shrink, max(8, 64 // shrink), 32, 32)
     return listed + [neuron_case(shape), training_case(shape), norm_case(shape, mem=False), norm_case(shape, mem=True)]
 
@@ -184,6 +185,31 @@ def layer_case(t: int, n: int, c: int, size: int) -> Case:
         f"conv+bn+neuron T={t} {n}x{c}@{size}", inputs, contenders, reference,
         {"ours int8": 0.08, "ours bf16": 0.08},
         {"ours int8": 2 * numbers + weights, "ours bf16": 4 * numbers + weights}, 18 * numbers * c, goals,
+    )  # fmt: skip
+
+
+def flip_case(c: int) -> Case:
+    """Momentum and bits of a 3x3 convolution; nothing of the momentum is kept, so that each call gives the same."""
+    n = 9 * c * c
+
+    def inputs(device):
+        z = {"grad": torch.randn(n, device=device), "bits": flip.bits_of(torch.randn(n, device=device) < 0)}
+        z |= {"momentum": torch.zeros(n, dtype=torch.int8, device=device), "tau": torch.tensor(math.inf, device=device)}
+        return z | {"scale": torch.zeros(-(-n // flip.BLOCK), device=device)}
+
+    def ours(z):
+        flip.flip_update(**z, rate=0.01, keep=0.0)
+        return z["momentum"]
+
+    def of(function):
+        return lambda z: function(**z, rate=0.01, keep=0.0)[1]
+
+    compiled = torch.compile(flip.flip_update_ref, dynamic=False)
+    contenders = {"ours": ours, "eager": of(flip.flip_update_ref), "torch.compile": of(compiled)}
+    moved = {"ours": 4 * n + 2 * (n + 4 * -(-n // 32) + 4 * -(-n // flip.BLOCK))}
+    return Case(
+        f"flip {c}x{c}x3x3", inputs, contenders, lambda z: contenders["eager"](z).float(), {"ours": 1e-6}, moved,
+        share=0.85,
     )  # fmt: skip
 
 

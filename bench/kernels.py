@@ -43,10 +43,11 @@ from empf.kernels import tune
 from empf.kernels.dispatch import HAVE_TRITON, triton
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("matmul", "conv", "conv_neuron", "neuron", "norm_kernels")
+MODULES = ("matmul", "conv", "conv_neuron", "neuron", "norm_kernels", "flip")
 FUNCTIONS = {  # how the names of its cases start, its module in bench/aot_cases.py
     "matmul": ("matmul", "matmul"), "conv": ("conv3x3", "conv"), "conv_neuron": ("conv+bn", "conv_neuron"),
     "neuron": ("neuron", "neuron"), "norm_neuron": (("BN", "Mem-BN"), "norm_kernels"),
+    "flip": ("flip", "flip"),
 }  # fmt: skip
 OURS = {"ours": BLUE, "ours int8": BLUE, "ours bf16": GREEN, "ours with v": GREEN}
 H200 = {"copy": 4.3e12, "bf16": 790e12, "int8": 1580e12}  # bytes/s read and written, FLOP/s: rounded measurements

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from operator import index
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_STEPS = 10**6
@@ -55,3 +55,11 @@ def compared(criterion: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targ
     if not isinstance(loss, Tensor) or loss.dim():
         raise ValueError(f"{where}, must return a loss of one number, got {tuple(getattr(loss, 'shape', ())) or loss}")
     return loss
+
+
+def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"a convolution of this library is padded with zeros, and their number is given: padding_mode="
+            f"{conv.padding_mode!r}, padding={conv.padding!r} are not supported; use F.pad before it"
+        )

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 
-from empf.kernels.convolution import conv2d, conv2d_backward
 from empf.kernels.dispatch import transformed
 from empf.kernels.neuron import NeuronParams, on_kernels
 from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics
@@ -264,7 +263,7 @@ class Layer:
     stats: Stats | None
     options: dict  # of `NeuronParams`
     pool: nn.Module | None
-    places: Sequence[tuple]  # of each synapse
+    synapses: Sequence[nn.Module]
     observer: Callable[[Tensor], None] | None
 
 
@@ -275,7 +274,7 @@ class SpikingLayerFn(Function):
     """
 
     @staticmethod
-    def forward(ctx, layer: Layer, x, leak, threshold, alpha, beta, weight, bias, *synapses):
+    def forward(ctx, layer: Layer, x, leak, threshold, alpha, beta, weight, bias, *learned):
         p = NeuronParams(leak, threshold, alpha, beta, weight, bias, **layer.options)
         spikes, v_out, stats = neuron_forward(x, layer.v, p, running=layer.running, stats=layer.stats)
         layer.stats = stats
@@ -283,15 +282,15 @@ class SpikingLayerFn(Function):
             layer.observer(spikes)
         ctx.remade = [y if isinstance(y, Remade) else None for y, _, _ in layer.terms]
         parts = [None if isinstance(part, Remade) else part for term in layer.terms for part in term]
-        ctx.save_for_backward(layer.v, *(stats or (None, None)), *p.tensors(), *parts, *synapses)
-        ctx.options, ctx.pool, ctx.places = layer.options, layer.pool, layer.places
+        ctx.save_for_backward(layer.v, *(stats or (None, None)), *p.tensors(), *parts, *learned)
+        ctx.options, ctx.pool, ctx.synapses = layer.options, layer.pool, layer.synapses
         ctx.set_materialize_grads(False)
         if v_out is not None:
             ctx.mark_non_differentiable(v_out)
-        if not synapses:
+        if not learned:
             return v_out, spikes
         read = spikes[0] if layer.pool is None else layer.pool(spikes[0])
-        return v_out, *(conv2d(read, w, None, *place)[None] for w, place in zip(synapses, layer.places, strict=True))
+        return v_out, *(s.run(read, w)[None] for s, w in zip(layer.synapses, learned, strict=True))
 
     @staticmethod
     @first_order
@@ -299,26 +298,26 @@ class SpikingLayerFn(Function):
         v, mean, var, *rest = ctx.saved_tensors
         p, stats = NeuronParams(*rest[:6], **ctx.options), None if mean is None else (mean, var)
         count = len(ctx.remade)
-        parts, synapses = rest[6 : 6 + 3 * count], rest[6 + 3 * count :]
+        parts, learned = rest[6 : 6 + 3 * count], rest[6 + 3 * count :]
         terms = [Term(*parts[3 * i : 3 * i + 3]) for i in range(count)]
         terms = [term if y is None else term._replace(y=y()) for y, term in zip(ctx.remade, terms, strict=True)]
         spikes, kept = neuron_again(terms, v, p, stats)
         needed = ctx.needs_input_grad
-        d_synapses = [None] * len(synapses)
-        if not synapses:
+        d_learned = [None] * len(learned)
+        if not learned:
             (d_spikes,) = d_outputs
         else:
             read = spikes[0] if ctx.pool is None else ctx.pool(spikes[0])
             d_read = None
-            for i, (d_y, w, place) in enumerate(zip(d_outputs, synapses, ctx.places, strict=True)):
+            for i, (d_y, s, w) in enumerate(zip(d_outputs, ctx.synapses, learned, strict=True)):
                 if d_y is None:
                     continue
-                d_one, d_synapses[i] = conv2d_backward(d_y[0], read, w, *place, any(needed[1:8]), needed[8 + i])
+                d_one, d_learned[i] = s.run_backward(d_y[0], read, w, any(needed[1:8]), needed[8 + i])
                 d_read = d_one if d_read is None or d_one is None else d_read + d_one
             d_spikes = None if d_read is None else unpooled(ctx.pool, spikes[0], d_read)[None]
         if d_spikes is None or not any(needed[1:8]):
-            return None, *[None] * 7, *d_synapses
-        return None, *neuron_backward(d_spikes, kept, v, p, stats), *d_synapses
+            return None, *[None] * 7, *d_learned
+        return None, *neuron_backward(d_spikes, kept, v, p, stats), *d_learned
 
 
 def unpooled(pool: nn.Module | None, x: Tensor, d: Tensor) -> Tensor:
@@ -342,8 +341,8 @@ def fire_into(
     else:
         x, stats, terms = current.value, None, current.terms()
     options = {name: getattr(p, name) for name in ("bits", "step", "parallel", "detach", "eps")}
-    layer = Layer(terms, v, running, stats, options, pool, [s.place() for s in synapses], observer)
-    v, *outputs = SpikingLayerFn.apply(layer, x, *p.tensors(), *(s.effective_weight() for s in synapses))
+    layer = Layer(terms, v, running, stats, options, pool, synapses, observer)
+    v, *outputs = SpikingLayerFn.apply(layer, x, *p.tensors(), *(s.learned() for s in synapses))
     if current.pending:
         current._stats = layer.stats  # whoever asks for the value after all gets that of the same statistics
     return v, outputs

@@ -195,7 +195,7 @@ def load_state(run: Path) -> dict:
         "rng": unlike(state.get("rng"), torch.get_rng_state()) is None,
         "model": isinstance(model := state.get("model"), dict) and all(isinstance(t, Tensor) for t in model.values()),
         "optimizer": isinstance(state.get("optimizer"), dict),
-        **{name: isinstance(state.get(name), dict | None) for name in ("average", "health")},
+        **{name: isinstance(state.get(name), dict | None) for name in ("average", "health", "flips")},
     }
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise damaged(run, wrong[0])

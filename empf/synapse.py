@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from empf.kernels.convolution import conv2d
+from empf.checks import check_padding
+from empf.kernels.convolution import conv2d, conv2d_backward
 from empf.kernels.dispatch import transformed
 
-KINDS = ("binary", "ternary")
-GRANULARITIES = ("channel", "layer")
+KINDS, GRANULARITIES = ("binary", "ternary"), ("channel", "layer")
 
 
 def check_kind(kind: str, granularity: str) -> None:
@@ -128,24 +128,25 @@ class FullConv2d(nn.Conv2d):
         return self.weight
 
     def place(self) -> tuple:
-        """Stride, padding, dilation and groups."""
         return self.stride, self.padding, self.dilation, self.groups
 
+    def learned(self) -> Tensor:
+        """What the gradient is of, and `run` and its backward pass are given; here the effective weight."""
+        return self.effective_weight()
+
+    def run(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return conv2d(x, w, bias, *self.place())
+
+    def run_backward(self, d_y: Tensor, x: Tensor, w: Tensor, *needed: bool) -> tuple[Tensor | None, Tensor | None]:
+        return conv2d_backward(d_y, x, w, *self.place(), *needed)
+
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.effective_weight(), self.bias, *self.place())
+        return self.run(x, self.effective_weight(), self.bias)
 
     @property
     def made_again(self) -> bool:
         """Can `SpikingLayerFn` run it?"""
         return type(self).forward is FullConv2d.forward and "forward" not in vars(self) and self.bias is None
-
-
-def check_padding(conv: nn.Conv1d | nn.Conv2d) -> None:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise ValueError(
-            f"a convolution of this library is padded with zeros, and their number is given: padding_mode="
-            f"{conv.padding_mode!r}, padding={conv.padding!r} are not supported; use F.pad before it"
-        )
 
 
 class BinaryConv2d(QuantizedWeight, FullConv2d):

@@ -1,4 +1,7 @@
-"""Dense convolution with a backward pass that can be called by itself; `stride`, ... as in `F.conv2d`, as pairs."""
+"""Dense convolution with a backward pass that can be called by itself; `stride`, ... as in `F.conv2d`, as pairs.
+
+The backward pass takes those of `F.conv1d` as well.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ def conv2d_backward(
     if strided_1x1(x, weight, padding):
         seen, one = x[..., :: stride[0], :: stride[1]], (1, 1)
     d_seen, d_weight, _ = torch.ops.aten.convolution_backward(
-        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, dilation, False, (0, 0), groups,
+        d_y, seen.to(d_y.dtype), weight.to(d_y.dtype), None, one, padding, dilation, False, (0,) * len(one), groups,
         (for_x, for_weight, False),
     )  # fmt: skip
     d_weight = None if d_weight is None else d_weight.to(weight.dtype)

@@ -47,6 +47,7 @@ VALUES = {
     "threshold": "0.3", "per_channel": True, "init_from": "runs/other", "freeze": "stem*",
     "learning": "random", "steps_per_batch": "2", "epochs": "7", "patience": "3", "batch_size": "33",
     "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "schedule": "constant",
+    "flip_rate": "0.02", "flip_threshold": "0.3", "flip_adaptive": False, "flip_bits": "16",
     "accumulate": "4", "ema": "0.9", "crop": False, "flip": False,
     "roll": "2", "rotate": "9", "shear": "0.2", "drop": "0.3", "auto_augment": "trivial", "erasing": "0.1",
     "cutout": "3", "mixup": "0.7", "cutmix": "0.6", "label_smoothing": "0.2",

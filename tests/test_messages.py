@@ -9,6 +9,10 @@ def test_flags_that_do_nothing_are_named():
     assert [line.split()[1] for line in without_effect(config, 1, in_memory=True)] == [
         "--sync-bn", "--grad-compression", "--workers",
     ]  # fmt: skip
+    assert without_effect(TrainConfig(flip_bits=16), 1, True) == [
+        "note: --flip-bits does nothing without --optimizer flip"
+    ]
+    assert without_effect(TrainConfig(flip_bits=16, optimizer="flip"), 1, True) == []
     assert without_effect(config, 2, in_memory=False) == without_effect(TrainConfig(), 1, in_memory=True) == []
 
 

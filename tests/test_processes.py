@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from train_tools import TINY, in_double, leftovers, metrics, resume, run_train, trace
-from two_processes import CASES, SYNC
+from two_processes import CASES, FLIP, SYNC
 
 import empf
 import train
@@ -178,6 +178,19 @@ def test_continues_with_another_number_of_processes(found, alone, name):
     for mine, other in zip(metrics(run), metrics(alone[0]), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-9)
         assert (mine["train_accuracy"], mine["accuracy"]) == (other["train_accuracy"], other["accuracy"])
+
+
+def test_two_processes_flip_the_weights_that_one_flips(found, tmp_path):
+    """Two backward passes make an update, and the run is resumed: the same bits, codes of the momenta and scales."""
+    with in_double():
+        run_train(*FLIP, "--output-dir", tmp_path / "run")
+    joined, alone = (runs.load_state(run) for run in (found[0] / "flipped", tmp_path / "run"))
+    assert metrics(found[0] / "flipped")[0]["loss"] == pytest.approx(metrics(tmp_path / "run")[0]["loss"], rel=1e-9)
+    for name, state in alone["flips"].items():
+        assert joined["model"][f"{name}.weight"].equal(alone["model"][f"{name}.weight"])
+        assert joined["flips"][name]["momentum"].equal(state["momentum"])
+        torch.testing.assert_close(joined["flips"][name]["scale"], state["scale"], rtol=1e-6, atol=0)
+    assert max(metrics(tmp_path / "run")[0]["health"]["flips"].values()) > 0
 
 
 def test_an_epoch_is_continued_as_it_was_begun(tmp_path, monkeypatch):

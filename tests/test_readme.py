@@ -11,7 +11,7 @@ from empf.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-TRAIN = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume", "no-crop", "no-flip"}
+TRAIN = {f.name.replace("_", "-") for f in fields(TrainConfig)} | {"resume", "no-crop", "no-flip", "no-flip-adaptive"}
 SCRIPTS = [ROOT / "eval.py", ROOT / "empf/diagnose/__main__.py", *(ROOT / "bench").glob("*.py")]
 OTHER = {flag for script in SCRIPTS for flag in re.findall(r'"--([a-z][\w-]*)"', script.read_text())}
 OTHER |= {"help", "cpu", "num-processes", "config-file", "machine-rank", "main-process-ip"}  # of accelerate launch

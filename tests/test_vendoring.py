@@ -53,7 +53,8 @@ def test_examples_run_in_a_copy(case, tmp_path):
 def test_every_public_function_has_an_example():
     text = "".join(examples())
     public = ("pack", "unpack", "binary_matmul", "binary_conv2d", "neuron_update", "quantize_spikes", "bn_neuron",
-              "mem_bn_neuron", "binary_conv2d_neuron", "backend", "set_backend", "set_tuning")  # fmt: skip
+              "mem_bn_neuron", "binary_conv2d_neuron", "flip_update", "backend", "set_backend",
+              "set_tuning")  # fmt: skip
     assert [name for name in public if not re.search(rf"\b{name}\(", text)] == []
 
 

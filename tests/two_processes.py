@@ -23,6 +23,7 @@ from empf.training.sync_norm import sync_norms
 
 # 2 epochs of 10 joined batches of 32 images, the same for any number of processes
 SYNC = ["--epochs", "2", "--limit", "320", "--sync-bn", "--no-crop"]
+FLIP = [*SYNC, "--epochs", "1", "--optimizer", "flip", "--lr", "0.05", "--steps-per-batch", "2"]
 
 CASES = {  # settings of the network; mode of learning; steps drawn in two batches, T = 2; are the norms joined
     "random": ({}, "random", [[2], [1]]),
@@ -151,6 +152,8 @@ def main(folder: Path) -> None:
         found["joined"] = gather_object([spy.losses])
         run("two then one", *SYNC, "--max-steps", "14")
         resume("one then two")  # the test has begun it
+        run("flipped", *FLIP, "--max-steps", "7")
+        resume("flipped")
 
     processes.COMPRESSION["powersgd"][1]["start_powerSGD_iter"] = 2
     compressing = train.make_accelerator(settings.from_flags(vars(flags([*TINY, "--grad-compression", "powersgd"]))))

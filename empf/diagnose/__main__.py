@@ -166,11 +166,11 @@ def agreement(row: dict) -> str:
     )
 
 
-def memory(config: ModelConfig, batch_size: int, device: str, steps: list[int]) -> dict:
+def memory(config: ModelConfig, batch_size: int, device: str, steps: list[int], optimizer: str = "sgd") -> dict:
     """`training_memory` with what it was counted for."""
-    rows = training_memory(config, batch_size, device, sorted(set(steps)))
+    rows = training_memory(config, batch_size, device, sorted(set(steps)), optimizer == "flip")
     model = {key: value for key, value in config.to_dict().items() if key != "T"}
-    about = {"model": model, "batch_size": batch_size, "device": device}
+    about = {"model": model, "batch_size": batch_size, "device": device, "optimizer": optimizer}
     return about | {"machine": machine(device), "rows": rows}
 
 
@@ -191,7 +191,7 @@ def memory_table(r: dict) -> str:
     head = (
         f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, {m['image_size']} pixels, "
         f"batch of {r['batch_size']}, {r['device']}; MB = 10^6 bytes\n"
-        f"whatever T is: {fixed}\n"
+        f"whatever T is, with {r['optimizer']}: {fixed}; {mb(sum(rows[0][key] for key in FIXED))} in all\n"
         "saved: for the backward pass; plain: with nothing made again; theory: of saved, from the shapes alone\n"
         "random and every hold one step at a time: the same count"
     )
@@ -221,6 +221,7 @@ def parser() -> Parser:
     m.add_argument("--width", type=float, help="default: 1")
     m.add_argument("--weights", choices=WEIGHTS, help="default: binary")
     m.add_argument("--neuron", choices=NEURONS, help="default: empf")
+    m.add_argument("--optimizer", choices=("sgd", "flip"), help="flip: without latent weights (default: sgd)")
     m.add_argument("--parallel", type=float, help="share of parallel neurons (default: 0)")
     m.add_argument("--image-size", type=int, help="default: 32; vgg_snn 48")
     m.add_argument("--num-classes", type=int, help="default: 100")
@@ -230,7 +231,7 @@ def parser() -> Parser:
 OF_A_RUN = {"untrained": False, "data": None, "split": "train", "seed": 0}
 OF_MEMORY = {
     "T": STEPS, "arch": "resnet18", "width": 1.0, "weights": "binary", "neuron": "empf", "parallel": 0.0,
-    "image_size": None, "num_classes": 100,
+    "image_size": None, "num_classes": 100, "optimizer": "sgd",
 }  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def diagnose(args) -> None:
     check_device(device)
     if args.memory:
         batch_size = args.batch_size or (64 if device.startswith("cuda") else 8)
-        result = memory(memory_config(args), batch_size, device, args.T)
+        result = memory(memory_config(args), batch_size, device, args.T, args.optimizer)
         text, figure = memory_table(result), args.figure
         draw = lambda: diagnose_figures.draw_memory(result, figure)  # noqa: E731
     else:

@@ -5,8 +5,9 @@ saved              for the backward pass, counted. `random` and `every` hold tha
 saved_plain        the same where nothing is made again in the backward pass (`layer.enabled(False)`)
 theory             of `saved`, from the shapes of the configuration alone, see `theory`; None for a network of one's own
 potentials         membrane potentials, carried from step to step
-parameters, gradients, optimizer (SGD with momentum: one value per parameter)
-effective_weights  of binary and ternary synapses
+parameters, gradients, optimizer (SGD with momentum: one value per parameter); of synapses that flip (`Flips`) bits and
+                   scales, the largest gradient, for there is one at a time, and the momenta as they are stored
+effective_weights  of binary and ternary synapses; that of one which flips is there before its gradient, in its place
 total              the sum of saved, potentials, parameters, gradients, optimizer and effective_weights
 allocated          on a GPU: the largest amount allocated in a whole training step, work space included; else None
 """
@@ -27,6 +28,7 @@ from empf.evaluate import restored
 from empf.models import Block, ModelConfig, SpikingNetwork, build
 from empf.neuron import EMPFNeuron, StatefulNeuron
 from empf.online import LEARNING, online_backward, reset, set_online, time_steps
+from empf.training.flip import Flips
 
 STEPS = (1, 2, 4, 8, 16, 32)
 PARTS = ("saved", "potentials", "parameters", "gradients", "optimizer", "effective_weights")  # of "total"
@@ -216,28 +218,36 @@ def saved(model: nn.Module, x: Tensor, through_time: bool, plain: bool = False) 
         set_online(model, True)
 
 
-def network_memory(model: nn.Module, x: Tensor) -> list[dict]:
-    """A row with the keys of the module's docstring for each learning mode of a network, as `saved_for_backward`."""
-    parameters = size(model.parameters())
+def network_memory(model: nn.Module, x: Tensor, flips: Flips | None = None) -> list[dict]:
+    """A row with the keys of the module's docstring for each learning mode of a network, as `saved_for_backward`.
+
+    flips: what learns its synapses, where they have no latent weights; the rest by SGD, as all do without.
+    """
+    rest = size(p for p in model.parameters() if flips is None or p not in flips)
+    held = dict.fromkeys(("parameters", "gradients", "optimizer"), rest)
+    for part, more in {} if flips is None else flips.memory().items():
+        held[part] += more
     counts = {mode: [saved(model, x, mode == "stbp", plain) for plain in (False, True)] for mode in ("online", "stbp")}
     rows = []
     for learning in LEARNING:
         count, plain = counts["stbp" if learning == "stbp" else "online"]
         row = {
             "T": time_steps(model), "learning": learning, "saved": count["bytes"], "saved_plain": plain["bytes"],
-            "theory": None, "potentials": count["potentials"], "parameters": parameters, "gradients": parameters,
-            "optimizer": parameters, "effective_weights": count["effective_weights"], "allocated": None,
+            "theory": None, "potentials": count["potentials"], **held,
+            "effective_weights": count["effective_weights"], "allocated": None,
         }  # fmt: skip
         rows.append(row | {"total": sum(row[part] for part in PARTS)})
     return rows
 
 
-def largest_allocated(config: ModelConfig, batch_size: int, learning: str, device: str) -> int:
+def largest_allocated(config: ModelConfig, batch_size: int, learning: str, device: str, flip: bool) -> int:
     """Peak of the GPU memory over the second training step (the first one makes the momentum)."""
     before = torch.cuda.memory_allocated(device)
     model, x = example(config, batch_size, device)
     target = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    flips = Flips(model, lr=0.01) if flip else ()
+    rest = [p for p in model.parameters() if p not in flips]
+    optimizer = torch.optim.SGD(rest, lr=0.01, momentum=0.9, nesterov=True)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats(device)
         online_backward(model, x, target, F.cross_entropy, learning=learning, steps=[config.T])
@@ -248,20 +258,22 @@ def largest_allocated(config: ModelConfig, batch_size: int, learning: str, devic
 
 
 def training_memory(
-    config: ModelConfig, batch_size: int, device: str = "cpu", steps: Iterable[int] = STEPS
+    config: ModelConfig, batch_size: int, device: str = "cpu", steps: Iterable[int] = STEPS, flip: bool = False
 ) -> list[dict]:
     """The rows of `network_memory` for the network of a configuration, for each of the numbers of time steps.
 
-    Runs on `device`; raises ValueError where its memory does not suffice.
+    flip: its synapses have no latent weights. Runs on `device`; raises ValueError where its memory does not suffice, or
+    where there is no binary synapse to flip.
     """
     rows, on_gpu = [], torch.device(device).type == "cuda"
     try:
         for T in steps:
             at_T = replace(config, T=T)
-            for row in network_memory(*example(at_T, batch_size, device)):
+            model, x = example(at_T, batch_size, device)
+            for row in network_memory(model, x, Flips(model, lr=0.01) if flip else None):
                 row["theory"] = theory(at_T, batch_size, row["learning"] == "stbp")
                 if on_gpu:
-                    row["allocated"] = largest_allocated(at_T, batch_size, row["learning"], device)
+                    row["allocated"] = largest_allocated(at_T, batch_size, row["learning"], device, flip)
                 rows.append(row)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"the memory of {device} does not suffice: lower --batch-size or --width") from error

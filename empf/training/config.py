@@ -21,7 +21,7 @@ from empf.kernels.neuron import ACTIVATIONS
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.online import LEARNING
 
-OPTIMIZERS = ("sgd", "muon")
+OPTIMIZERS = ("sgd", "muon", "flip")
 SCHEDULES = ("cosine", "constant")
 COMPRESSIONS = ("none", "bf16", "powersgd")
 
@@ -108,11 +108,17 @@ class TrainConfig:
     epochs: int = setting(300, "passes over the training set")
     patience: int | None = setting(None, "stop after so many epochs without a better held-out accuracy")
     batch_size: int = setting(64, "images per batch and process")
-    optimizer: str = setting("sgd", "SGD with Nesterov momentum 0.9; muon: hidden synapses orthogonal", OPTIMIZERS)
+    optimizer: str = setting(
+        "sgd", "SGD with Nesterov momentum 0.9; muon: hidden synapses orthogonal; flip: they are bits alone", OPTIMIZERS
+    )
     lr: float = setting(0.01, "peak learning rate")
     weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all")
     schedule: str = setting("cosine", "of the learning rate after warm-up: to 0 in all epochs, or constant", SCHEDULES)
+    flip_rate: float = setting(0.01, "with --optimizer flip: share of a gradient in the momentum, 0..1")
+    flip_threshold: float = setting(0.1, "the same: momentum that flips a weight, in root mean squares of the gradient")
+    flip_adaptive: bool = setting(True, "the same: this mean is a running one, not that of the first update")
+    flip_bits: int = setting(8, "the same: bits of the momentum of a weight", (8, 16))
     accumulate: int = setting(1, "batches per update of the weights")
     ema: float = setting(0.0, "decay of the moving average of the weights that is evaluated and saved; 0 is off")
     crop: bool = setting(True, "random crop after zero padding")
@@ -181,7 +187,25 @@ class TrainConfig:
                 if getattr(self, name) != getattr(TrainConfig, name):
                     flag = name.replace("_", "-")
                     raise ValueError(f"{name} is for events, not for the images of {self.dataset}: leave --{flag} out")
+        self.check_flips()
         self.images(), self.model()  # checks these flags before the data are read
+
+    def check_flips(self) -> None:
+        """Raise ValueError where synapses cannot flip."""
+        if not (0 < self.flip_rate <= 1 and self.flip_threshold >= 0):
+            raise ValueError(
+                "flip_rate must lie in (0, 1] and flip_threshold be at least 0, got "
+                f"{self.flip_rate} and {self.flip_threshold}"
+            )
+        against = {
+            f"weights {self.weights}: only binary ones flip": self.weights != "binary",
+            f"ema {self.ema}: the average of bits is not a network of bits": self.ema > 0,
+            "cuda_graphs: they flip in hooks, which a graph does not record": self.cuda_graphs,
+            f"grad_compression {self.grad_compression}: they exchange whole gradients": self.grad_compression != "none",
+        }
+        for why, holds in against.items():
+            if holds and self.optimizer == "flip":
+                raise ValueError(f"--optimizer flip does not go with {why}; change one of the two")
 
     def augment(self) -> Augment:
         """What is done to the training images."""

@@ -1,5 +1,7 @@
 """What training says to people: what is trained on what, what was asked for in vain, how each epoch went."""
 
+from dataclasses import fields
+
 from empf.accounting import account
 from empf.data.events import EventSet
 from empf.data.sets import ImageSet, StreamSet, is_held_out
@@ -23,14 +25,22 @@ def headline(model: SpikingNetwork, train: Data, test: Data, held: Data | None =
 def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
     """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
-    found = {
-        f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
-        for name, value in of_launcher(config.to_dict()).items()
-    } | {
-        f"--sync-bn {alone}": config.sync_bn and processes == 1,
-        f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
-        f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
-    }
+    found = (
+        {
+            f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
+            for name, value in of_launcher(config.to_dict()).items()
+        }
+        | {
+            f"--{f.name.replace('_', '-')} does nothing without --optimizer flip": getattr(config, f.name) != f.default
+            for f in fields(config)
+            if f.name.startswith("flip_") and config.optimizer != "flip"
+        }
+        | {
+            f"--sync-bn {alone}": config.sync_bn and processes == 1,
+            f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
+            f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
+        }
+    )
     return [f"note: {line}" for line, holds in found.items() if holds]
 
 

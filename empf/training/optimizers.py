@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from empf.synapse import FullConv2d, QuantizedWeight
 from empf.training.config import TrainConfig
+from empf.training.flip import Flipped, Flips
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, again and again, takes singular values to 0.7..1.2
 ITERATIONS = 5
@@ -80,19 +81,36 @@ class Muon(torch.optim.SGD):
         return loss
 
 
+def flips_of(model: nn.Module, config: TrainConfig, notes: list[str]) -> Flips | None:
+    """What --optimizer flip asks for, with a note on it; None with another optimizer."""
+    if config.optimizer != "flip":
+        return None
+    flips = Flips(
+        model, lr=config.lr, rate=config.flip_rate, threshold=config.flip_threshold, adaptive=config.flip_adaptive,
+        momentum_bits=config.flip_bits,
+    )  # fmt: skip
+    count = sum(m.magnitude.numel() for m in flips.synapses.values())
+    notes.append(
+        f"{count} synapses hold 1 bit and {config.flip_bits} bits of momentum; weight decay is for the other parameters"
+    )
+    return flips
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
-    synapses get orthogonal updates at the same learning rate. What requires no gradient is left out.
+    synapses get orthogonal updates at the same learning rate. What requires no gradient, and what flips, is left out.
 
     On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
     convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
+    flipped = {m.magnitude for m in model.modules() if isinstance(m, Flipped)}
+    modules = [m for m in model.modules() if not isinstance(m, Flipped)]
+    learning = [p for p in model.parameters() if p.requires_grad and p not in flipped]
     for p in learning:
         if p.device.type != "cpu":
             p.grad = torch.zeros_like(p)
-    decayed = {m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    hidden = {m.weight for m in model.modules() if isinstance(m, QuantizedWeight | FullConv2d)}
+    decayed = {m.weight for m in modules if isinstance(m, nn.Conv2d | nn.Linear)}
+    hidden = {m.weight for m in modules if isinstance(m, QuantizedWeight | FullConv2d)}
     orthogonal = hidden if config.optimizer == "muon" else set()
     groups = [
         {"params": [p for p in learning if p in decayed - orthogonal], "weight_decay": config.weight_decay},
