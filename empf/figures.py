@@ -17,6 +17,7 @@ from empf.files import write_atomic
 from empf.machine import installed
 from empf.terminal import shown
 
+__all__ = ["per_class", "raster"]  # the rest is the style of the library
 WIDTH = 7.2  # inches
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 STYLE = {
@@ -104,6 +105,8 @@ def raster(spikes: Tensor, potentials: Tensor, path: str | Path, *, neurons: int
         neurons: the most that are drawn, evenly spread over the layer.
 
     The area of a dot is the height of the spike. Raises ValueError for shapes that differ, and without a neuron.
+
+    >>> empf.figures.raster(torch.rand(4, 8).round(), torch.rand(4, 8), "layer.png")
     """
     if spikes.shape != potentials.shape or spikes.dim() < 2 or not spikes.numel() or neurons < 1:
         raise ValueError(
@@ -145,6 +148,10 @@ def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Pat
     Args:
         classes, confused: as `empf.evaluate.by_class` returns them; of up to `named` classes the names are shown.
         path: the picture; its suffix is the format.
+
+    >>> cats = {"class": "cat", "images": 4, "accuracy": 75.0}
+    >>> pair = {"class": "cat", "taken_for": "dog", "images": 1, "share": 25.0}
+    >>> empf.figures.per_class([cats], [pair], "classes.png", "four cats")
     """
     known = sorted((c for c in classes if c["accuracy"] is not None), key=lambda c: -c["accuracy"])
     few = len(known) <= named
@@ -167,6 +174,8 @@ def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Pat
         for row, c in enumerate(confused):
             right.annotate(f"{c['share']:.1f} %", (c["images"], row), (2, 0), textcoords="offset points", va="center")
         right.set(title="Confusions (share of the class)", xlabel="images")
+        if not confused:
+            right.text(0.5, 0.5, "none", transform=right.transAxes, ha="center", color=GREY)
         right.set_xlim(0, 1.25 * max([c["images"] for c in confused], default=1))
         right.invert_yaxis()
         for ax in (left, right):

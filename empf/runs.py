@@ -91,8 +91,8 @@ def save_config(
         "normalisation": {"mean": list(mean), "std": list(std)},
         "data": data,
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "empf": VERSION}
-        | {name: installed(name) for name in ("torch", "triton", "accelerate", "datasets", "numpy")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "empf": VERSION}
+        | {name: installed(name) for name in ("triton", "accelerate", "datasets", "numpy")},
     }
     write_config(run, config)
 

@@ -22,9 +22,7 @@ KINDS, GRANULARITIES = ("binary", "ternary"), ("channel", "layer")
 
 def check_kind(kind: str, granularity: str) -> None:
     if kind not in KINDS or granularity not in GRANULARITIES:
-        raise ValueError(
-            f"kind must be one of {KINDS} and granularity one of {GRANULARITIES}, got {kind}, {granularity}"
-        )
+        raise ValueError(f"kind must be one of {KINDS}, granularity one of {GRANULARITIES}, got {kind}, {granularity}")
 
 
 @torch.no_grad()
@@ -54,8 +52,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_effective: Tensor):
-        (w,) = ctx.saved_tensors
-        return d_effective * (w.abs() <= 1), None
+        return d_effective * (ctx.saved_tensors[0].abs() <= 1), None
 
 
 _updates = 0  # of any optimizer, fused ones included, which write to weights behind the back of the version counter
@@ -83,9 +80,11 @@ class QuantizedWeight:
     holds_state = True  # for `empf.reset`
 
     def reset(self) -> None:
+        """Form the effective weight anew when it is needed next."""
         self._formed: tuple | None = None
 
     def effective_weight(self) -> Tensor:
+        """What is computed with: `quantize_weight(weight)`, whose gradient passes to the weight where |W| <= 1."""
         w = self.weight
         if torch.compiler.is_compiling() or transformed() or w.is_inference():  # without a counter that can be read
             effective = quantize_weight(w.detach(), self.kind, self.granularity)
@@ -101,6 +100,7 @@ class QuantizedWeight:
         return StraightThrough.apply(w, effective) if torch.is_grad_enabled() and w.requires_grad else effective
 
     def quantize_as(self, kind: str, granularity: str) -> None:
+        """Be binary or ternary from now on, with the same latent weight. ValueError for what is neither."""
         check_kind(kind, granularity)
         self.kind, self.granularity = kind, granularity
         self.reset()
@@ -141,6 +141,7 @@ class FullConv2d(nn.Conv2d):
         return conv2d_backward(d_y, x, w, *self.place(), *needed)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H', W')."""
         return self.run(x, self.effective_weight(), self.bias)
 
     @property
@@ -171,8 +172,7 @@ class BinaryConv1d(QuantizedWeight, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, L) -> (N, C_out, L')."""
-        weight = self.effective_weight()
-        return F.conv1d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv1d(x, self.effective_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class BinaryLinear(QuantizedWeight, nn.Linear):

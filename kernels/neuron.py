@@ -51,7 +51,7 @@ def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
 
     The gradient is straight-through: 1 for `0 <= s <= (2^bits - 1) * step`, 0 outside.
     """
-    clipped = s.clamp(0, (2**bits - 1) * step)
+    clipped = s.where((s >= 0) & (s <= (2**bits - 1) * step), 0.0)  # clamp has no gradient at its ends since torch 2.14
     return spike_codes(s, bits, step) * step + (clipped - clipped.detach())  # the bracket is 0, with a gradient
 
 

@@ -289,6 +289,8 @@ def test_short_trainings_have_a_recipe_of_their_own():
     assert (long.lr, long.mixup, long.cutmix, long.label_smoothing) == (0.01, 0.8, 1.0, 0.1)
     assert from_flags({"dataset": "cifar10", "epochs": 10, "mixup": 0.2}).mixup == 0.2
     assert from_flags({"dataset": "imagenet200", "epochs": 10}).mixup == 0.8
+    assert from_flags({"dataset": "photos", "epochs": 10}).optimizer == "muon"
+    assert from_flags({"dataset": "photos"}).optimizer == "sgd"
     assert "up to 30 epochs: 0.1" in " ".join(parser().format_help().split())
 
 

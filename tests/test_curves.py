@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from empf.training.curves import plot_curves
+from empf.training.curves import plot_curves, plot_losses
 
 
 @pytest.fixture
@@ -41,3 +41,11 @@ def test_the_curves_show_the_health(run):
             shapes[len(warnings)] = image.size, ((pixels[:, 0] > 180) & (pixels[:, 1:] < 90).all(1)).sum()
     assert shapes[0][0] == shapes[1][0] and shapes[0][0][1] > 900
     assert shapes[0][1] == 0 and shapes[1][1] > 100
+
+
+def test_the_loss_of_a_first_test_that_is_far_off_leaves_the_others_readable():
+    figures = pytest.importorskip("matplotlib.figure")
+    for losses, scale in (([1.2, 0.1], "log"), ([0.0, 0.0], "linear")):
+        ax = figures.Figure().subplots()
+        plot_losses(ax, [{"epoch": e, "loss": x, "test_loss": 200 * x} for e, x in enumerate(losses)])
+        assert ax.get_yscale() == scale

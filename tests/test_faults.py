@@ -283,7 +283,7 @@ def test_nobody_listens(whole, tmp_path, how):
     assert process.returncode == 0 and "Traceback" not in said and "ignored" not in said
     assert trace(run) == trace(whole)
     log = (run / "log.txt").read_text().splitlines()
-    assert len(log) == 5 and log[-1] == f"finished; evaluate it with: eval.py {run}"
+    assert len(log) == 5 and log[-1] == f"finished; evaluate it with: python -m empf eval {run}"
 
 
 @pytest.fixture(scope="module")

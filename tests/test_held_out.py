@@ -102,8 +102,9 @@ def test_the_best_epoch_is_kept_and_patience_ends(stopped_early, tmp_path):
     run, out = stopped_early
     assert "; 45 training, 15 held-out, 60 test images; 0.25 of the training data, held out with seed 0" in out[0]
     assert "  held out 40.00 %  test after each step 16.67 %" in out[3]
-    assert out[-3] == f"finished after 2 epochs without a better held-out accuracy; evaluate it with: eval.py {run}"
-    assert out[-2] == f"best held-out accuracy: 40.00 % in epoch 2: eval.py {run / 'best.safetensors'}"
+    end = "finished after 2 epochs without a better held-out accuracy; evaluate it with"
+    assert out[-3] == f"{end}: python -m empf eval {run}"
+    assert out[-2] == f"best held-out accuracy: 40.00 % in epoch 2: python -m empf eval {run / 'best.safetensors'}"
     records = metrics(run)
     assert [r["held_out"][-1] for r in records] == [100 * h / 15 for h in HELD[:4]]
     assert ["weights" in r for r in records] == [True, True, False, True]

@@ -1,7 +1,7 @@
 """What training says: flags that do nothing, and the first few warnings of an epoch."""
 
 from empf.training.config import TrainConfig
-from empf.training.messages import epoch_line, warning_lines, without_effect
+from empf.training.messages import epoch_line, few_updates, warning_lines, without_effect
 
 
 def test_flags_that_do_nothing_are_named():
@@ -14,6 +14,12 @@ def test_flags_that_do_nothing_are_named():
     ]
     assert without_effect(TrainConfig(flip_bits=16, optimizer="flip"), 1, True) == []
     assert without_effect(config, 2, in_memory=False) == without_effect(TrainConfig(), 1, in_memory=True) == []
+
+
+def test_a_training_of_few_updates_is_named_where_the_images_are_ones_own():
+    config = TrainConfig(dataset="photos", epochs=3, batch_size=64, accumulate=2)
+    assert few_updates(config, 3).startswith("note: 6 updates in all, of 64 images each, are few: more --epochs")
+    assert few_updates(config, 33) is None and few_updates(TrainConfig(epochs=1), 1) is None
 
 
 def test_an_epoch_is_a_line_and_its_first_warnings():

@@ -1,6 +1,8 @@
 """NIR: the graph that was written and read again gives the spikes and outputs of the network."""
 
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,21 +154,33 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
         empf.to_nir(NETS["linear"][0](), torch.randn(T, 5, 6))
 
 
-def test_spikingjelly_reads_it_and_fires_the_same_spikes():
-    """With the soft reset that NIR cannot say."""
-    exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange", reason="pip install spikingjelly")
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("reader", ["snntorch", "spikingjelly"])
+def test_another_library_reads_it_and_fires_the_same_spikes(reader, name):
+    """In float32, as theirs; where they are installed: CI has neither."""
+    pytest.importorskip(reader, reason=f"pip install {reader}")
+    pytest.importorskip("nirtorch", reason="pip install nirtorch")
+    read = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "nir_elsewhere.py"))[f"in_{reader}"]
     torch.manual_seed(0)
-    x = torch.randn(T, 5, 6)
-    net = settled(NETS["linear"][0](), x.double()).float()
-    other = exchange.import_from_nir(empf.to_nir(net, x))
-    from spikingjelly.activation_based import neuron
-
-    for module in other.modules():
-        if isinstance(module, neuron.LIFNode):
-            module.v_reset = None
+    make, shape = NETS[name]
+    x = 2 * torch.randn(T, 5, *shape)
+    net = settled(make(), x.double()).float()
+    other = read(empf.to_nir(net, x)).float()
+    ours, theirs = {}, {}
+    for layer, module in net.named_modules():
+        if isinstance(module, empf.LIFNeuron):
+            layer = layer.replace(".", "_")
+            module.observer = lambda s, layer=layer: ours.setdefault(layer, s)
+            take = lambda module, x, y, layer=layer: theirs.setdefault(layer, []).append(y)  # noqa: E731
+            other.get_submodule(layer).register_forward_hook(take)
     empf.reset(net)
-    states, outputs = None, []
+    state, outputs = None, []
+    wanted = net(x)
     for frame in x:
-        y, states = other(frame, states)
+        y, state = other(frame, state)
         outputs.append(y)
-    torch.testing.assert_close(torch.stack(outputs).float(), net(x), rtol=1e-5, atol=1e-5)
+    assert len(ours) >= 2
+    for layer, s in ours.items():
+        steps = [y[0] if isinstance(y, tuple) else y for y in theirs[layer]]
+        assert torch.equal(torch.stack(steps), s), layer
+    torch.testing.assert_close(torch.stack(outputs), wanted, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,9 @@
 
 import json
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from empf.deploy import onnx as empf_onnx
 from empf.deploy.onnx import export_onnx
 from empf.deploy.origin import Origin
 from empf.deploy.pack import pack
+from empf.deploy.predict import top_classes
 from empf.synapse import QuantizedWeight
 
 
@@ -23,13 +27,13 @@ from empf.synapse import QuantizedWeight
     ],
     ids=str,
 )
-def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, monkeypatch):
+def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, monkeypatch, capsys):
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     model, x = shallow(monkeypatch, **settings, width=0.0625, T=2)  # x: digits
     packed = pack(model)
-    packed.origin = Origin("digits", tuple("abcdefghij"), (0.3,), (0.4,))
+    packed.origin = Origin("drawn", tuple("abcdefghij"), (0.3,), (0.4,), resized=True)
     export_onnx(packed, tmp_path / "net.onnx")
     session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     for part in (x, x[..., :1, :, :, :]):  # batches of another size than the one that was traced
@@ -47,6 +51,21 @@ def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, 
     assert "ScatterElements" not in operators  # 15 times slower: writing one step into all of them
     assert "Conv" in operators and not {"BitShift", "BitwiseAnd", "Loop", "If"} & operators
     assert json.loads(session.get_modelmeta().custom_metadata_map["origin"])["classes"] == list("abcdefghij")
+    if packed.config.arch != "vgg_snn":
+        check_the_program_for_pictures(packed, tmp_path, monkeypatch, capsys)
+
+
+def check_the_program_for_pictures(packed, folder, monkeypatch, said) -> None:
+    """examples/classify_onnx.py says of a picture what `--image` says."""
+    from PIL import Image
+
+    image = Image.effect_noise((30, 20), 90)
+    image.getexif()[0x0112] = 6  # turned
+    image.save(folder / "a.jpg", exif=image.getexif())
+    monkeypatch.setattr(sys, "argv", ["classify_onnx.py", str(folder / "net.onnx"), str(folder / "a.jpg")])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "classify_onnx.py"))
+    wanted = top_classes(packed, folder / "a.jpg", k=3)
+    assert said.readouterr().out.splitlines() == [f"{share:6.1%}  {name}" for name, share in wanted]
 
 
 def test_without_the_packages_the_export_says_so(monkeypatch, tmp_path):

@@ -42,7 +42,7 @@ def test_continues_exactly_after_max_steps(uninterrupted, tmp_path, capsys, name
         resume(run, "--max-steps", str(count))
     position = runs.load_state(run)["at"]
     assert (position["epoch"], position["batch"]) == divmod(sum(batches), 3)
-    assert f"continue with: train.py --resume {run}" in capsys.readouterr().out
+    assert f"continue with: python -m empf train --resume {run}" in capsys.readouterr().out
     resume(run)
     assert trace(run) == trace(uninterrupted[name])
 

@@ -24,6 +24,21 @@ def test_class_folders_are_read_one_of_each_class_in_turn(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("class003/IMG_1.HEIC", "1 pictures of .* not read, such as class003/IMG_1.HEIC: convert"),
+        ("notes/read me.txt", "notes holds no image, so it is no class: fill it or take it away"),
+    ],
+)
+def test_what_would_be_left_out_of_class_folders_is_refused(tmp_path, file, sentence):
+    folder = image_folder(tmp_path, "cifar10", train=10) / "train"
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).touch()
+    with pytest.raises(ValueError, match=sentence):
+        ImageFiles.of_folder(folder)
+
+
+@pytest.mark.parametrize(
     ("header", "values", "labels"),
     [
         ("file_name,label", ["cat", "dog"], ["cat", "dog"]),

@@ -37,7 +37,7 @@ def sources() -> dict[str, Path]:
 
 @cache
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_text(), feature_version=(3, 10))  # the oldest that pyproject.toml promises
 
 
 def targets(node: ast.stmt, module: str) -> Iterator[str]:
@@ -194,6 +194,13 @@ RULES = (circles, upward, absolute_in_kernels, in_functions, misplaced, too_long
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_layout_keeps_its_rules(rule):
     assert sorted(rule() - TODAY) == []
+
+
+def test_every_file_is_read_by_the_oldest_python(tmp_path):
+    assert all(map(tree, sources().values())) and 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "a.py").write_text("try:\n    pass\nexcept* OSError:\n    pass\n")
+    with pytest.raises(SyntaxError, match="3.11"):
+        tree(tmp_path / "a.py")
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def test_tells_what_it_does(learned):
     )
     for epoch, line in enumerate(lines[2:5], 1):
         assert re.match(pattern.format(epoch), line)
-    assert lines[5:] == [f"finished; evaluate it with: eval.py {Path('runs', run.name)}"]
+    assert lines[5:] == [f"finished; evaluate it with: python -m empf eval {Path('runs', run.name)}"]
     bars = re.findall(
         r"epoch \d/3: .*? (\d+)/20 \[.*?loss=\d\.\d+, accuracy=\d+\.\d%, images/s=\d+, t=([12])\]", result.stderr
     )

@@ -253,6 +253,11 @@ def from_tonic(
     `empf.data.event_frames.FrameSettings`. Recordings are not mirrored in training: that may change the class.
 
     Raises ValueError that names the recording which does not fit.
+
+    >>> event = np.dtype([("x", "i2"), ("y", "i2"), ("t", "i8"), ("p", "i1")])
+    >>> recording = np.array([(1, 2, 10, 1), (3, 0, 20, 0)], event)
+    >>> empf.data.from_tonic([(recording, 0), (recording, 1)], T=2, size=4).frames.shape
+    torch.Size([2, 2, 2, 4, 4])
     """
     settings = FrameSettings(T, size, by)
     if not len(dataset):

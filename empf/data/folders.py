@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".dng"}  # pictures all the same, which nobody means to leave out
 
 
 def is_data(name: str) -> bool:

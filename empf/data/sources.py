@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from empf.data.folders import IMAGE_SUFFIXES, files_below, subfolders
+from empf.data.folders import IMAGE_SUFFIXES, UNREAD_SUFFIXES, files_below, subfolders
 from empf.data.rows import Row, one_line
 
 if TYPE_CHECKING:  # elsewhere it is imported where it is used: that takes a second
@@ -201,9 +201,20 @@ class ImageFiles:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ImageFiles":
-        """A folder for each class, one file of each class in turn, so that the first are of all classes."""
+        """A folder for each class, one file of each class in turn, so that the first are of all classes.
+
+        Raises ValueError for a class without an image, and for pictures of a kind that is not read.
+        """
+        if unread := files_below(folder, UNREAD_SUFFIXES):
+            raise ValueError(
+                f"{len(unread)} pictures of {folder} are of a kind that is not read, such as {unread[0]}: convert them "
+                "to JPEG or PNG, or take them away"
+            )
         names = [child.name for child in subfolders(folder)]
         of_class = [sorted(os.fsencode(f) for f in files_below(folder / name, IMAGE_SUFFIXES)) for name in names]
+        empty = [name for name, files in zip(names, of_class, strict=True) if not files]
+        if empty and len(empty) < len(names):
+            raise ValueError(f"{folder / empty[0]} holds no image, so it is no class: fill it or take it away")
         label = np.repeat(np.arange(len(names)), [len(files) for files in of_class])
         turn = np.concatenate([np.arange(len(files)) for files in of_class]) if names else np.arange(0)
         paths = [os.fsencode(name) + b"/" + file for name, files in zip(names, of_class, strict=True) for file in files]

@@ -12,6 +12,10 @@ file's metadata under `origin`, as JSON.
 
 import copy
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,14 +76,29 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
     whole(x)
     for synapse in (m for m in whole.modules() if isinstance(m, PackedSynapse)):
         synapse.unpack()  # now: otherwise the unpacking would become part of the graph
-    program = torch.onnx.export(
-        whole, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"],
-        dynamic_shapes=({batch: torch.export.Dim("N", min=1)},),
-    )  # fmt: skip
+    with quiet():
+        program = torch.onnx.export(
+            whole, (x,), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"],
+            dynamic_shapes=({batch: torch.export.Dim("N", min=1)},),
+        )  # fmt: skip
     proto = program.model_proto
     compact(proto.graph)
     proto.metadata_props.add(key="origin", value=json.dumps(asdict(packed.origin)))
     write_atomic(Path(path), proto.SerializeToString())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporter says of torchvision, which nobody needs, and of its own use of old names."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def compact(graph) -> None:

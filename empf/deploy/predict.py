@@ -24,6 +24,12 @@ def top_classes(packed: PackedModel, picture: str | Path, k: int = 5) -> list[tu
     The picture is cut to its centre and resized to the input of the network, as the test images were. Raises
     FileNotFoundError or ValueError with one sentence where it cannot be read, or where the network was not trained on
     images.
+
+    >>> packed = empf.pack(empf.resnet18(num_classes=2, in_channels=1, image_size=8, width=0.0625).eval())
+    >>> packed.origin = Origin("drawn", classes=("cat", "dog"), mean=(0.5,), std=(0.25,))
+    >>> Image.new("L", (40, 30)).save("picture.png")
+    >>> sorted(name for name, probability in top_classes(packed, "picture.png"))
+    ['cat', 'dog']
     """
     c, origin = packed.config, packed.origin
     if c.in_channels == 2:

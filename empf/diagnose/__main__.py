@@ -102,7 +102,13 @@ def about_run(r: dict) -> list[tuple[str, str]]:
 
 
 def separability_table(r: dict) -> str:
-    """A result of `measure_separability` for people."""
+    """A result of `measure_separability` for people.
+
+    >>> net = empf.resnet18(num_classes=2, image_size=8, width=0.0625, T=2)
+    >>> result, samples = empf.measure_separability(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 2)
+    >>> print(separability_table(result))  # doctest: +ELLIPSIS
+    separable ...
+    """
     s, gradients = r["summary"], r["gradients"]
     unit = "ds/dm (in units of the gain of Mem-BN)" if r["mem_bn"] else "ds/dm"
     whole = gradients["all weights"]

@@ -42,7 +42,8 @@ RECIPES = {
     "dvs-cifar10": dict(arch="vgg_snn", T=10, mixup=0.0, cutmix=0.0),
 }
 
-# The same for cifar10 and cifar100 in a short training (bench/recipe.py): mixing images only pays in a long one.
+# The same in a short training of cifar10, cifar100 and images of one's own (bench/recipe.py): mixing images only pays
+# in a long one.
 SHORT_EPOCHS = 30
 SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
@@ -287,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
         flag = "--" + f.name.replace("_", "-")
         recipes = "".join(f"; {name}: {values[f.name]}" for name, values in RECIPES.items() if f.name in values)
         if f.name in SHORT:
-            recipes += f"; cifar, up to {SHORT_EPOCHS} epochs: {SHORT[f.name]}"
+            recipes += f"; cifar and own images, up to {SHORT_EPOCHS} epochs: {SHORT[f.name]}"
         text = f.metadata["help"] + f" (default: {f.default}{recipes})"
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -366,7 +367,7 @@ def from_flags(given: dict) -> TrainConfig:
     """
     dataset = given.get("dataset", TrainConfig.dataset)
     kind = "dvs-cifar10" if Path(dataset).is_dir() and has_recordings(Path(dataset)) else dataset
-    short = dataset in ("cifar10", "cifar100") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
+    short = kind not in (*RECIPES, "imagenet200") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
     values = {**(SHORT if short else RECIPES.get(kind, {})), **({} if kind == dataset else OWN_EVENTS), **given}
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
     if "warmup_epochs" not in given:

@@ -1,5 +1,6 @@
 """curves.png of a run."""
 
+from math import isnan
 from pathlib import Path
 from textwrap import shorten
 
@@ -43,11 +44,13 @@ def line(ax, records: list[dict], values: list[float], **style) -> None:
 
 
 def plot_losses(ax, history: list[dict]) -> None:
-    line(ax, history, [r["loss"] for r in history], color=ORANGE, label="training")
     tested = [r for r in history if "test_loss" in r]
+    line(ax, history, losses := gaps([r["loss"] for r in history]), color=ORANGE, label="training")
     if tested:
-        line(ax, tested, [r["test_loss"] for r in tested], color=BLUE, label="test")
-    ax.set(ylabel="cross-entropy", ylim=(0, None), title="Loss")
+        line(ax, tested, gaps([r["test_loss"] for r in tested]), color=BLUE, label="test")
+    ax.set(ylabel="cross-entropy", title="Loss")
+    if not all(map(isnan, losses)):
+        plain_log(ax.yaxis)  # the first tests of a training are far off
 
 
 def plot_accuracy(ax, history: list[dict], plt) -> None:
@@ -60,7 +63,7 @@ def plot_accuracy(ax, history: list[dict], plt) -> None:
     if held:
         label = f"held out, best in epoch {best_epoch(history)}"
         line(ax, held, [r["held_out"][-1] for r in held], color=ORANGE, linestyle="--", label=label)
-    ax.set(ylabel="test accuracy (%)", title="Accuracy after time step t, in the last epoch")
+    ax.set(ylabel="test accuracy (%)", title="Accuracy after time step t (legend: last epoch)")
 
 
 def plot_health(left, right, watched: list[dict], plt) -> None:

@@ -4,11 +4,12 @@ from dataclasses import fields
 
 from empf.accounting import account
 from empf.data.events import EventSet
-from empf.data.sets import ImageSet, StreamSet, is_held_out
+from empf.data.sets import DATASETS, ImageSet, StreamSet, is_held_out
 from empf.models import SpikingNetwork
 from empf.training.config import TrainConfig, of_launcher
 
 SHOWN = 5  # warnings per epoch
+FEW = 50  # updates, after which running statistics are not yet those of the network
 Data = ImageSet | StreamSet | EventSet
 
 
@@ -42,6 +43,15 @@ def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list
         }
     )
     return [f"note: {line}" for line, holds in found.items() if holds]
+
+
+def few_updates(config: TrainConfig, batches: int) -> str | None:
+    """A line where so few images of one's own are trained on for so few epochs that nothing can come of it."""
+    updates = config.epochs * -(-batches // config.accumulate)
+    if updates >= FEW or config.dataset in DATASETS:
+        return None
+    count = f"{updates} update" + "s" * (updates > 1)
+    return f"note: {count} in all, of {config.batch_size} images each, are few: more --epochs, a smaller --batch-size"
 
 
 def epoch_line(record: dict) -> str:

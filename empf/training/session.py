@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from empf.training.config import (
     with_file,
 )
 from empf.training.curves import plot_curves
-from empf.training.messages import epoch_line, headline, warning_lines, without_effect
+from empf.training.messages import epoch_line, few_updates, headline, warning_lines, without_effect
 from empf.training.optimizers import learning_rate
 from empf.training.processes import total
 
@@ -199,6 +200,8 @@ class Session:
     def epochs(self, batches: ImageBatches) -> Iterator[int]:
         """The epochs that are left, until one is stopped. From here on signals are asked, not obeyed."""
         self.batches, self.stop, self.last_save = batches, Stop(), time.monotonic()
+        if line := few_updates(self.config, len(batches)):
+            self.say(line)
         device = self.accelerator.device
         self.read_every = 1 if self.processes == 1 and device.type == "cpu" else READ_EVERY
         while not self.finished() and not self.stopping:
@@ -214,18 +217,17 @@ class Session:
                 disable=not self.first, dynamic_ncols=True,
             ) as self.bar:  # fmt: skip
                 yield epoch
-        best = runs.best_epoch(self.history)
+        best, run = runs.best_epoch(self.history), quote(str(self.run))
         if not self.finished():
-            self.say(f"stopped and saved; continue with: train.py --resume {self.run}")
+            self.say(f"stopped and saved; continue with: python -m empf train --resume {run}")
         else:
             early = f" after {self.config.patience} epochs without a better held-out accuracy"
             early = early if self.at["epoch"] < self.config.epochs else ""
-            self.say(f"finished{early}; evaluate it with: eval.py {self.run}")
+            self.say(f"finished{early}; evaluate it with: python -m empf eval {run}")
             if best is not None:
                 held = self.history[best - 1]["held_out"][-1]
-                self.say(
-                    f"best held-out accuracy: {held:.2f} % in epoch {best}: eval.py {self.run / 'best.safetensors'}"
-                )
+                weights = quote(str(self.run / "best.safetensors"))
+                self.say(f"best held-out accuracy: {held:.2f} % in epoch {best}: python -m empf eval {weights}")
             if not has_matplotlib():
                 self.say("no curves.png without matplotlib: pip install 'empf[plot]'")
 
