@@ -38,7 +38,7 @@ from empf.data.batches import Augment, Batches
 from empf.data.load import load_data
 from empf.data.sets import DATASETS, ImageSet
 from empf.data.streaming import StreamBatches
-from empf.files import write_atomic
+from empf.files import write_result
 
 RESULTS = Path(__file__).parent / "results"
 AUGMENT = Augment(crop=True, flip=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
@@ -178,7 +178,7 @@ def main() -> None:
     result["streamed"] = streamed(args.images, args.batch_size, sorted({0, args.workers}), args.buffer)
     result["resident"] = resident(args.data, args.batch_size)
     print(f"resident: {json.dumps(result['resident'])}", flush=True)
-    write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(args.json, json.dumps(result, indent=1) + "\n")
     print(f"written to {args.json}")
 
 

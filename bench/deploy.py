@@ -39,7 +39,7 @@ from empf.deploy import native
 from empf.deploy.layers import PackedNeuron
 from empf.deploy.lazy import Spikes
 from empf.deploy.pack import PackedModel, load_packed, pack
-from empf.files import write_atomic
+from empf.files import write_result
 from empf.machine import installed
 from empf.models import ModelConfig, build
 from empf.neuron import StatefulNeuron
@@ -307,7 +307,7 @@ def equality(folder: str, width: float, threads: int, limit: int | None, path: P
 
 
 def write(path: Path, result: dict) -> None:
-    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(path, json.dumps(result, indent=1) + "\n")
 
 
 def report(result: dict) -> str:

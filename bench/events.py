@@ -29,7 +29,7 @@ from empf.data.aedat import read_events
 from empf.data.event_cache import SHARD
 from empf.data.event_frames import EventSettings, FrameSettings, read_frames
 from empf.data.events import load_events
-from empf.files import write_atomic
+from empf.files import write_result
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
@@ -144,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         result = measure(Path(root), args.recordings, args.events)
     print(json.dumps(result, indent=1))
-    write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(args.json, json.dumps(result, indent=1) + "\n")
     print(f"written to {args.json}")
 
 

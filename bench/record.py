@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 from bench.machine import machine
 from empf.data.sets import DATASETS
-from empf.files import write_atomic
+from empf.files import write_atomic, write_result
 from empf.runs import read_config, read_metrics
 from empf.training.config import RESUME_MAY_CHANGE, Parser, from_flags
 from eval import main as eval_main
@@ -189,7 +189,7 @@ def record(weights: str, folder: Path, data: str | None, smoke: bool, until: flo
     if (seconds is not None and seconds <= 0) or not train(run, recipe, data, seconds):
         return None
     result = evaluate(run, recipe, data)
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 import empf
 from bench.cluster import READ_EVERY, SCALARS, Links, buckets, count, predict, slowest_network
 from bench.machine import machine, spread
-from empf.files import write_atomic
+from empf.files import write_result
 from empf.models import ModelConfig, build
 from empf.training.config import Parser
 
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             links = Links(args.flops, args.node, args.network, args.per_node, args.latency)
             result, out = study(links, args.sync_bn), results / "scaling.json"
             print(report(result))
-        write_atomic(args.json or out, (json.dumps(result, indent=1) + "\n").encode())
+        write_result(args.json or out, json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

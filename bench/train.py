@@ -44,7 +44,7 @@ from bench.loops import ONE_STEP, PLAIN, Loop, Setting, Stopwatch, Watch
 from bench.machine import machine, spread
 from empf import layer
 from empf.diagnose.memory import saved_for_backward
-from empf.files import write_atomic
+from empf.files import write_result
 from empf.machine import cpu_threads, keep_freed_memory
 from empf.model_config import ARCHS, WEIGHTS
 from empf.training.config import Parser
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report(result))
         kind = torch.device(setting.device).type
         out = args.json or Path(__file__).parent / "results" / f"train-{kind}.json"
-        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        write_result(out, json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

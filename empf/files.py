@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -92,11 +93,23 @@ def read_json(path: Path) -> object:
 
 
 def parse_json(data: bytes | str) -> object:
-    """`json.loads`, with a ValueError of one short line for everything that it can meet."""
+    """`json.loads`, with a ValueError of one short line for everything that it can meet, and where a number is no
+    double's."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=whole)
     except (ValueError, RecursionError) as error:
         raise ValueError(shown(error, 100)) from error
+
+
+def whole(digits: str) -> int:
+    if fits(number := int(digits)):
+        return number
+    raise ValueError(f"a whole number of {len(digits)} digits")
+
+
+def fits(value: object) -> bool:
+    """Is it a number that a double can be? A whole number of Python has any length."""
+    return isinstance(value, float) or isinstance(value, int) and abs(value) <= sys.float_info.max
 
 
 def fingerprint(state: Mapping[str, Tensor], text: str = "") -> str:

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from empf.files import fingerprint, parse_json, read_json, write_atomic
+from empf.files import fingerprint, fits, parse_json, read_json, write_atomic
 from empf.machine import VERSION, git_commit, installed
 from empf.model_config import ModelConfig, settings_of
 from empf.models import SpikingNetwork, build
@@ -131,7 +131,7 @@ def is_list(value: object, kind) -> bool:
 
 
 def is_numbers(value: object) -> bool:
-    return is_list(value, int | float) and all(map(math.isfinite, value))
+    return isinstance(value, list) and all(fits(v) and math.isfinite(v) for v in value)
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -156,7 +156,7 @@ def is_record(record: object) -> bool:
     return (
         all(map(is_numbers, numbers))
         and bool(numbers[1])
-        and all(isinstance(record.get(name, 0.0), int | float) for name in ("loss", "train_accuracy", "test_loss"))
+        and all(fits(record.get(name, 0.0)) for name in ("loss", "train_accuracy", "test_loss"))
         and isinstance(record.get("weights", ""), str)
         and isinstance(health, dict) and is_list(health.get("warnings", []), str)
     )  # fmt: skip
@@ -209,7 +209,7 @@ def damaged(run: Path, what: str) -> ValueError:
     return ValueError(f"{path} is damaged ({shown(what, 100)}): restore it from a copy or start anew")
 
 
-def is_count(value: object, least: int = 0, most: float = math.inf) -> bool:
+def is_count(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
     return type(value) is int and least <= value <= most
 
 

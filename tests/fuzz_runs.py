@@ -36,6 +36,7 @@ from empf.training.session import restore
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 FILES = ("config.json", "metrics.jsonl", "model.safetensors", "state/state.pt")
+NUMBERS, WHOLE = [float("nan"), float("inf"), 1e38, 0.0], [0, 1, 127]
 TENSORS = [
     torch.ones(1), torch.zeros(0), torch.ones(3, dtype=torch.int64), torch.ones(2, dtype=torch.complex64),
     torch.zeros(1).expand(10**6, 10**6), torch.full((10,), float("nan")), torch.ones(2, 2).to_sparse(),
@@ -70,7 +71,7 @@ def some_tensors(tensors: dict, r: Random) -> None:
         tensors[name] = tensor.flatten()[: r.randrange(tensor.numel() + 1)].clone()
     elif how == 5:
         tensors[name] = tensor.contiguous().clone()
-        tensors[name].view(-1)[-1:] = r.choice([float("nan"), float("inf"), 1e38, 0.0])
+        tensors[name].view(-1)[-1:] = r.choice(NUMBERS if tensor.is_floating_point() else WHOLE)
     elif how == 6:
         tensors[name] = r.choice(TENSORS)
     else:

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 NASTY = [
-    None, True, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
+    None, True, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
     "binary", "\x1b]0;x\x07", "a\nb", "ä" * 5000, [], ["x"], {}, {"a": []}, "resnet19", "vgg_snn", "ternary", "mem_bn",
     "lif", 4, 8,
 ]  # fmt: skip

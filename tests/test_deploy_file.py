@@ -314,6 +314,15 @@ def sealed(example, tmp_path, monkeypatch, change) -> str:
     return str(error.value)
 
 
+def test_a_number_that_no_tensor_holds_is_refused(example):
+    folder, data, _, _ = example
+    about = json.loads(json.loads(split(data)[0][8:])["__metadata__"]["about"])
+    about["origin"]["mean"] = [10**400]
+    (folder / "long.safetensors").write_bytes(resign(data, about))
+    with pytest.raises(ValueError, match=r"long.safetensors is not .*\(a whole number of 401 digits\): pack it again"):
+        load_packed(folder / "long.safetensors")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["scale", "gain", "shift", "threshold", "leak", "weight"])
 def test_numbers_that_are_not_finite_are_refused_by_name(example, tmp_path, monkeypatch, kind, value):

@@ -1,6 +1,7 @@
 """python -m empf.diagnose: on a run, and of the memory of a configuration."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -60,6 +61,15 @@ def test_command_on_a_run(run, tmp_path, capsys, monkeypatch):
     assert torch.equal(diagnose.load_model(run, True, "cpu").head.weight, expected.head.weight)
     with pytest.raises(SystemExit, match="needs matplotlib"):
         diagnose.main([str(run), "--figure", str(tmp_path / "f.png")])
+
+
+def test_damaged_metrics_are_one_sentence(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("[" * 100_000)
+    with pytest.raises(SystemExit, match="error: .*metrics.jsonl, line 1 is damaged: restore it from a copy"):
+        diagnose.main([str(tmp_path / "run"), "--batch-size", "16"])
+    with pytest.raises(SystemExit, match="error: .*config.json is a file of a run: choose another name"):
+        diagnose.main([str(run), "--batch-size", "16", "--json", str(run / "config.json")])
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,11 @@ DAMAGES = {
     "begun by too many": put("at", "begun_by", value=10**30),
     "health without layers": put("health", "states", value={}),
     "health a text": put("health", "seen", value="x"),
+    "health of no spikes": put("health", "seen", "density", "blocks.0.conv1.neuron", value=[1.0, 0]),
+    "health beyond all numbers": put("health", "seen", "density", "blocks.0.conv1.neuron", value=[float("inf"), 1]),
+    "history of long numbers": put("history", 0, "loss", value=10**400),
+    "accuracies of long numbers": put("history", 0, "accuracy", value=[1.0, 10**400]),
+    "batch of a long number": put("at", "batch", value=2**63),
     "health of other layers": put("health", "seen", "density", value={"elsewhere": [0.0, 1]}),
 }
 

@@ -219,6 +219,9 @@ def test_nothing_is_built_before_the_sizes_are_known(run, monkeypatch):
         '{"epoch": 1, "loss": "\x1b"}',
         '{"epoch": 1, "weights": [1]}',
         '{"epoch": "x"}',
+        f'{{"epoch": 1, "accuracy": [{10**400}]}}',
+        f'{{"epoch": 1, "loss": {10**400}}}',
+        f'{{"epoch": {2**63}}}',
         '{"epoch": 1, "health": {"warnings": 3}}',
         "{",
     ],
@@ -232,6 +235,17 @@ def test_damaged_metrics_are_one_sentence(run, line):
 def test_the_last_line_names_the_weights(run):
     (record,) = runs.read_metrics(run)
     assert record["weights"] == runs.identity(empf.load(run))
+
+
+@pytest.mark.parametrize("place", [("normalisation", "mean"), ("data", "images"), ("train", "save_minutes")], ids=str)
+def test_numbers_that_no_tensor_holds_are_one_sentence(run, place):
+    """Python has whole numbers of any length; they overflow where a fraction or 64 bits are wanted."""
+    config = runs.read_config(run)
+    part, name = place
+    config[part][name] = [10**400] if name == "mean" else 10**400
+    runs.write_config(run, config)
+    with pytest.raises(ValueError, match=r"config.json is damaged \(a whole number of 401 digits\): restore it"):
+        empf.load(run)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from torch import Tensor
 
+from empf.files import parse_json
 from empf.kernels.pack import weights_per_word
 from empf.terminal import shown
 
@@ -144,8 +145,8 @@ def read(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     if metadata.get("sha256") != _checksum(data):
         raise ValueError(f"{path} is damaged, its checksum is wrong: copy the file again")
     try:
-        return json.loads(metadata["about"]), load_arrays(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return parse_json(metadata["about"]), load_arrays(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a packed network ({shown(error, 100)}): pack it again") from error
 
 

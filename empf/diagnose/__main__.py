@@ -23,7 +23,7 @@ from empf.diagnose.figures import number
 from empf.diagnose.memory import STEPS, training_memory
 from empf.diagnose.separability import measure_separability
 from empf.figures import has_matplotlib
-from empf.files import write_atomic
+from empf.files import write_result
 from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
@@ -45,15 +45,10 @@ def load_model(run: Path, untrained: bool, device: str) -> SpikingNetwork:
 def trained_by(run: Path) -> dict:
     """What trained a run, for a file that stands for itself: settings, epochs done, commit, versions. No paths."""
     config = runs.read_config(run)
-    train, metrics = training_of(config, run), run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    try:
-        epochs = json.loads(lines[-1])["epoch"] if lines else 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{metrics} is damaged ({error!r}): restore it from a copy of the run") from error
+    train, measured = training_of(config, run), runs.read_metrics(run)
     folders = {name: Path(at).name for name in ("data", "output_dir") if (at := getattr(train, name)) is not None}
     known = {"commit": config.get("git_commit"), "versions": config.get("versions")}
-    return {"settings": config["train"] | folders, "epochs_done": epochs, **known}
+    return {"settings": config["train"] | folders, "epochs_done": measured[-1]["epoch"] if measured else 0, **known}
 
 
 def separability(
@@ -294,7 +289,7 @@ def diagnose(args) -> None:
         draw = lambda: diagnose_figures.draw_separability(result, samples, figure)  # noqa: E731
     print(text)
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_result(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if figure is not None and has_matplotlib():
         draw()
         print(f"\nfigure: {figure}")

@@ -20,6 +20,7 @@ from empf.files import read_json
 from empf.kernels.neuron import ACTIVATIONS
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.online import LEARNING
+from empf.terminal import shown
 
 OPTIMIZERS = ("sgd", "muon", "flip")
 SCHEDULES = ("cosine", "constant")
@@ -172,8 +173,8 @@ class TrainConfig:
         for name, value in asdict(self).items():
             if value == "":
                 raise ValueError(f"{name} must not be empty: leave --{name.replace('_', '-')} out")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+            if type(value) is int and value >= 2**63:
+                raise ValueError(f"{name} must be below 2^63, got {shown(value, 40)}")
         if not (self.lr > 0 and 0 <= self.label_smoothing < 1 and 0 <= self.ema < 1):
             raise ValueError(
                 "lr must be positive, label_smoothing and ema in [0, 1), "

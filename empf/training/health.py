@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from empf.neuron import EMPFNeuron, StatefulNeuron
-from empf.runs import read_metrics, unlike
+from empf.runs import is_count, is_numbers, read_metrics, unlike
 from empf.synapse import quantize_weight
 from empf.terminal import shown, steady_output
 
@@ -118,6 +118,9 @@ class Health:
         }  # fmt: skip
         if (place := unlike(state, wanted, "health")) is not None:
             raise ValueError(place)
+        sums = [pair for layers in state["seen"].values() for pair in layers.values()]
+        if not all(is_numbers(pair) and is_count(pair[1], 1) for pair in sums):
+            raise ValueError("health seen")
         device = next(self.model.parameters()).device
         self.states = {name: tensor.to(device) for name, tensor in state["states"].items()}
         self.seen, self.stateful = state["seen"], dict(state["stateful"])
