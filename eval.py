@@ -29,6 +29,7 @@ import torch
 
 import empf
 from empf import runs
+from empf.checks import check_device
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_test, make_batches
 from empf.data.sets import ImageSettings
@@ -41,7 +42,7 @@ from empf.files import check_result, write_result
 from empf.kernels import backend
 from empf.machine import VERSION, check_workers, machine, use_cpu
 from empf.terminal import shown, steady_output
-from empf.training.config import Parser, TrainConfig, check_device, training_of
+from empf.training.config import Parser, TrainConfig, training_of
 
 FIGURES = (".png", ".pdf", ".svg")
 COLUMNS = ("test_split", "image_column", "label_column", "config")
@@ -247,7 +248,7 @@ def answer(args: Namespace, command: str) -> None:
         )
     if empty := [name for name, value in vars(args).items() if value == ""]:
         raise ValueError(f"{empty[0]} must not be empty: leave --{empty[0]} out")
-    check_device(device)
+    check_device(device, "--device")
     check_workers(args.workers)
     use_cpu(args.threads)
     if args.image is not None or args.stream is not None:

@@ -29,6 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from empf.checks import network
 from empf.neuron import LIFNeuron, StatefulNeuron
 from empf.online import reset
 
@@ -148,7 +149,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, net: nn.Module, counting: bool):
         super().__init__()
         self.net, self.counting = net, counting
-        inner = net
+        inner = network(net)
         while len(only := list(inner.children())) == 1 and list(only[0].children()):  # a wrapper has no name in it
             inner = only[0]
         self.names = dict.fromkeys(net.modules(), "") | {module: name for name, module in inner.named_modules()}

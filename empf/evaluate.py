@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from empf.checks import network
 from empf.neuron import EMPFNeuron
 from empf.online import reset, time_steps
 
@@ -55,7 +56,7 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
     >>> net = empf.resnet18(in_channels=1, image_size=8, width=0.125, neuron="mem_bn")
     >>> empf.calibrate(net, (torch.rand(4, 1, 8, 8) for _ in range(2)))
     """
-    neurons = [m for m in model.modules() if isinstance(m, EMPFNeuron) and m.mem_bn and not m.frozen_norm]
+    neurons = [m for m in network(model).modules() if isinstance(m, EMPFNeuron) and m.mem_bn and not m.frozen_norm]
     if not neurons:
         return
     with restored(model, values=False):

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from empf.attention import SECA
-from empf.checks import check_input
+from empf.checks import check_input, given
 from empf.layer import Current, StepBatchNorm, hooked, over_steps, plus
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, spikes_of, spiking_layer
@@ -315,7 +315,8 @@ def build(config: ModelConfig) -> SpikingNetwork:
 
     >>> net = empf.build(empf.ModelConfig(arch="vgg_snn", in_channels=2, width=0.125))
     """
-    return VGGSNN(config) if config.arch == "vgg_snn" else ResNet(config)
+    arch = given(config, ModelConfig, "a network is built from a ModelConfig").arch
+    return VGGSNN(config) if arch == "vgg_snn" else ResNet(config)
 
 
 def _builder(
@@ -324,13 +325,11 @@ def _builder(
     def make(**config):
         return build(kind.from_dict(defaults | dict(arch=arch, **config)))
 
-    make.__name__, make.__doc__ = (
-        arch,
-        f"""Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes).
+    make.__name__ = arch
+    make.__doc__ = f"""Build {arch}; keywords: the fields of `ModelConfig`. Logits (T, N, classes).
 
     >>> net = empf.{arch}(num_classes=100, T=4, weights="binary", width=0.125)
-    """,
-    )
+    """
     return make
 
 

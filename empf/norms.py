@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from empf.checks import network
 from empf.layer import StepBatchNorm
 from empf.neuron import EMPFNeuron
 
@@ -20,7 +21,7 @@ def freeze_norm(model: nn.Module, frozen: bool = True) -> None:
     >>> empf.freeze_norm(empf.StepBatchNorm(8))
     """
     foreign = []
-    for name, module in model.named_modules():
+    for name, module in network(model).named_modules():
         if isinstance(module, StepBatchNorm | EMPFNeuron):
             module.frozen_norm = frozen
         elif isinstance(module, _BatchNorm):

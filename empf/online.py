@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from empf.checks import compared, whole
+from empf.checks import compared, network, whole
 from empf.neuron import StatefulNeuron
 from empf.norms import mixing_watched
 
@@ -29,7 +29,7 @@ def reset(model: nn.Module) -> None:
 
     >>> empf.reset(empf.resnet18())
     """
-    left, seen = [model], set()
+    left, seen = [network(model)], set()
     while left:  # as `model.modules()`, which takes a tenth of a small network's time on one image
         module = left.pop()
         if module is not None and module not in seen:
@@ -45,7 +45,7 @@ def time_steps(model: nn.Module) -> int | None:
     >>> empf.time_steps(empf.EMPFNeuron(4))
     4
     """
-    found = sorted({m.T for m in model.modules() if isinstance(m, StatefulNeuron)}, key=str)
+    found = sorted({m.T for m in network(model).modules() if isinstance(m, StatefulNeuron)}, key=str)
     if len(found) != 1:
         listed = " and ".join(f"T = {T}" for T in found) or "none"
         raise ValueError(f"the network needs neurons of this library, all of the same T: found {listed}")
@@ -57,7 +57,7 @@ def set_online(model: nn.Module, online: bool) -> None:
 
     >>> empf.set_online(empf.LIFNeuron(4), False)
     """
-    for module in model.modules():
+    for module in network(model).modules():
         if isinstance(module, StatefulNeuron):
             module.online = online
 

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from empf.checks import check_device
 from empf.files import fingerprint, fits, parse_json, read_json, write_atomic
 from empf.machine import VERSION, git_commit, installed
 from empf.model_config import ModelConfig, settings_of
@@ -301,6 +302,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> SpikingNetwork:
     >>> empf.resnet18(in_channels=1, image_size=8, width=0.125).save_pretrained("folder")
     >>> net = empf.load("folder")
     """
+    check_device(device)
     path = Path(run) if Path(run).is_file() else Path(run) / "model.safetensors"
     config = settings_of(ModelConfig, read_config(path.parent)["model"], path.parent)
     if not path.is_file():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from empf.checks import check_padding
+from empf.checks import check_conv, explained
 from empf.kernels.convolution import conv2d, conv2d_backward
 from empf.kernels.dispatch import transformed
 
@@ -115,14 +115,14 @@ class QuantizedWeight:
 class FullConv2d(nn.Conv2d):
     """`nn.Conv2d` in full precision, with `effective_weight()` and without a bias unless it is asked for.
 
-    Raises ValueError for another padding than zeros and their number.
+    Raises ValueError for another padding than zeros and their number, and for numbers of another shape.
     """
 
     __call__: Callable[..., Tensor]
 
     def __init__(self, *args, bias: bool = False, **options):
         super().__init__(*args, bias=bias, **options)
-        check_padding(self)
+        check_conv(self)
 
     def effective_weight(self) -> Tensor:
         return self.weight
@@ -140,6 +140,7 @@ class FullConv2d(nn.Conv2d):
     def run_backward(self, d_y: Tensor, x: Tensor, w: Tensor, *needed: bool) -> tuple[Tensor | None, Tensor | None]:
         return conv2d_backward(d_y, x, w, *self.place(), *needed)
 
+    @explained
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C_out, H', W')."""
         return self.run(x, self.effective_weight(), self.bias)
@@ -167,9 +168,10 @@ class BinaryConv1d(QuantizedWeight, nn.Conv1d):
 
     def __init__(self, *args, bias: bool = False, kind: str = "binary", granularity: str = "channel", **options):
         super().__init__(*args, bias=bias, **options)
-        check_padding(self)
+        check_conv(self)
         self.quantize_as(kind, granularity)
 
+    @explained
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, L) -> (N, C_out, L')."""
         return F.conv1d(x, self.effective_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -188,6 +190,7 @@ class BinaryLinear(QuantizedWeight, nn.Linear):
         super().__init__(in_features, out_features, bias, **options)
         self.quantize_as(kind, granularity)
 
+    @explained
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C_out)."""
         return F.linear(x, self.effective_weight(), self.bias)

@@ -1,8 +1,11 @@
 """What no network can take is one sentence, whoever is called."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import empf
 from empf.checks import whole
@@ -42,6 +45,76 @@ def test_an_input_that_is_none(networks, call, kind):
     assert "\n" not in str(error.value)
     if call != "online":
         assert net(X).isfinite().all()  # nothing was moved on
+
+
+SYNAPSES = {
+    "conv2d": (empf.BinaryConv2d(3, 4, 3, padding=1), (2, 3, 5, 5), "(N, 3, 1 or more, 1 or more)"),
+    "wide": (empf.BinaryConv2d(3, 4, 3, dilation=2), (3, 6, 5), "(N, 3, 5 or more, 5 or more)"),
+    "conv1d": (empf.BinaryConv1d(3, 4, 3, kind="ternary"), (2, 3, 5), "(N, 3, 3 or more)"),
+    "linear": (empf.BinaryLinear(6, 4), (2, 5, 6), "(..., 6)"),
+    "full": (empf.resnet18(**{**SETTINGS, "in_channels": 3}).stem.conv, (2, 3, 5, 5), "(N, 3, 1 or more, 1 or more)"),
+}
+
+
+@pytest.mark.parametrize("name", SYNAPSES)
+def test_what_a_synapse_cannot_take(name):
+    synapse, shape, wanted = SYNAPSES[name]
+    x = torch.ones(shape)
+    others = [x.tolist(), None, "x", x.numpy(), x.long(), x > 0, x.to(torch.complex64), x.to(torch.float8_e4m3fn)]
+    for other in (*others, x.double(), x.half(), torch.nested.nested_tensor([x, x])):
+        with pytest.raises(
+            TypeError, match="the input must be a dense tensor of|the input is torch.*: use x.to"
+        ) as error:
+            synapse(other)
+        assert "\n" not in str(error.value)
+    for other in (x.flatten()[:7], x.sum(), x[:, :, :2] if name == "conv1d" else x[..., :0], x[None, None, ..., :4]):
+        with pytest.raises(ValueError, match=re.escape(f"shape {wanted}, got {tuple(other.shape)}")):
+            synapse(other)
+    assert synapse(x[:0] if name != "wide" else x).isfinite().all()
+
+
+def test_other_faults_of_a_synapse_are_its_own(monkeypatch):
+    synapse = empf.BinaryLinear(6, 4)
+    monkeypatch.setattr(synapse, "effective_weight", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        synapse(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"kernel_size": 0}, {"kernel_size": (3, 3, 3)}, {"stride": 0}, {"dilation": 0}, {"padding": -1}], ids=str
+)
+@pytest.mark.parametrize("kind", [empf.BinaryConv1d, empf.BinaryConv2d])
+def test_sizes_that_no_convolution_has(kind, sizes):
+    (name,) = sizes
+    with pytest.raises(ValueError, match=rf"{name} of a {kind.__name__} must be one or \d whole numbers of at least"):
+        kind(3, 4, **{"kernel_size": 3, **sizes})
+
+
+@pytest.mark.parametrize("net", [None, 3, "net", [], torch.ones(1), nn.Linear], ids=str)
+@pytest.mark.parametrize(
+    "call", ["pack", "reset", "calibrate", "spike_account", "freeze_norm", "set_online", "time_steps"]
+)
+def test_what_is_no_network(call, net):
+    more = {"calibrate": ([X],), "spike_account": ([(X, TARGET)],), "set_online": (True,)}.get(call, ())
+    with pytest.raises(TypeError, match=f"a network is needed, a torch.nn.Module, got {type(net).__name__}"):
+        getattr(empf, call)(net, *more)
+
+
+def test_what_no_network_is_built_from_or_exported():
+    for call, words in (
+        (empf.build, "a network is built from a ModelConfig, got dict"),
+        (lambda none: empf.export_onnx(none, "net.onnx"), "what is exported is what empf.pack returns, got dict"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call({})
+
+
+@pytest.mark.parametrize("device", ["x", "", "cuda:99", "meta", 99, [], "x" * 5000], ids=lambda d: repr(d)[:9])
+def test_a_device_that_cannot_be_used(device):
+    for load in (empf.load, empf.load_packed, lambda path, device: empf.from_pretrained(path, device=device)):
+        with pytest.raises(ValueError, match="cannot use the device .*: leave it out or use cpu") as error:
+            load(__file__, device)  # before anything is read
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("steps", ["1", 1.5, True, [1.0], torch.tensor(1)], ids=str)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from empf.checks import given
 from empf.deploy.layers import PackedSynapse
 from empf.deploy.lazy import plain
 from empf.deploy.pack import PackedModel
@@ -65,7 +66,7 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
     """
     if missing := [name for name in ("onnx", "onnxscript") if installed(name) is None]:
         raise ValueError(f"the export needs {' and '.join(missing)}: pip install 'empf[onnx]'")
-    builtin = isinstance(packed.net, SpikingNetwork)
+    builtin = isinstance(given(packed, PackedModel, "what is exported is what empf.pack returns").net, SpikingNetwork)
     if x is None:
         if not builtin:
             raise ValueError("a network of your own needs an example: export_onnx(packed, path, x), x (T, N, ...)")

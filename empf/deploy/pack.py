@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from empf.checks import check_input
+from empf.checks import check_device, check_input, network
 from empf.deploy import file as packed_file
 from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
 from empf.deploy.lazy import plain
@@ -260,7 +260,7 @@ def pack(net: nn.Module) -> PackedModel:
     >>> packed(torch.randn(4, 8, 64)).shape
     torch.Size([4, 8, 10])
     """
-    if not any(isinstance(m, QuantizedWeight) for m in net.modules()):
+    if not any(isinstance(m, QuantizedWeight) for m in network(net).modules()):
         raise ValueError(
             "the weights are full precision, there is nothing to pack: build the network with binary or ternary "
             "synapses, such as empf.resnet18(weights='binary') or empf.BinaryConv2d"
@@ -309,11 +309,12 @@ def load_packed(
     >>> empf.pack(empf.resnet18(in_channels=1, image_size=8, width=0.125)).save("net.safetensors")
     >>> packed = empf.load_packed("net.safetensors")
     """
+    check_device(device)
     about, arrays = packed_file.read(path)
     try:
         origin, wrong = Origin.from_dict(about["origin"]), None
         if net is not None:
-            made = packed_copy(net)
+            made = packed_copy(network(net))
             model = PackedModel(made, described(made), origin)
             wrong = misfit(about, made, model.config)
         elif "model" in about:

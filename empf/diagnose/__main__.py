@@ -17,6 +17,7 @@ from textwrap import wrap
 import torch
 
 from empf import runs
+from empf.checks import check_device
 from empf.data.load import load_data, make_batches
 from empf.diagnose import figures as diagnose_figures
 from empf.diagnose.figures import number
@@ -27,7 +28,7 @@ from empf.files import write_result
 from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
-from empf.training.config import Parser, check_device, training_of
+from empf.training.config import Parser, training_of
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
 FIGURES = (".png", ".pdf", ".svg")
@@ -273,7 +274,7 @@ def diagnose(args) -> None:
     if args.figure is not None and not has_matplotlib():
         raise ValueError("--figure needs matplotlib: pip install 'empf[plot]'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    check_device(device, "--device")
     if args.memory:
         batch_size = args.batch_size or (64 if device.startswith("cuda") else 8)
         result = memory(memory_config(args), batch_size, device, args.T, args.optimizer)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import yaml  # comes with accelerate
 
 from empf.data.aedat import ORIENTATIONS
@@ -258,15 +257,6 @@ def batch_per_process(joined: int, processes: int) -> int:
             f"continue it with --num_processes {', '.join(fitting[:-1])} or {fitting[-1]}"
         )
     return joined // processes
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError with one sentence unless torch can use the device."""
-    try:
-        torch.zeros(1, device=device).tolist()  # a meta device has no numbers
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot use --device {device} ({reason}): leave it out or use cpu") from error
 
 
 class Parser(argparse.ArgumentParser):
