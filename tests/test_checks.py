@@ -9,6 +9,7 @@ from torch import nn
 
 import empf
 from empf.checks import whole
+from empf.synapse import FullConv2d
 
 SETTINGS = dict(num_classes=4, in_channels=1, image_size=8, width=0.0625, T=2)
 X, TARGET = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3])
@@ -52,7 +53,7 @@ SYNAPSES = {
     "wide": (empf.BinaryConv2d(3, 4, 3, dilation=2), (3, 6, 5), "(N, 3, 5 or more, 5 or more)"),
     "conv1d": (empf.BinaryConv1d(3, 4, 3, kind="ternary"), (2, 3, 5), "(N, 3, 3 or more)"),
     "linear": (empf.BinaryLinear(6, 4), (2, 5, 6), "(..., 6)"),
-    "full": (empf.resnet18(**{**SETTINGS, "in_channels": 3}).stem.conv, (2, 3, 5, 5), "(N, 3, 1 or more, 1 or more)"),
+    "full": (FullConv2d(3, 4, 3, padding=1), (2, 3, 5, 5), "(N, 3, 1 or more, 1 or more)"),
 }
 
 

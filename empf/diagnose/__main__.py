@@ -28,6 +28,7 @@ from empf.files import write_result
 from empf.machine import cpu_threads, machine
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
+from empf.terminal import shown, steady_output
 from empf.training.config import Parser, training_of
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
@@ -298,10 +299,11 @@ def diagnose(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    try:
-        diagnose(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with steady_output():
+        try:
+            diagnose(args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {shown(error, 1000)}")
 
 
 if __name__ == "__main__":
