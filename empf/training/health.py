@@ -113,7 +113,7 @@ class Health:
             return
         layers = {"density": self.neurons, "gradient": self.synapses}
         wanted = {
-            "states": self.states, "stateful": {name: state["stateful"][name] for name in state["stateful"]},
+            "states": self.states, "stateful": {n: at for n, at in state["stateful"].items() if n in self.neurons},
             "seen": {w: {n: [0.0, 1] for n in state["seen"][w] if n in layers[w]} for w in layers},
         }  # fmt: skip
         if (place := unlike(state, wanted, "health")) is not None:
@@ -121,6 +121,8 @@ class Health:
         sums = [pair for layers in state["seen"].values() for pair in layers.values()]
         if not all(is_numbers(pair) and is_count(pair[1], 1) for pair in sums):
             raise ValueError("health seen")
+        if not all(map(is_numbers, state["stateful"].values())):
+            raise ValueError("health stateful")
         device = next(self.model.parameters()).device
         self.states = {name: tensor.to(device) for name, tensor in state["states"].items()}
         self.seen, self.stateful = state["seen"], dict(state["stateful"])
