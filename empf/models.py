@@ -315,8 +315,7 @@ def build(config: ModelConfig) -> SpikingNetwork:
 
     >>> net = empf.build(empf.ModelConfig(arch="vgg_snn", in_channels=2, width=0.125))
     """
-    arch = given(config, ModelConfig, "a network is built from a ModelConfig").arch
-    return VGGSNN(config) if arch == "vgg_snn" else ResNet(config)
+    return (VGGSNN if given(config, ModelConfig, "build takes a ModelConfig").arch == "vgg_snn" else ResNet)(config)
 
 
 def _builder(

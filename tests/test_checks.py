@@ -103,7 +103,7 @@ def test_what_is_no_network(call, net):
 
 def test_what_no_network_is_built_from_or_exported():
     for call, words in (
-        (empf.build, "a network is built from a ModelConfig, got dict"),
+        (empf.build, "build takes a ModelConfig, got dict"),
         (lambda none: empf.export_onnx(none, "net.onnx"), "what is exported is what empf.pack returns, got dict"),
     ):
         with pytest.raises(TypeError, match=words):
