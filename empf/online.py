@@ -57,9 +57,8 @@ def set_online(model: nn.Module, online: bool) -> None:
 
     >>> empf.set_online(empf.LIFNeuron(4), False)
     """
-    for module in network(model).modules():
-        if isinstance(module, StatefulNeuron):
-            module.online = online
+    for neuron in (m for m in network(model).modules() if isinstance(m, StatefulNeuron)):
+        neuron.online = online
 
 
 def draw_steps(T: int, k: int, seed: int, iteration: int) -> list[int]:
