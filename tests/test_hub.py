@@ -217,6 +217,8 @@ def test_an_own_model_card_stays(tmp_path):
 def test_nothing_of_the_hub_is_imported_before_it_is_needed():
     """Half of what `import empf` takes beside torch would be imports that a network does not need."""
     heavy = ("huggingface_hub.hf_api", "datasets", "accelerate", "pyarrow", "matplotlib", "onnx")
-    code = f"import sys, empf; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, empf; print([name for name in {heavy} if name in sys.modules])\n"
+    code += "try: empf.from_pretrained('no/such', local_files_only=True)\nexcept FileNotFoundError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    modules, sentence = done.stdout.splitlines()
+    assert modules == "[]" and sentence.startswith("there is no folder or file no/such, and the Hub gives no such")

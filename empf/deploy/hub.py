@@ -118,14 +118,16 @@ def from_pretrained(
 
 def download(repo_id: str, options: dict) -> Path:
     """The folder with the files of a repository: those of a packed network, where it has them."""
+    from huggingface_hub.errors import EntryNotFoundError  # only a part that was imported before can be named
+
     try:
-        with suppress(hf.errors.EntryNotFoundError):
+        with suppress(EntryNotFoundError):
             return Path(hf.hf_hub_download(repo_id, PACKED_FILE, **options)).parent
         for name in ("config.json", "model.safetensors"):
             folder = Path(hf.hf_hub_download(repo_id, name, **options)).parent
-        with suppress(hf.errors.EntryNotFoundError):
+        with suppress(EntryNotFoundError):
             hf.hf_hub_download(repo_id, "metrics.jsonl", **options)
-    except (OSError, ValueError, hf.errors.EntryNotFoundError) as error:
+    except (OSError, ValueError, EntryNotFoundError) as error:
         raise FileNotFoundError(
             f"there is no folder or file {repo_id}, and the Hub gives no such network ({one_line(error)}): check the "
             "name"
