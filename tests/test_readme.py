@@ -1,8 +1,10 @@
 """What the README prints is true: its examples run, its flags, files and names exist."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -88,6 +90,48 @@ def test_named_results_exist():
         assert len(named) > 8
         for name in named:
             assert (ROOT / "bench/results" / name.removeprefix("bench/results/")).exists(), name
+
+
+def figures_of_the_files() -> list[str]:
+    """What the files of results say, as README and docs/results.md write it."""
+    found = lambda name: json.loads((ROOT / "bench/results" / name).read_text())  # noqa: E731
+    runs = [json.loads(line) for line in (ROOT / "bench/results/recipe/confirm.jsonl").read_text().splitlines()]
+    short, (long,) = [r for r in runs if r["recipe"] == "new" and r["flags"]["epochs"] == 3], runs[6:]
+    accuracy = [r["accuracy"][-1] for r in short]
+    digits, train, packed, bits = map(
+        found, ("digits.json", "train-cpu.json", "deploy-cpu.json", "deploy-cpu-4bit.json")
+    )
+    seconds = sum(epoch["seconds"] for epoch in digits["training"]["epochs"])
+    saved = [train["variants"][name]["bytes"]["saved"] / 1e6 for name in ("random", "stbp")]
+    faster = [[d["batch"][n]["speed_of_packed_over"]["model"]["median"] for n in ("1", "64")] for d in (packed, bits)]
+    cosines = [
+        found(f"separability-{n}.json")["gradients"]["all weights"]["mean_of_losses"]["cosine"] for n in ("empf", "lif")
+    ]
+    summed = [mean(kind["sum"]) for kind in found("sequence.json")["accuracy"].values()]
+    return [
+        f"{digits['accuracy'][-1]:.2f} % of {digits['images']} test images after 30 epochs; {seconds:.0f} s",
+        f"{mean(accuracy):.1f} +- {stdev(accuracy):.1f} % of the 10,000 test images (3 seeds) in "
+        f"{short[0]['minutes']:.0f} min",
+        f"{long['accuracy'][-1]:.1f} % (one seed) in {long['minutes']:.0f} min",
+        f"the packed file has {found('cifar100-small.json')['accuracy'][-1]:.1f} % too, and "
+        f"{found('cifar100-small.json')['file_mb']:.2f} MB",
+        *{f"{train['speed_of_random_over'][name]['median']:.1f} times the images/s" for name in ("every", "stbp")},
+        *(f"{megabytes:,.0f} MB" for megabytes in saved),
+        f"{packed['file_mb']['packed']:.2f} MB (the paper",
+        f"{packed['file_mb']['full precision']:.2f} MB in full precision",
+        f"{faster[0][0]:.1f} times as fast with 1 image, {faster[0][1]:.1f} times with 64",
+        f"{faster[1][0]:.1f} and {faster[1][1]:.1f} times",
+        f"{cosines[0]:.3f}", f"{cosines[1]:.3f}",
+        "vanilla {:.1f}, parallel {:.1f}, LIF {:.1f} %".format(*summed),
+    ]  # fmt: skip
+
+
+def test_the_numbers_are_those_of_the_files():
+    separability = (ROOT / "docs/tutorials/separability.md").read_text()
+    results = (ROOT / "docs/results.md").read_text() + separability
+    for figure in figures_of_the_files():
+        assert figure in README, figure
+        assert figure in results, figure
 
 
 def test_the_first_two_lines_install_and_run():
