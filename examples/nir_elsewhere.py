@@ -1,7 +1,7 @@
 """What empf.to_nir wrote, in snnTorch 1.0 or SpikingJelly 2.0, with equal spikes.
 
-Both read a hard reset into NIR, which has no word for the soft one; so the neurons are set after the import. Needs
-`pip install snntorch nirtorch` or `pip install spikingjelly nirtorch`.
+Both read a hard reset into NIR, which has no word for the soft one; so the neurons are set after the import.
+Needs `pip install snntorch nirtorch` or `pip install spikingjelly nirtorch`. `graph`: nir.read(FILE).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def in_snntorch(graph) -> nn.Module:
-    """For one step after the other: net(x (N, ...)) -> (output, state), then net(x, state). `graph`: nir.read(FILE)."""
+    """For one step after the other: net(x (N, ...)) -> (output, state), then net(x, state)."""
     import snntorch
     from snntorch.import_nir import import_from_nir
 
