@@ -45,7 +45,7 @@ def cases(small: bool = False) -> list[Case]:
         images, channels = max(1, images // shrink), max(8, c // shrink)
         listed.append(conv_case(4 * images, channels, size))
         listed.append(layer_case(4, images, channels, size))
-    listed.append(flip_case(max(8, 512 // shrink)))
+    listed += [flip_case(c // shrink) for c in (64, 512)]
     shape = (4, 64 // shrink, max(8, 64 // shrink), 32, 32)
     return listed + [neuron_case(shape), training_case(shape), norm_case(shape, mem=False), norm_case(shape, mem=True)]
 

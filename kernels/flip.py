@@ -51,7 +51,8 @@ def flip_update_ref(
     if scale is None:
         return bits, m.flatten()[:n].to(momentum.dtype), None, squares
     largest = m.abs().amax(1, keepdim=True)
-    codes = torch.floor(m * torch.where(largest > 0, 127 / largest, 0.0) + 0.5).nan_to_num_(0.0)
+    up = torch.full_like(largest, 127.0) / largest  # not 127 / largest, which torch rounds twice
+    codes = torch.floor(m * torch.where(largest > 0, up, 0.0) + 0.5).nan_to_num_(0.0)
     return bits, codes.flatten()[:n].to(torch.int8), largest[:, 0] / 127, squares
 
 

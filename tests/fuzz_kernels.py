@@ -33,6 +33,8 @@ from empf.kernels import (
     binary_matmul_ref,
     bn_neuron,
     bn_neuron_ref,
+    flip_update,
+    flip_update_ref,
     mem_bn_neuron,
     mem_bn_neuron_ref,
     neuron_update,
@@ -324,9 +326,29 @@ def fuzz_norm(draw: Draw) -> None:
             near(a, b, (b.abs().max() + 1).expand_as(b) * conditioning * d.numel() ** 0.5, "gradient")
 
 
+def fuzz_flip(draw: Draw) -> None:
+    """One or two updates in place; the definition computes in fp32, as the kernel has to, to the bit."""
+    n = draw.size(1, 31, 32, 33, 1023, 1024, 1025, 5000, most=1100)
+    bits = draw.integers(-(2**31), 2**31, -(-n // 32)).to(torch.int32)
+    scale = draw.normal(-(-n // 1024)).abs() if draw.random() < 0.6 else None
+    momentum = draw.normal(n).bfloat16() if scale is None else draw.integers(-127, 128, n).to(torch.int8)
+    state = [None if part is None else part.to(DEVICE) for part in (bits, momentum, scale)]
+    for _ in range(draw.randint(1, 2)):
+        grad = draw.normal(n) * 10.0 ** draw.randint(-20, 15) * (draw.random() < 0.9)
+        grad = grad.to(DEVICE, draw.choice((torch.float32, torch.bfloat16)))
+        tau = torch.tensor(draw.choice((0.0, 0.1, 1.0, float("inf"))), device=DEVICE)
+        keep, rate = draw.choice(((0.9, 0.1), (1.0, 0.1), (0.0, 1.0)))
+        *want, squares = flip_update_ref(grad, *state, tau, keep, rate)
+        got = flip_update(grad, *state, tau, rate=rate, keep=keep)
+        for name, part, wanted in zip(("bits", "momentum", "scale"), state, want, strict=True):
+            None if part is None else equal(part, wanted, name)
+        near(got, squares.sum(), squares.sum(), "squares")
+
+
 FUNCTIONS = {
     "pack": fuzz_pack, "matmul": fuzz_matmul, "conv": fuzz_conv, "gradients": fuzz_gradients, "neuron": fuzz_neuron,
     "quantizer": fuzz_quantizer, "conv_neuron": fuzz_conv_neuron, "norm": fuzz_norm,
+    "flip": fuzz_flip,
 }  # fmt: skip
 
 
