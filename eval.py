@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from empf import runs
 from empf.checks import check_device
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_test, make_batches
-from empf.data.sets import ImageSettings
+from empf.data.sets import ImageSettings, StreamSet
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
@@ -75,11 +75,13 @@ def evaluate(
     c, dataset = model.config, origin.dataset
     test = load_test(
         dataset, data, limit=limit, device=device, spec=origin.spec(c), classes=origin.classes, streaming=streaming,
-        images=replace(ImageSettings(c.image_size, **origin.reading), **columns or {}),
+        images=ImageSettings(c.image_size, **origin.reading), columns=columns,
         events=EventSettings(c.T, c.image_size, split=origin.split or TrainConfig.split, **origin.frames()),
         trained_on=(origin.images, origin.limit),
     )  # fmt: skip
     check_classes(origin.classes, test.class_names)
+    if workers and not isinstance(test, StreamSet):
+        print(f"note: --workers does nothing, {dataset} lies in memory", file=sys.stderr)
     batches = make_batches(test, batch_size, train=False, workers=workers)
     packed = None if out is None else pack_to_file(model, out, batches)  # first: what is wrong with OUT is said at once
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -233,13 +235,14 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(arguments)
     with steady_output():
         try:
-            answer(args, shlex.join(without_places(["python", "eval.py", *arguments])))
+            given = [name for name, value in vars(args).items() if value != p.get_default(name)]
+            answer(args, shlex.join(without_places(["python", "eval.py", *arguments])), given)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {shown(error, 1000)}")
 
 
-def answer(args: Namespace, command: str) -> None:
-    """Do what the flags say, after checking them."""
+def answer(args: Namespace, command: str, given: list[str]) -> None:
+    """Do what the flags say, after checking them; `given`: those that are not as by default."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if min(args.batch_size, args.count_batches) < 1 or min(args.threads, args.workers) < 0:
         raise ValueError(
@@ -252,9 +255,8 @@ def answer(args: Namespace, command: str) -> None:
     check_workers(args.workers)
     use_cpu(args.threads)
     if args.image is not None or args.stream is not None:
-        left = {"--figure": args.figure, "--pack": args.pack, "--json": args.json}
-        left["--stream"] = args.image and args.stream
-        if wrong := [name for name, value in left.items() if value is not None]:
+        heeded = ("run", "device", "threads", "stream" if args.image is None else "image")
+        if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in heeded]:
             raise ValueError(f"--image and --stream only print what they find: leave out {' and '.join(wrong)}")
     if args.image is not None:
         classify(args.run, args.image, device)

@@ -80,9 +80,16 @@ def held(run: Path) -> Iterator[None]:
 
 
 def save_config(
-    run: Path, model: ModelConfig, train: dict, classes: list[str], mean: tuple, std: tuple, **data: bool | int | None
+    run: Path,
+    model: ModelConfig,
+    train: dict,
+    classes: list[str],
+    mean: tuple,
+    std: tuple,
+    **data: bool | int | str | None,
 ) -> None:
-    """Write config.json. `data`: were images `resized` to the centre, and how many `images` were there."""
+    """Write config.json. `data`: were images `resized` to the centre, how many `images` were there, and what was
+    `tested_on`, where that was held out of the training set."""
     config = {
         "format": FORMAT,
         "model": model.to_dict(),

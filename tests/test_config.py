@@ -10,7 +10,7 @@ import pytest
 from train_tools import run_train
 
 from empf.models import ModelConfig
-from empf.training.config import GROUPS, TrainConfig, batch_per_process, for_resume, from_flags, parser
+from empf.training.config import GROUPS, TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of
 from empf.training.session import of_call
 
 
@@ -293,6 +293,23 @@ def test_short_trainings_have_a_recipe_of_their_own():
     assert from_flags({"dataset": "photos", "epochs": 10}).optimizer == "muon"
     assert from_flags({"dataset": "photos"}).optimizer == "sgd"
     assert "up to 30 epochs: 0.1" in " ".join(parser().format_help().split())
+
+
+def test_recipes_give_nothing_that_cannot_be(tmp_path):
+    """The short recipe has a threshold, and LIF its own; recordings of one's own are mirrored where that is asked."""
+    assert from_flags({"dataset": "cifar10", "epochs": 3, "neuron": "lif"}).threshold == TrainConfig.threshold
+    with pytest.raises(ValueError, match="takes no threshold"):
+        from_flags({"dataset": "cifar10", "epochs": 3, "neuron": "lif", "threshold": 0.1})
+    (tmp_path / "a.npz").touch()
+    assert not from_flags({"dataset": str(tmp_path)}).flip and from_flags({"dataset": str(tmp_path), "flip": True}).flip
+
+
+@pytest.mark.parametrize("share, read", [(0.1, None), (0.2, 0.2)])
+def test_what_was_the_default_of_older_runs_holds_nothing_out(share, read):
+    """They held out where there was no test split, and only then; 0.1 is what is held out there now."""
+    older = {name: value for name, value in TrainConfig(hold_out=share).to_dict().items() if name != "patience"}
+    assert training_of({"train": older}, "run").hold_out == read
+    assert training_of({"train": older | {"patience": None}}, "run").hold_out == share
 
 
 def test_warm_up_leaves_room_for_training():

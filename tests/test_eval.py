@@ -210,6 +210,11 @@ def another_architecture(run: Path) -> None:
         (None, ["--batch-size", "0"], "--batch-size and --count-batches must be at least 1"),
         (None, ["--limit", "0"], "limit must be at least 1"),
         (None, ["--limit", "x"], "argument --limit: invalid int value: 'x'"),
+        (
+            None,
+            ["--test-split", "x", "--config", "y"],
+            "lie in memory as they are: leave --test-split and --config out",
+        ),
         (None, ["--data="], "data must not be empty: leave --data out"),
         (None, ["--device="], "device must not be empty: leave --device out"),
         (None, ["--json", "RUN/state/lock"], "lock is a file of a run: choose another name"),
@@ -236,8 +241,10 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path, capsys, damage, flags, sen
 
 def test_the_result_on_standard_output_is_nothing_but_json(run, capsys):
     capsys.readouterr()
-    run_eval(run, "--limit", "32", "--json", "-")
-    assert json.loads(capsys.readouterr().out)["images"] == 32
+    run_eval(run, "--limit", "32", "--json", "-", "--workers", "1")
+    found = capsys.readouterr()
+    assert json.loads(found.out)["images"] == 32
+    assert found.err == "note: --workers does nothing, digits lies in memory\n"
 
 
 def test_wholly_other_classes_are_refused():

@@ -129,9 +129,25 @@ def test_what_is_wrong_is_one_sentence(run, packed, tmp_path, capsys):
             [file, "--image", tmp_path / "x", "--json", tmp_path / "x.json"],
             "only print what they find: leave out --json",
         ),
+        (
+            [
+                file,
+                "--stream",
+                tmp_path / "x",
+                "--data",
+                tmp_path,
+                "--limit",
+                3,
+                "--test-split",
+                "x",
+                "--batch-size",
+                1,
+            ],
+            "only print what they find: leave out --data and --test-split and --limit and --batch-size",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
-            run_eval(*flags, "--limit", "32")
+            run_eval(*flags, *([] if {"--image", "--stream"} & set(flags) else ["--limit", "32"]))
         code = stop.value.code
         message = code if isinstance(code, str) else capsys.readouterr().err
         assert code not in (0, None) and message.startswith("error: ") and sentence in message, message

@@ -116,6 +116,33 @@ def test_errors_of_a_folder(tmp_path):
         load_small(tmp_path / "two", cache=tmp_path / "cache")
 
 
+def test_what_has_no_effect_on_recordings_is_refused(tmp_path):
+    recordings(tmp_path / "own" / "train", classes=2, each=2)
+    recordings(tmp_path / "own" / "val", classes=2, each=2)
+    with pytest.raises(ValueError, match="own is divided already: leave --split out"):
+        load_small(tmp_path / "own", cache=tmp_path / "cache", split="random")
+    for name in ("left", "right"):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for number in range(2):
+            np.save(tmp_path / "frames" / name / f"{number}.npy", np.zeros((3, 2, 8, 8)))
+    for flag, value, why in (
+        ("by", "time", "frames: leave --frames-by"),
+        ("orientation", "mirrored", "no AEDAT 2.0: leave"),
+    ):
+        with pytest.raises(ValueError, match=f"frames holds {why}"):
+            load_small(tmp_path / "frames", cache=tmp_path / "cache", **{flag: value})
+
+
+def test_a_single_class_is_refused_and_an_empty_one_named(tmp_path):
+    """Such as `train` without a `test` beside it."""
+    recordings(tmp_path / "own" / "train", classes=2, each=4)
+    with pytest.raises(ValueError, match="own has only the class 'train': give the folder in which each class"):
+        load_small(tmp_path / "own", cache=tmp_path / "cache")
+    (tmp_path / "own" / "train" / "none").mkdir()
+    with pytest.warns(UserWarning, match="train has the classes 'none', of which there is no example"):
+        load_small(tmp_path / "own" / "train", cache=tmp_path / "cache")
+
+
 def event_set(count: int = 22, T: int = 3, side: int = 6, flip_dim: int = -1) -> EventSet:
     """Random frames, all of them different; recording i has the label i mod 10."""
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 99, (count, T, 2, side, side))).half()
@@ -263,10 +290,11 @@ def test_flip_mirrors_the_scene_in_both_orientations(tmp_path, orientation):
     """Left and right of the scene are those of `transposed`, where a column is 127 - y' of the address."""
     rows = random_rows(300)
     mirrored = [(x, 127 - y, bit, t) for x, y, bit, t in rows]
-    (tmp_path / "dvs" / "a").mkdir(parents=True)
-    for number, events in enumerate((rows, mirrored)):
-        (tmp_path / "dvs" / "a" / f"{number}.aedat").write_bytes(aedat2(events))
-    settings = dict(T=2, size=16, orientation=orientation, workers=1, cache=tmp_path / "cache")
+    for name in ("a", "b"):
+        (tmp_path / "dvs" / name).mkdir(parents=True)
+        for number, events in enumerate((rows, mirrored)):
+            (tmp_path / "dvs" / name / f"{number}.aedat").write_bytes(aedat2(events))
+    settings = dict(T=2, size=16, orientation=orientation, workers=1, cache=tmp_path / "cache", limit=1)
     scene, mirror = load_small(tmp_path / "dvs", **settings)
     batches = EventBatches(scene, 1, train=True, augment=Augment(flip=True))
     seen = set()

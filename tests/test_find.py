@@ -34,6 +34,25 @@ def test_what_is_not_divided_is_one_source(tmp_path):
     assert in_folder(tmp_path / "a", Columns()).whole() is None  # it is divided
 
 
+def test_folders_of_splits_in_any_case(tmp_path):
+    """They are no classes."""
+    image_folder(tmp_path, "cifar10", train=20, test=10)
+    for split in ("train", "test"):
+        (tmp_path / split).rename(tmp_path / split.title())
+    place = in_folder(tmp_path, Columns())
+    assert len(place.find("train")().labels()) == 20 and place.whole() is None
+
+
+def test_a_saved_set_that_cannot_be_read_or_has_other_splits(tmp_path):
+    rows = to_dataset(*pictures(10, "cifar10"), "cifar10")
+    rows.select([]).save_to_disk(tmp_path / "empty")  # the library trips over it
+    with pytest.raises(ValueError, match=r"cannot read .*empty \(.*\): write it again with save_to_disk"):
+        in_folder(tmp_path / "empty", Columns())
+    datasets.DatasetDict(fit=rows).save_to_disk(tmp_path / "fit")
+    problem = str(in_folder(tmp_path / "fit", Columns()).missing("train"))
+    assert problem.endswith("fit, it has fit: name one with --train-split or --test-split")
+
+
 @pytest.mark.parametrize("name", ["train.csv", "train/metadata.csv"])
 def test_tables_of_a_split(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

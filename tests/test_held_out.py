@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from contextlib import contextmanager, redirect_stdout
 from itertools import chain
@@ -20,7 +21,9 @@ from empf import runs
 from empf.data.events import EventSet
 from empf.data.load import keep_apart, load_data, make_batches
 from empf.data.sets import DATASETS, is_held_out
+from empf.deploy.hub import model_card
 from empf.deploy.origin import Origin
+from empf.deploy.pack import pack
 from empf.training.curves import plot_curves
 from empf.training.session import Session
 
@@ -142,10 +145,19 @@ def test_without_a_test_split_the_part_that_is_tested_chooses(folder, tmp_path, 
     run = tmp_path / "run"
     run_train("--dataset", folder / "train", "--batch-size", "12", "--patience", "9", "--output-dir", run)
     out = capsys.readouterr().out
-    assert "; 30 training, 10 test images; tested on 0.1 of the training data, held out with seed 0" in out
+    tested_on = "0.1 of the training data, held out with seed 0, also used to choose the epoch"
+    assert f"; 30 training, 10 test images; tested on {tested_on}\n" in out and "%  held out after each step" in out
+    assert re.search(r"best held-out accuracy: \d+\.00 % in epoch \d, optimistic, for it chose the epoch: eval.py", out)
     records = metrics(run)
     assert [r["held_out"] for r in records] == [r["accuracy"] for r in records]
-    assert empf.load(run / "best.safetensors").config.num_classes == 10
+    assert {r["tested_on"] for r in records} == {tested_on}
+    best = empf.load(run / "best.safetensors")
+    card = str(model_card(pack(best)))
+    assert (
+        best.config.num_classes == 10 and f"| held-out images | {tested_on} |" in card and "test accuracy" not in card
+    )
+    resume(run, "--patience", "1")  # nothing to do, or nothing better
+    assert len(metrics(run)) == 2
 
 
 def test_patience_wants_a_held_out_part(tmp_path):

@@ -133,6 +133,14 @@ def test_the_first_picture_of_several(kind):
         assert np.asarray(converted(image, 3)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 63
 
 
+def test_floating_point_pixels_are_refused():
+    """Pillow would cut those of 0..1 to black."""
+    picture = Image.fromarray(np.full((4, 4), 0.5, np.float32))
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match="it has floating-point pixels: store it with 8 or 16 bits"):
+            converted(picture, channels)
+
+
 @pytest.mark.filterwarnings("ignore:::PIL")
 def test_damaged_files_raise_what_is_caught():
     rng, seen = np.random.default_rng(0), set()

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from make_data import disk_folder, image_folder, parquet_folder, pictures, to_dataset
+from make_events import recordings
 from PIL import Image
 
 from empf.data import load as data
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_data, load_test
-from empf.data.sets import DATASETS
+from empf.data.sets import DATASETS, ImageSettings
 
 datasets.disable_progress_bars()
 
@@ -176,7 +177,17 @@ def test_digits_without_scikit_learn(monkeypatch):
             {},
             "dvs-cifar10 is not on the Hugging Face Hub: pass the folder of its recordings with --data",
         ),
-        ("digits", {"streaming": True}, "the digits lie in memory as they are: leave --streaming and"),
+        ("digits", {"streaming": True}, "the digits lie in memory as they are: leave --streaming out"),
+        (
+            "digits",
+            {"images": ImageSettings(9, test_split="x", config="y")},
+            "the digits lie in memory as they are: leave --test-split and --config and --image-size out",
+        ),
+        (
+            "digits",
+            {"events": EventSettings(by="time")},
+            "frames_by is for events, not for the images of digits: leave",
+        ),
         ("digits", {"limit": -1}, "limit must be at least 1 image, got -1"),
         ("digits", {"limit": 0}, "limit must be at least 1 image, got 0"),
     ],
@@ -184,6 +195,34 @@ def test_digits_without_scikit_learn(monkeypatch):
 def test_wrong_arguments(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_data(name, **arguments)
+
+
+LOOKED_UP = ("image_column", "label_column", "train_split", "test_split", "config")
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_what_nothing_would_heed_is_refused(tmp_path, name):
+    """In training, and where other data are tested: digits, recordings, and columns of class folders."""
+    flag, spec, given = f"leave --{name.replace('_', '-')} out", DATASETS["digits"], {name: "x"}
+    recordings(tmp_path / "events", classes=2, each=1)
+    with pytest.raises(ValueError, match=f"events holds recordings by class: {flag}"):
+        load_data(str(tmp_path / "events"), images=ImageSettings(**given))
+    for place, why in (
+        (None, "the digits lie in memory as they are"),
+        (tmp_path / "events", "holds recordings by class"),
+    ):
+        with pytest.raises(ValueError, match=f"{why}: {flag}"):
+            load_test("digits" if place is None else str(place), spec=spec, columns=given)
+    load_test("digits", spec=spec, images=ImageSettings(**given))  # of the training, where they meant something
+    if "column" in name:
+        folder = image_folder(tmp_path / "images", "digits", train=20, test=10)
+        for call in (
+            lambda: load_data("digits", folder, images=ImageSettings(**given)),
+            lambda: load_test("digits", folder, spec=spec, columns=given),
+        ):
+            with pytest.raises(ValueError, match=f"images has a folder for each class: {flag}"):
+                call()
+        assert len(load_test("digits", folder, spec=spec, images=ImageSettings(**given))) == 10
 
 
 def test_missing_folder_and_missing_split(tmp_path):
@@ -196,7 +235,7 @@ def test_missing_folder_and_missing_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no test split in"):
         load_data("cifar10", tmp_path)
     datasets.DatasetDict(train=to_dataset(*pictures(10, "cifar10"), "cifar10")).save_to_disk(tmp_path / "disk")
-    with pytest.raises(ValueError, match="no test split in .*disk: it has train"):
+    with pytest.raises(ValueError, match="no test split in .*disk, it has train: name one"):
         load_data("cifar10", tmp_path / "disk")
     (tmp_path / "empty/train/class000").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images in train of .*empty"):

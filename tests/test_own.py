@@ -67,7 +67,7 @@ def sorted_like(pictures, images, mean, std) -> list[np.ndarray]:
 def test_without_a_test_split_a_part_of_every_class_is_held_out(tmp_path, layout):
     folder = str(write(tmp_path / "own", layout, {"": items(20, "square")}))
     train, test = load_data(folder)
-    assert test.split == "0.1 of the training data, held out with seed 0"
+    assert test.split == "0.1 of the training data, held out with seed 0, also used to choose the epoch"
     assert train.labels.bincount().tolist() == [18] * 3 and test.labels.bincount().tolist() == [2] * 3
     both = [{image.numpy().tobytes() for image in part.images} for part in (train, test)]
     assert len(both[0] | both[1]) == 60
@@ -236,3 +236,14 @@ def test_faults_are_one_sentence(tmp_path):
         load_data(str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="no train split in"):
         load_data(str(write(tmp_path / "exam", "folders", {"test": items(2, "square")})))
+
+
+def test_what_looks_wrong_is_said_aloud(tmp_path):
+    """Names that differ in case alone, and those that a file stores and no image has."""
+    folder = write(tmp_path / "own", "folders", {"": items(4, "square")})
+    (folder / "cat").rename(folder / "Bee")
+    with pytest.warns(UserWarning, match="own has the classes 'Bee', 'bee', which differ in case alone: are they one"):
+        assert load_data(str(folder))[0].class_names == ["Bee", "ant", "bee"]
+    parquet = write(tmp_path / "rows", "parquet", {"": [item for item in items(4, "square") if item[0] != "bee"]})
+    with pytest.warns(UserWarning, match="rows has the classes 'bee', of which there is no example"):
+        load_data(str(parquet))

@@ -124,7 +124,7 @@ def test_a_copy_of_the_training_images_is_tested_where_they_were_held_out(photos
     for network in ("run", "net.safetensors"):
         found = evaluated(capsys, photos / network, "--data", tmp_path / "copy")
         assert (found["images"], found["accuracy"]) == (3, wanted["accuracy"])
-        assert found["tested_on"] == "0.1 of the training data, held out with seed 0"
+        assert found["tested_on"] == "0.1 of the training data, held out with seed 0, also used to choose the epoch"
 
 
 @pytest.mark.parametrize("layout", ["folders", "table"])

@@ -14,7 +14,7 @@ from empf.data.aedat import read_events
 from empf.data.event_frames import Clip, FrameSettings, event_frames_of_file, read_frames
 from empf.data.gesture import GESTURES
 from empf.data.load import load_data
-from empf.data.recordings import ARRAYS, load_arrays, read_recording
+from empf.data.recordings import ARRAYS, has_recordings, load_arrays, read_recording
 
 ROWS = [(3, 5, 1, 10), (33, 0, 0, 12), (0, 33, 1, 900), (3, 5, 1, 5_000)]  # column, row, on, microseconds
 
@@ -270,6 +270,8 @@ def test_own_recordings_of_a_folder(tmp_path, monkeypatch):
     train, test = load_data(str(tmp_path / "own"))
     assert (len(train), len(test)) == (18, 2) and train.class_names == ["one", "two"]
     assert not train.spec.flip and train.spec.name == str(tmp_path / "own")  # mirrored digits are others
+    (tmp_path / "own" / "one" / "thumbnail.png").touch()
+    assert has_recordings(tmp_path / "own")
 
 
 def gestures(folder, users: int = 2):

@@ -58,6 +58,15 @@ def test_a_table_names_files_and_their_labels(tmp_path, header, values, labels):
     ]
 
 
+def test_a_table_in_another_encoding_or_with_files_twice(tmp_path):
+    (tmp_path / "t.csv").write_bytes("file,label\n1.png,\xe4\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="t.csv is not UTF-8: save it as UTF-8"):
+        ImageFiles.of_csv(tmp_path / "t.csv", Columns())
+    (tmp_path / "t.csv").write_text("file,label\n1.png,a\n2.png,b\n1.png,b\n")
+    with pytest.warns(UserWarning, match="t.csv names files again in 1 rows, which may be trained on and tested"):
+        ImageFiles.of_csv(tmp_path / "t.csv", Columns())
+
+
 def test_columns_can_be_named(tmp_path):
     (tmp_path / "t.csv").write_text("photo,label,kind\n1.png,0,x\n")
     with pytest.raises(ValueError, match="t.csv has the columns photo, label, kind: .* with --image-col"):

@@ -1,5 +1,7 @@
 """Labels: what stands in the data, and the number of the class that it means."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,3 +90,25 @@ class Classes:
             raise ValueError(f"{origin} has images without a label ({unlabelled[0]!r}): remove them")
         order = sorted(values, key=lambda value: (type(value).__name__, value))
         return cls([str(value) for value in order], {value: label for label, value in enumerate(order)})
+
+
+def check_classes(names: Sequence[str], labels: Iterable[int | None], origin: str) -> None:
+    """Raise ValueError where there is a single class; warn of names that differ in case alone, and of classes that no
+    training example has (`labels`, of all of them, or nothing where they are known to have all)."""
+    if len(names) < 2:
+        raise ValueError(
+            f"{origin} has only the class {names[0]!r}: give the folder in which each class has a folder, or, of a "
+            "table, the column of the labels with --label-column"
+        )
+    spelt = Counter(name.lower() for name in names)
+    seen = set(labels)
+    for which, said in (
+        (
+            [name for name in names if spelt[name.lower()] > 1],
+            "which differ in case alone: are they one?",
+        ),
+        ([name for label, name in enumerate(names) if seen and label not in seen], "of which there is no example"),
+    ):
+        if which:
+            shown = ", ".join(map(repr, which[:4])) + (", ..." if len(which) > 4 else "")
+            warnings.warn(f"{origin} has the classes {shown}, {said}", stacklevel=3)

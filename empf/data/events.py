@@ -24,11 +24,12 @@ from torch import Tensor
 
 from empf.data.aedat import Events
 from empf.data.batches import Batches
+from empf.data.classes import check_classes
 from empf.data.event_cache import FrameCache, default_folder
 from empf.data.event_frames import Clip, EventSettings, FrameSettings, frames_of
 from empf.data.folders import files_below, subfolder, subfolders
 from empf.data.gesture import GESTURES, gesture_files
-from empf.data.recordings import ARRAYS, RECORDINGS, of_arrays
+from empf.data.recordings import ARRAYS, RECORDINGS, load_arrays, of_arrays
 from empf.data.sets import DATASETS, TEST_SPLITS, TRAIN_SPLITS, DataSpec, ImageSet, both
 
 DVS_CIFAR10 = DATASETS["dvs-cifar10"]
@@ -117,8 +118,18 @@ def load_events(
         count, most = len(files.clips), trained_on[1] or len(files.clips)
         if test and trained_on[0] not in (None, min(is_test.sum(), most) + min(count - is_test.sum(), most)):
             is_test[:], rule = True, f"all of {path}"
+    if not test and gestures is None:
+        check_classes(files.class_names, files.labels.tolist(), str(path))
     if len(kinds := sorted({clip.path.suffix.lower() for clip in files.clips})) > 1:
         raise ValueError(f"{path} has files of several kinds ({', '.join(kinds)}): keep one")
+    if not test:
+        for flag, why, in_vain in (
+            ("split", "is divided already", rule in ("folders", "trials") and split != EventSettings.split),
+            ("orientation", "holds no AEDAT 2.0", settings.orientation == "mirrored" and kinds != [".aedat"]),
+            ("frames-by", "holds frames", settings.by != EventSettings.by and _holds_frames(files.clips[0].path)),
+        ):
+            if in_vain:
+                raise ValueError(f"{path} {why}: leave --{flag} out")
     rows = [np.flatnonzero(~is_test)[:limit], np.flatnonzero(is_test)[:limit]]
     rows = rows[1:] if test else rows
     if not all(map(len, rows)):
@@ -152,6 +163,10 @@ def _list(folder: Path) -> _Files:
         )
     _, labels, paths = zip(*sorted(found), strict=True)
     return _Files([Clip(path) for path in paths], np.array(labels, np.int64), classes)
+
+
+def _holds_frames(file: Path) -> bool:
+    return file.suffix.lower() in ARRAYS and isinstance(load_arrays(file), np.ndarray)
 
 
 def _is_test(files: _Files, split: str, seed: int) -> np.ndarray:

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from huggingface_hub import HfFileSystem, hf_hub_download
 
-from empf.data.folders import is_data, subfolders
+from empf.data.folders import is_data, subfolder, subfolders
 from empf.data.rows import Source, one_line
 from empf.data.sets import TEST_SPLITS, TRAIN_SPLITS
 from empf.data.sources import Columns, ImageFiles, ParquetFiles, SavedRows
@@ -40,7 +39,10 @@ class Place:
 
     def missing(self, split: str) -> Exception:
         if self.splits is not None:
-            return ValueError(f"no {split} split in {self.origin}: it has {', '.join(self.splits)}")
+            return ValueError(
+                f"no {split} split in {self.origin}, it has {', '.join(self.splits)}: name one with --train-split or "
+                "--test-split"
+            )
         return FileNotFoundError(
             f"no {split} split in {self.origin}: expected {split}-*.parquet, {split}.csv, {split}/<class>/*.png or the "
             "output of save_to_disk"
@@ -61,7 +63,7 @@ def in_folder(path: Path, columns: Columns, config: str | None = None) -> Place:
 
         try:
             saved = datasets.load_from_disk(path)
-        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # the library meets damage in many ways
             raise ValueError(f"cannot read {path} ({one_line(error)}): write it again with save_to_disk") from error
         return of_datasets(saved, columns, str(path))
     return Place(str(path), partial(_split, path, columns), partial(_whole, path, columns))
@@ -143,15 +145,15 @@ def _split(path: Path, columns: Columns, split: str) -> Open | None:
     for file in (path / f"{split}.csv", path / split / "metadata.csv"):
         if file.is_file():
             return partial(ImageFiles.of_csv, file, columns)
-    if (path / split).is_dir() and subfolders(path / split):
-        return partial(ImageFiles.of_folder, path / split)
+    if (folder := subfolder(path, (split,))) is not None and subfolders(folder):
+        return partial(ImageFiles.of_folder, folder)
     return None
 
 
 def _whole(path: Path, columns: Columns) -> Source | None:
     """What is not divided into splits, where no name is that of a split."""
     names = {child.name for child in path.iterdir()}
-    if any(re.match(rf"({'|'.join(TRAIN_SPLITS + TEST_SPLITS)})\b", name) for name in names):
+    if any(re.match(rf"({'|'.join(TRAIN_SPLITS + TEST_SPLITS)})\b", name, re.I) for name in names):
         return None
     if shards := _glob(path, "*.parquet") or _glob(path, "*/*.parquet"):
         return _parquet(path, shards, columns)()

@@ -17,15 +17,19 @@ def is_data(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders of data in a folder, by name."""
-    return sorted(child for child in folder.iterdir() if child.is_dir() and is_data(child.name))
+    """The folders of data in a folder, by name; ValueError for a link to a folder that it lies in."""
+    return sorted(child for child in folder.iterdir() if is_data(child.name) and child.is_dir() and not _loops(child))
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """Paths, relative to `folder`, of the files in and below it that end in one of `suffixes` in any case; sorted."""
+    """Paths, relative to `folder`, of the files in and below it that end in one of `suffixes` in any case; sorted.
+
+    Links are followed. Raises ValueError for a link to a folder that it lies in, OSError for a folder that cannot be
+    read.
+    """
     found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if is_data(name)]
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if is_data(name) and not _loops(Path(parent, name))]
         inside = os.path.relpath(parent, folder)
         for name in names:
             if is_data(name) and os.path.splitext(name)[1].lower() in suffixes:
@@ -33,6 +37,17 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
     return sorted(found)
 
 
+def _loops(folder: Path) -> bool:
+    if folder.is_symlink() and any(folder.samefile(above) for above in folder.absolute().parents):
+        raise ValueError(f"{folder} is a link to a folder that it lies in: remove it")
+    return False
+
+
+def _raise(error: OSError) -> None:
+    raise OSError(f"cannot read {error.filename} ({error.strerror}): check the rights to it") from error
+
+
 def subfolder(folder: Path, names: Collection[str]) -> Path | None:
-    """The first folder of these names that exists in a folder."""
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    """The first folder of these names, in any case, that exists in a folder."""
+    found = {child.name.lower(): child for child in subfolders(folder)}  # of Train and train, train
+    return next((found[name.lower()] for name in names if name.lower() in found), None)

@@ -39,6 +39,8 @@ def is_grey(image: Image.Image, *, deep: bool = False) -> bool:
 
 def converted(image: Image.Image, channels: int) -> Image.Image:
     """Grey for one channel, RGB for three. 16-bit grey is scaled to 8 bits; transparency is dropped."""
+    if image.mode == "F":  # in 0..1 or in 0..255, nobody knows
+        raise ValueError("it has floating-point pixels: store it with 8 or 16 bits")
     if image.mode.startswith("I"):  # `convert` would clip instead of scale
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"

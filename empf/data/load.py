@@ -5,7 +5,7 @@ of each image is read. Events become frames (`EventSet`), see `empf/data/events.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from empf.data.own import own_spec
 from empf.data.recordings import has_recordings
 from empf.data.rows import Row, Source, one_line, read_rows
 from empf.data.sets import (
+    CHOOSES,
     DATASETS,
     HELD_OUT,
     TEST_SPLITS,
@@ -34,10 +35,13 @@ from empf.data.sets import (
     both,
     is_held_out,
 )
-from empf.data.sources import Columns
+from empf.data.sources import Columns, ImageFiles
 from empf.data.streaming import StreamBatches
 
 IN_MEMORY = 4 << 30  # bytes of pixels of a set of one's own, which is streamed where it has more
+COLUMNS = ("image_column", "label_column")
+OF_EVENTS = {"by": "frames_by", "split": "split", "orientation": "orientation", "resize": "resize"}  # their flags
+LOOKED_UP = (*COLUMNS, "train_split", "test_split", "config")  # names in `ImageSettings`
 
 
 def load_data(
@@ -80,14 +84,21 @@ def load_data(
     Raises ValueError or FileNotFoundError with one sentence that says what is wrong and what to do.
     """
     spec, settings, folder = _known(name, path, images, limit)
+    given = [field for field in LOOKED_UP if getattr(settings, field) is not None]
+    given += ["streaming"] * streaming
     if _of_events(spec, folder):
+        _leave_out(given, f"{folder} holds recordings by class")
         return load_events(folder, events, limit=limit, device=device, seed=seed, spec=_recorded(name, spec))
+    for field, flag in OF_EVENTS.items():
+        if getattr(events or EventSettings, field) != getattr(EventSettings, field):
+            _leave_out([flag], f"{flag} is for events, not for the images of {name}")
     if folder is None and spec is not None and spec.hub_id is None:
-        if streaming or settings.size is not None and both(settings.size) != spec.size:
-            raise ValueError(f"the {name} lie in memory as they are: leave --streaming and --image-size out")
+        given += ["image_size"] * (settings.size is not None and both(settings.size) != spec.size)
+        _leave_out(given, f"the {name} lie in memory as they are")
         return tuple(part.to(device) for part in _digits(spec, limit, seed))
     place = _place(name, spec, folder, settings, streaming)
     train, test = _train(place, spec, settings), _test(place, spec, settings)
+    _check_columns(given, [train, *(test or ())[:1]], place)
     origin = f"train of {place.origin}"
     if spec is None:
         classes = Classes.found(train.labels(), origin) if train.names is None else Classes(train.names)
@@ -98,7 +109,8 @@ def load_data(
             spec = replace(spec, image_size=settings.size, resized=True)
     data = _read(spec, train, classes, "train", origin, limit, streaming)
     if test is None:
-        return tuple(part.to(device) for part in hold_out(data, settings.hold_out, seed))
+        data, tested = hold_out(data, settings.hold_out, seed)
+        return data.to(device), replace(tested, split=tested.split + CHOOSES).to(device)
     source, split = test
     where = f"{split} of {place.origin}"
     if name in DATASETS:
@@ -119,18 +131,21 @@ def load_test(
     streaming: bool = False,
     images: ImageSettings | None = None,
     events: EventSettings | None = None,
+    columns: dict[str, str] | None = None,
 ) -> ImageSet | StreamSet | EventSet:
     """What `load_data` gives to test a network on, of these or other data, without reading the others.
 
     `spec` and `classes` are those of the training: images are prepared as they were then, and labels mean what they
-    meant; classes may be missing. Where nothing is divided, everything is tested, unless there are as many images as
-    were `trained_on` (None: any number) with the `limit` that is its second number: then these are the data of the
-    training, and what it held out is tested.
+    meant; classes may be missing. `columns`: what differs from `images` in these data, by field. Where nothing is
+    divided, everything is tested, unless there are as many images as were `trained_on` (None: any number) with the
+    `limit` that is its second number: then these are the data of the training, and what it held out is tested.
 
     Raises ValueError or FileNotFoundError with one sentence.
     """
     known, settings, folder = _known(name, path, images, limit)
+    given, settings = columns or {}, replace(settings, **(columns or {}))
     if _of_events(known, folder):
+        _leave_out(given, f"{folder} holds recordings by class")
         count = (None, None) if known is not None else trained_on
         recorded = _recorded(name, known)
         data = load_events(folder, events, limit=limit, device=device, spec=recorded, trained_on=count, test=True)
@@ -140,11 +155,13 @@ def load_test(
         labels = [meant.label(label) for label in data.labels.tolist()]
         return replace(data, labels=torch.tensor(labels, device=device), class_names=meant.names)
     if folder is None and known is not None and known.hub_id is None:
+        _leave_out(given, f"the {name} lie in memory as they are")
         return _digits(known, limit, 0)[1].to(device)
     place = _place(name, known, folder, settings, streaming)
     found = _test(place, known, settings)
     source, split = found or (_train(place, known, settings), "all")
     where = f"{split} of {place.origin}"
+    _check_columns(given, [source], place)
     if known is None:
         meant = Classes.known(classes, source.names, source.labels, where)
     else:
@@ -155,6 +172,7 @@ def load_test(
     if found or whole:
         return _read(spec, source, meant, split if found else where, where, limit, streaming).to(device)
     held = hold_out(_read(spec, source, meant, "train", where, train_limit, streaming), settings.hold_out)[1]
+    held = replace(held, split=held.split + CHOOSES)
     return (held if limit is None else held.chosen(np.arange(min(limit, len(held))))).to(device)
 
 
@@ -219,6 +237,17 @@ def _known(
     if spec is not None and spec.channels == 2 and folder is None:
         raise ValueError(f"{name} is not on the Hugging Face Hub: pass the folder of its recordings with --data")
     return spec, images or ImageSettings(), folder
+
+
+def _leave_out(given: Iterable[str], why: str) -> None:
+    """Raise ValueError where something was given that nothing would heed."""
+    if flags := [f"--{name.replace('_', '-')}" for name in given]:
+        raise ValueError(f"{why}: leave {' and '.join(flags)} out")
+
+
+def _check_columns(given: Iterable[str], sources: Sequence[Source], place: Place) -> None:
+    if any(isinstance(source, ImageFiles) and source.names is not None for source in sources):
+        _leave_out([name for name in given if name in COLUMNS], f"{place.origin} has a folder for each class")
 
 
 def _of_events(spec: DataSpec | None, folder: Path | None) -> bool:

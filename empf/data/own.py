@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from empf.data.classes import Classes
+from empf.data.classes import Classes, check_classes
 from empf.data.images import BROKEN, centre_crop, is_grey, open_image, stored_pixels
 from empf.data.rows import Source, read_rows
 from empf.data.sets import DataSpec, both, named
@@ -27,11 +27,7 @@ def own_spec(name: str, source: Source, classes: Classes, size: int | tuple[int,
         grey = grey and is_grey(image, deep=True)
     if not seen:
         raise ValueError(f"no image of {origin} can be read: check the folder")
-    if len(classes.names) < 2:
-        raise ValueError(
-            f"{origin} has only the class {classes.names[0]!r}: give the folder in which each class has a folder, or "
-            "name the column of the labels with --label-column"
-        )
+    check_classes(classes.names, () if source.names is None else map(classes.label, source.labels()), origin)
     if size is None and len(seen) > 1:
         shown = [f"{named(found)} ({count} images)" for found, count in seen.most_common(5)]
         more = f" and {len(seen) - 5} others" if len(seen) > 5 else ""

@@ -184,5 +184,6 @@ def _events(t, x, y, on, path: Path | str, size: tuple[int, int] | None = None) 
 
 
 def has_recordings(folder: Path) -> bool:
-    """Whether a folder holds recordings of events, rather than images."""
-    return bool(files_below(folder, RECORDINGS + ARRAYS)) and not files_below(folder, IMAGE_SUFFIXES)
+    """Whether a folder holds recordings of events, rather than images, of which there may be some beside them."""
+    count = len(files_below(folder, RECORDINGS + ARRAYS))
+    return count > 0 and count > len(files_below(folder, IMAGE_SUFFIXES))

@@ -15,6 +15,7 @@ _LIMIT_BLOCKS = 100
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "validation", "valid", "val")
 HELD_OUT = "of the training data, held out with seed"  # in the name of such a part
+CHOOSES = ", also used to choose the epoch"  # after it, where it is what is tested on: its accuracy is optimistic
 
 
 def both(size: int | tuple[int, int]) -> tuple[int, int]:

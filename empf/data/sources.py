@@ -7,6 +7,7 @@ SavedRows      a data set of Hugging Face `datasets`, in memory or mapped from w
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -229,7 +230,11 @@ class ImageFiles:
         except pa.ArrowException as error:
             raise ValueError(f"cannot read {file} ({one_line(error)}): write it as comma-separated values") from error
         image, label = columns.find(table.column_names, str(file), FILE_COLUMNS)
+        if any(pa.types.is_binary(table[name].type) for name in (image, label)):
+            raise ValueError(f"{file} is not UTF-8: save it as UTF-8")
         paths = [os.fsencode(str(name)) for name in table[image].to_pylist()]
+        if more := len(paths) - len(set(paths)):
+            warnings.warn(f"{file} names files again in {more} rows, which may be trained on and tested", stacklevel=2)
         labels = np.empty(len(paths), object)
         labels[:] = table[label].to_pylist()
         return cls(str(file.parent), np.array(paths, np.bytes_), labels, None)

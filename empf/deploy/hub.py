@@ -142,6 +142,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> "hf.ModelCard":
     size = account(build(c))
     spikes = "floating-point spikes" if c.spike_bits is None else f"{c.spike_bits}-bit spikes"
     spikes = "binary spikes" if c.neuron == "lif" else spikes
+    tested = "held-out" if origin.tested_on else "test"
     title = f"{c.arch}" + (f" on {origin.dataset}" if origin.dataset else "")
     rows = [
         ("network", f"{c.arch}, width x {c.width:g}, {c.in_channels}x{'x'.join(map(str, c.size))} input"),
@@ -151,7 +152,8 @@ def model_card(net: SpikingNetwork | PackedModel) -> "hf.ModelCard":
         ("parameters", f"{size['params_mb']:.2f} MB ({size['params_full_mb']:.2f} MB in full precision)"),
         ("parameters as the authors count", f"{size['params_authors_mb']:.2f} MB (2 bits if binary, 3 if ternary)"),
         ("neuron operations per image", f"{size['nops'] / 1e6:.2f} M"),
-        *((f"test accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(origin.accuracy, 1)),
+        *((f"{tested} accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(origin.accuracy, 1)),
+        *([("held-out images", origin.tested_on)] if origin.tested_on else []),
         *([("split of the recordings", origin.split)] if origin.split else []),
     ]
     data = hf.ModelCardData(
@@ -166,7 +168,7 @@ def model_card(net: SpikingNetwork | PackedModel) -> "hf.ModelCard":
         data.eval_results = [
             hf.EvalResult(
                 "image-classification", origin.dataset, origin.dataset, "accuracy", round(origin.accuracy[-1], 4),
-                dataset_split="test",
+                dataset_split=origin.tested_on or "test",
             )
         ]  # fmt: skip
     events = c.in_channels == 2

@@ -22,7 +22,8 @@ class Origin:
     `accuracy`: % of the test set after each time step, with these weights; `epochs`: how many were trained;
     `split`: which recordings of an event set were for testing; `frames_by`, `orientation`, `resize`: how they became
     frames; `resized`: were images cut to their centre and resized for testing; `reading`: how images of one's own were
-    found, see `ImageSettings`; `images`: how many there were for training and testing, with the `limit`.
+    found, see `ImageSettings`; `images`: how many there were for training and testing, with the `limit`;
+    `tested_on`: of what the `accuracy` is, where there was no test set.
     """
 
     dataset: str | None = None
@@ -38,6 +39,7 @@ class Origin:
     resized: bool | None = None
     limit: int | None = None
     images: int | None = None
+    tested_on: str | None = None
     reading: dict = field(default_factory=dict)
 
     @classmethod

@@ -48,7 +48,7 @@ SHORT_EPOCHS = 30
 SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
 
-OWN_EVENTS = dict(orientation="upright")  # on top of the recipe of dvs-cifar10
+OWN_EVENTS = dict(orientation="upright", flip=False)  # on top of the recipe of dvs-cifar10
 
 
 # The groups of --help, by their first field.
@@ -183,11 +183,6 @@ class TrainConfig:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
         if self.steps_per_batch > 1 and self.learning != "random":
             raise ValueError(f"steps_per_batch is for the learning mode random, not for {self.learning}: leave it out")
-        if self.dataset in DATASETS and DATASETS[self.dataset].channels != 2:
-            for name in ("split", "frames_by", "orientation", "resize"):
-                if getattr(self, name) != getattr(TrainConfig, name):
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"{name} is for events, not for the images of {self.dataset}: leave --{flag} out")
         self.check_flips()
         self.images(), self.model()  # checks these flags before the data are read
 
@@ -360,6 +355,8 @@ def from_flags(given: dict) -> TrainConfig:
     kind = "dvs-cifar10" if Path(dataset).is_dir() and has_recordings(Path(dataset)) else dataset
     short = kind not in (*RECIPES, "imagenet200") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
     values = {**(SHORT if short else RECIPES.get(kind, {})), **({} if kind == dataset else OWN_EVENTS), **given}
+    if values.get("neuron") == "lif" and "threshold" not in given:
+        values.pop("threshold", None)  # of the recipe; LIF has its own
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))
     if "warmup_epochs" not in given:
         values["warmup_epochs"] = min(warm_up, max(epochs, 0) / 10)
@@ -399,6 +396,8 @@ def training_of(config: dict, run: str | Path) -> TrainConfig:
     Raises ValueError with one sentence for a setting that is not known, and where there are none: in a model's folder
     of the Hub, if no run was known.
     """
-    if not {"dataset", "seed"} <= config["train"].keys():
+    if "patience" not in (train := config["train"]) and train.get("hold_out") == 0.1:
+        train = train | {"hold_out": None}  # of a version that held out only where there was no test split
+    if not {"dataset", "seed"} <= train.keys():
         raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
-    return settings_of(TrainConfig, config["train"], run)
+    return settings_of(TrainConfig, train, run)

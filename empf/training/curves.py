@@ -63,7 +63,8 @@ def plot_accuracy(ax, history: list[dict], plt) -> None:
     if held:
         label = f"held out, best in epoch {best_epoch(history)}"
         line(ax, held, [r["held_out"][-1] for r in held], color=ORANGE, linestyle="--", label=label)
-    ax.set(ylabel="test accuracy (%)", title="Accuracy after time step t (legend: last epoch)")
+    tested = "held-out" if "tested_on" in history[-1] else "test"
+    ax.set(ylabel=f"{tested} accuracy (%)", title="Accuracy after time step t (legend: last epoch)")
 
 
 def plot_health(left, right, watched: list[dict], plt) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import fields
 
+from torch import nn
+
 from empf.accounting import account
 from empf.data.events import EventSet
 from empf.data.sets import DATASETS, ImageSet, StreamSet, is_held_out
@@ -23,8 +25,10 @@ def headline(model: SpikingNetwork, train: Data, test: Data, held: Data | None =
     return f"{config.arch}, {config.weights} weights, T = {config.T}: {sizes}; {counts}{len(test)} test images{tail}"
 
 
-def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list[str]:
-    """A line for each flag that was given in vain, or by the launcher, for people; `in_memory`: so lie the data."""
+def without_effect(config: TrainConfig, processes: int, data: Data, model: nn.Module) -> list[str]:
+    """A line for each flag that was given in vain, or by the launcher, for people."""
+    in_memory, own_threshold = not isinstance(data, StreamSet), config.threshold != TrainConfig.threshold
+    parallel = sum(getattr(module, "parallel", False) for module in model.modules())
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
     found = (
         {
@@ -40,6 +44,9 @@ def without_effect(config: TrainConfig, processes: int, in_memory: bool) -> list
             f"--sync-bn {alone}": config.sync_bn and processes == 1,
             f"--grad-compression {alone}": config.grad_compression != "none" and processes == 1,
             f"--workers does nothing, {config.dataset} lies in memory": config.workers > 0 and in_memory,
+            f"--flip does nothing, mirrored {config.dataset} may be of other classes": config.flip > data.spec.flip,
+            f"--parallel {config.parallel:g} is too little, no neuron is parallel": config.parallel > 0 == parallel,
+            "--threshold is that of --init-from where its neurons fit": config.init_from is not None and own_threshold,
         }
     )
     return [f"note: {line}" for line, holds in found.items() if holds]
@@ -57,10 +64,11 @@ def few_updates(config: TrainConfig, batches: int) -> str | None:
 def epoch_line(record: dict) -> str:
     """One line of metrics.jsonl for people."""
     per_step = " ".join(f"{a:.2f}" for a in record["accuracy"])
-    held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record else ""
+    tested = "held out" if "tested_on" in record else "test"  # where nothing else is
+    held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record and tested == "test" else ""
     return (
         f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  {held}"
-        f"test after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
+        f"{tested} after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
     )
 
 

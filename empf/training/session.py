@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from empf import runs
 from empf.data.batches import ImageBatches
-from empf.data.sets import ImageSet, StreamSet, is_held_out
+from empf.data.sets import ImageSet, is_held_out
 from empf.figures import has_matplotlib
 from empf.kernels import backend
 from empf.machine import check_memory
@@ -129,12 +129,13 @@ class Session:
         self.sizes, self.chooses = [len(data) for data in sets], held is not None or is_held_out(test_set)
         if self.config.patience is not None and not self.chooses:
             raise ValueError("--patience needs images that are held out of the training set: add --hold-out 0.1")
+        self.tested_on = {"tested_on": test_set.split} if is_held_out(test_set) else {}
         self.evaluated, self.parts = evaluated, parts
         model = parts["model"]
         self.write_config = partial(
             runs.save_config, model=model.config, train=self.config.to_dict(), classes=train_set.class_names,
             mean=train_set.spec.mean, std=train_set.spec.std, resized=train_set.spec.resized,
-            images=len(train_set) + sum(self.sizes),
+            images=len(train_set) + sum(self.sizes), **self.tested_on,
         )  # fmt: skip
         if self.state is None:
             folder = self.config.output_dir
@@ -169,7 +170,7 @@ class Session:
         frozen = [not parameter.requires_grad for parameter in model.parameters()]
         if any(frozen):
             self.notes.append(f"{sum(frozen)} of {len(frozen)} parameter tensors are frozen")
-        in_vain = without_effect(self.config, self.processes, in_memory=not isinstance(train_set, StreamSet))
+        in_vain = without_effect(self.config, self.processes, train_set, model)
         for line in [*self.notes, *in_vain]:
             self.say(line)
 
@@ -227,7 +228,8 @@ class Session:
             if best is not None:
                 held = self.history[best - 1]["held_out"][-1]
                 weights = quote(str(self.run / "best.safetensors"))
-                self.say(f"best held-out accuracy: {held:.2f} % in epoch {best}: python -m empf eval {weights}")
+                said = f"{held:.2f} % in epoch {best}{', optimistic, for it chose the epoch' if self.tested_on else ''}"
+                self.say(f"best held-out accuracy: {said}: python -m empf eval {weights}")
             if not has_matplotlib():
                 self.say("no curves.png without matplotlib: pip install 'empf[plot]'")
 
@@ -283,7 +285,7 @@ class Session:
             "images_per_s": images / self.seconds, "seconds": self.seconds,
         }  # fmt: skip
         if self.chooses:
-            record |= {"held_out": results[-1][0], "held_out_loss": results[-1][1]}
+            record |= {"held_out": results[-1][0], "held_out_loss": results[-1][1], **self.tested_on}
         if self.parts["health"] is not None:
             record["health"] = self.parts["health"].report(min(rates) / self.config.lr)
         self.history.append(record)
