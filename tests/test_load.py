@@ -172,6 +172,8 @@ def test_digits_without_scikit_learn(monkeypatch):
             {},
             r"unknown dataset 'mnist': choose one of digits, cifar10, cifar100, imagenet200, imagenet1k, dvs",
         ),
+        ("photos/of/mine", {}, "no folder photos/of/mine: check the path given with --dataset"),
+        ("/photos", {}, "no folder /photos: check the path given with --dataset"),
         (
             "dvs-cifar10",
             {},
@@ -193,7 +195,7 @@ def test_digits_without_scikit_learn(monkeypatch):
     ],
 )
 def test_wrong_arguments(name, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_data(name, **arguments)
 
 
@@ -229,6 +231,9 @@ def test_missing_folder_and_missing_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*--data"):
         load_data("cifar10", tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("nothing to see")
+    for given in (lambda file: load_data("cifar10", file), lambda file: load_data(str(file))):
+        with pytest.raises(FileNotFoundError, match="no folder .*notes.txt: check the path given with --data"):
+            given(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError, match=r"no train split in .*: expected train-\*\.parquet"):
         load_data("cifar10", tmp_path)
     image_folder(tmp_path, "cifar10", train=10, test=0)
@@ -353,16 +358,14 @@ def test_corrupt_file_is_named(tmp_path):
         load_data("cifar10", folder)
 
 
-def test_events_are_loaded_with_their_settings(monkeypatch):
+def test_events_are_loaded_with_their_settings(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "load_events", lambda *given, **options: asked.append((given, options)))
     settings = EventSettings(5, split="random", by="time", orientation="mirrored", resize="8bit")
-    load_data("dvs-cifar10", "folder", events=settings, limit=3, seed=2)
+    load_data("dvs-cifar10", tmp_path, events=settings, limit=3, seed=2)
     spec = DATASETS["dvs-cifar10"]
     known = dict(device="cpu", limit=3, seed=2, spec=spec)
-    assert [(given, {n: options[n] for n in known}) for given, options in asked] == [
-        ((Path("folder"), settings), known)
-    ]
+    assert [(given, {n: options[n] for n in known}) for given, options in asked] == [((tmp_path, settings), known)]
 
 
 def test_a_known_set_is_tested_with_the_labels_of_its_training(tmp_path):

@@ -50,9 +50,7 @@ class Place:
 
 
 def in_folder(path: Path, columns: Columns, config: str | None = None) -> Place:
-    """What a local folder holds; FileNotFoundError where it is none."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path}: check the path given with --data")
+    """What a local folder holds."""
     if config is not None:
         if not (path / config).is_dir():
             found = ", ".join(child.name for child in subfolders(path)) or "none"

@@ -4,6 +4,7 @@ Images that fit in memory become one uint8 tensor, decoded once (`ImageSet`); of
 of each image is read. Events become frames (`EventSet`), see `empf/data/events.py`.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -230,7 +231,11 @@ def _known(
         raise ValueError(f"limit must be at least 1 image, got {limit}: leave it out to use all images")
     spec = DATASETS.get(name)
     folder = Path(path) if path is not None else Path(name) if spec is None and Path(name).is_dir() else None
-    if spec is None and folder is None and "/" not in name.strip("/."):
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: check the path given with --data")
+    if spec is None and folder is None and (not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or Path(name).exists()):
+        if "/" in name or Path(name).exists():
+            raise FileNotFoundError(f"no folder {name}: check the path given with --dataset")
         raise ValueError(
             f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, a folder, or OWNER/NAME of the Hub"
         )

@@ -140,7 +140,8 @@ class Session:
         if self.state is None:
             folder = self.config.output_dir
             if folder is None and self.first:
-                folder = str(runs.new_folder(Path("runs") / f"{Path(self.config.dataset).name}-{self.config.arch}"))
+                name = Path(self.config.dataset).resolve().name  # of "." too
+                folder = str(runs.new_folder(Path("runs") / f"{name}-{self.config.arch}"))
             self.run = Path(broadcast_object_list([folder])[0])
             self.hold()
             if self.first:
