@@ -10,7 +10,16 @@ import pytest
 from train_tools import run_train
 
 from empf.models import ModelConfig
-from empf.training.config import GROUPS, TrainConfig, batch_per_process, for_resume, from_flags, parser, training_of
+from empf.training.config import (
+    GROUPS,
+    TrainConfig,
+    batch_per_process,
+    for_resume,
+    from_flags,
+    parser,
+    training_of,
+    with_file,
+)
 from empf.training.session import of_call
 
 
@@ -305,11 +314,13 @@ def test_recipes_give_nothing_that_cannot_be(tmp_path):
 
 
 @pytest.mark.parametrize("share, read", [(0.1, None), (0.2, 0.2)])
-def test_what_was_the_default_of_older_runs_holds_nothing_out(share, read):
+def test_what_was_the_default_of_older_runs_holds_nothing_out(tmp_path, share, read):
     """They held out where there was no test split, and only then; 0.1 is what is held out there now."""
     older = {name: value for name, value in TrainConfig(hold_out=share).to_dict().items() if name != "patience"}
     assert training_of({"train": older}, "run").hold_out == read
     assert training_of({"train": older | {"patience": None}}, "run").hold_out == share
+    (tmp_path / "config.json").write_text(json.dumps({"train": older}))
+    assert with_file({"config": str(tmp_path / "config.json")}).get("hold_out") == read
 
 
 def test_warm_up_leaves_room_for_training():

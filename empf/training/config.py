@@ -303,7 +303,8 @@ def with_file(given: dict) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold names and values of flags, such as epochs: 30")
     if isinstance(values.get("train"), dict):  # of a run
-        values = {name: value for name, value in values["train"].items() if name not in ("output_dir", "max_steps")}
+        train = as_meant(values["train"])
+        values = {name: value for name, value in train.items() if name not in ("output_dir", "max_steps")}
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - {f.name for f in fields(TrainConfig)}):
         raise ValueError(f"{file}: unknown setting {', '.join(unknown)}; train.py --help lists them")
@@ -390,14 +391,20 @@ def for_resume(stored: dict, given: dict) -> TrainConfig:
     return TrainConfig.from_dict({**stored, **{"max_steps": None}, **given})
 
 
+def as_meant(train: dict) -> dict:
+    """Stored settings; those of a version that always stored hold_out, and used it only where there was no test split,
+    as of today."""
+    old = "patience" not in train and train.get("hold_out") == 0.1
+    return train | {"hold_out": None} if old else train
+
+
 def training_of(config: dict, run: str | Path) -> TrainConfig:
     """The settings of the training that the config.json of a run folder names.
 
     Raises ValueError with one sentence for a setting that is not known, and where there are none: in a model's folder
     of the Hub, if no run was known.
     """
-    if "patience" not in (train := config["train"]) and train.get("hold_out") == 0.1:
-        train = train | {"hold_out": None}  # of a version that held out only where there was no test split
+    train = as_meant(config["train"])
     if not {"dataset", "seed"} <= train.keys():
         raise ValueError(f"{run} does not say on which data it was trained: give a run folder that train.py wrote")
     return settings_of(TrainConfig, train, run)
