@@ -85,7 +85,9 @@ def test_a_packed_file_gives_the_signs(trained):
 def test_a_run_a_file_a_packed_file_and_the_hub(trained, tmp_path, monkeypatch):
     """Without an update, so that the weights that a run starts with are those that it ends with."""
     empf.load(trained).save_pretrained(tmp_path / "snapshot")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda repo_id, filename, **_: local(tmp_path / "snapshot" / filename))
+    monkeypatch.setattr(
+        hub.hf, "hf_hub_download", lambda repo_id, filename, **_: local(tmp_path / "snapshot" / filename)
+    )
     start = runs.load_state(trained)["model"]
     for at, source in enumerate([trained, trained / "model.safetensors", "someone/net", trained / "net.safetensors"]):
         run = tmp_path / f"run{at}"
@@ -102,7 +104,7 @@ def test_a_run_a_file_a_packed_file_and_the_hub(trained, tmp_path, monkeypatch):
 
 def local(path: Path) -> str:
     if not path.is_file():
-        raise hub.EntryNotFoundError("404")
+        raise hub.hf.errors.EntryNotFoundError("404")
     return str(path)
 
 
@@ -110,7 +112,7 @@ def test_a_source_that_is_none_is_one_sentence(trained, tmp_path, monkeypatch):
     def refused(repo_id, filename, **_):
         raise OSError("no connection\nat all")
 
-    monkeypatch.setattr(hub, "hf_hub_download", refused)
+    monkeypatch.setattr(hub.hf, "hf_hub_download", refused)
     stray = tmp_path / "best.safetensors"
     stray.write_bytes((trained / "model.safetensors").read_bytes())
     (tmp_path / "empty").mkdir()

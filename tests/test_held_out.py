@@ -147,7 +147,9 @@ def test_without_a_test_split_the_part_that_is_tested_chooses(folder, tmp_path, 
     out = capsys.readouterr().out
     tested_on = "0.1 of the training data, held out with seed 0, also used to choose the epoch"
     assert f"; 30 training, 10 test images; tested on {tested_on}\n" in out and "%  held out after each step" in out
-    assert re.search(r"best held-out accuracy: \d+\.00 % in epoch \d, optimistic, for it chose the epoch: python -m empf eval", out)
+    assert re.search(
+        r"best held-out accuracy: \d+\.00 % in epoch \d, optimistic, for it chose the epoch: python -m empf eval", out
+    )
     records = metrics(run)
     assert [r["held_out"] for r in records] == [r["accuracy"] for r in records]
     assert {r["tested_on"] for r in records} == {tested_on}
