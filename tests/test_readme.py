@@ -22,7 +22,8 @@ OTHER |= {
     "dist",
     "logdir",
     "strict",
-}  # also pytest, tensorboard, twine
+    "index-url",
+}  # also pip, pytest, tensorboard, twine
 CONSOLE = r"(accelerate launch|python (train\.py|-m empf train)) "
 
 
