@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from empf.data.classes import Classes, is_missing, plain
+from empf.data.classes import Classes, check_classes, is_missing, plain
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,16 @@ def test_other_orders_of_the_same_names_are_mapped_by_name():
     assert [other.label(value) for value in (0, 1, 2)] == [2, 0, None] and other.names == classes.names
     with pytest.raises(ValueError, match="train and test of x name their classes differently: 'fox' is not in train"):
         classes.of(["fox", "cat"], "test of x")
+
+
+def test_what_looks_like_a_mistake_is_said(recwarn):
+    check_classes(["cat", "Cats"], [0, 1, None], "train of x")
+    check_classes(["cat", "dog"], (), "train of x")  # all classes are known to be there
+    assert not recwarn
+    check_classes(["dog", " cat", "Cat"], [0, 1, 1], "train of x")
+    assert [str(w.message) for w in recwarn] == [
+        "train of x has the classes ' cat', 'Cat', which differ in case or spaces: are they one?",
+        "train of x has the classes 'Cat', of which there is no example",
+    ]
+    with pytest.raises(ValueError, match="train of x has only the class 'cat': give the folder in which each class"):
+        check_classes(["cat"], (), "train of x")

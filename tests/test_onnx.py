@@ -10,6 +10,7 @@ import pytest
 import torch
 from deploy_tools import logits, shallow, trained
 
+import empf
 from empf.deploy import onnx as empf_onnx
 from empf.deploy.onnx import export_onnx
 from empf.deploy.origin import Origin
@@ -53,6 +54,23 @@ def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, 
     assert json.loads(session.get_modelmeta().custom_metadata_map["origin"])["classes"] == list("abcdefghij")
     if packed.config.arch != "vgg_snn":
         check_the_program_for_pictures(packed, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("arch, channels, dims", [("vgg_snn", 1, 4), ("vgg_snn", 2, 5), ("resnet18", 2, 5)])
+def test_networks_of_two_channels_are_exported_for_events(monkeypatch, tmp_path, arch, channels, dims):
+    """Whatever the architecture; and others for images."""
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+
+    class Asked(Exception):
+        pass
+
+    def export(whole, inputs, **options):
+        raise Asked(inputs[0].dim())
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    packed = pack(empf.build(empf.ModelConfig(arch, in_channels=channels, image_size=16, width=0.0625, T=2)).eval())
+    with pytest.raises(Asked, match=f"^{dims}$"):
+        export_onnx(packed, tmp_path / "net.onnx")
 
 
 def check_the_program_for_pictures(packed, folder, monkeypatch, said) -> None:

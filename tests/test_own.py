@@ -239,10 +239,10 @@ def test_faults_are_one_sentence(tmp_path):
 
 
 def test_what_looks_wrong_is_said_aloud(tmp_path):
-    """Names that differ in case alone, and those that a file stores and no image has."""
+    """Names that differ in case or spaces, and those that a file stores and no image has."""
     folder = write(tmp_path / "own", "folders", {"": items(4, "square")})
     (folder / "cat").rename(folder / "Bee")
-    with pytest.warns(UserWarning, match="own has the classes 'Bee', 'bee', which differ in case alone: are they one"):
+    with pytest.warns(UserWarning, match="own has the classes 'Bee', 'bee', which differ in case or spaces: are they"):
         assert load_data(str(folder))[0].class_names == ["Bee", "ant", "bee"]
     parquet = write(tmp_path / "rows", "parquet", {"": [item for item in items(4, "square") if item[0] != "bee"]})
     with pytest.warns(UserWarning, match="rows has the classes 'bee', of which there is no example"):

@@ -93,20 +93,19 @@ class Classes:
 
 
 def check_classes(names: Sequence[str], labels: Iterable[int | None], origin: str) -> None:
-    """Raise ValueError where there is a single class; warn of names that differ in case alone, and of classes that no
-    training example has (`labels`, of all of them, or nothing where they are known to have all)."""
+    """Raise ValueError where there is a single class; warn of what looks like a mistake.
+
+    That are names that differ in case or spaces alone, and classes that no training example has: `labels` are those of
+    all of them, or nothing where they are known to have all classes.
+    """
     if len(names) < 2:
         raise ValueError(
             f"{origin} has only the class {names[0]!r}: give the folder in which each class has a folder, or, of a "
             "table, the column of the labels with --label-column"
         )
-    spelt = Counter(name.lower() for name in names)
-    seen = set(labels)
+    counts, seen = Counter(name.strip().lower() for name in names), set(labels)
     for which, said in (
-        (
-            [name for name in names if spelt[name.lower()] > 1],
-            "which differ in case alone: are they one?",
-        ),
+        ([name for name in names if counts[name.strip().lower()] > 1], "which differ in case or spaces: are they one?"),
         ([name for label, name in enumerate(names) if seen and label not in seen], "of which there is no example"),
     ):
         if which:

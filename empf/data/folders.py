@@ -7,8 +7,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".dng"}  # pictures all the same, which nobody means to leave out
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# pictures all the same, which nobody means to leave out
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".tga", ".ppm", ".pgm", ".pbm"}
 
 
 def is_data(name: str) -> bool:

@@ -58,8 +58,8 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
     """Write `packed` as an ONNX file with the input `x` and the output `logits`, see the module's docstring.
 
     `x`: an example input of all T steps with at least two samples; a network of `empf.models` needs none (it is then
-    exported for images, a VGG-SNN for events). Raises ValueError where an example is missing or the packages for it are
-    not installed, OSError with one sentence where the disk refuses.
+    exported for images, one of two channels for events). Raises ValueError where an example is missing or the packages
+    for it are not installed, OSError with one sentence where the disk refuses.
 
     >>> net = torch.nn.Sequential(empf.BinaryLinear(4, 2), empf.EMPFNeuron(1))
     >>> empf.export_onnx(empf.pack(net), "net.onnx", torch.zeros(1, 2, 4))
@@ -71,7 +71,7 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
         if not builtin:
             raise ValueError("a network of your own needs an example: export_onnx(packed, path, x), x (T, N, ...)")
         c = packed.net.config
-        x = torch.zeros(*[c.T] * (c.arch == "vgg_snn"), 2, c.in_channels, *c.size)
+        x = torch.zeros(*[c.T] * (c.in_channels == 2), 2, c.in_channels, *c.size)
     batch = x.dim() - 4 if builtin else 1
     whole, x = WholeSequence(packed).eval(), x.detach().cpu()
     whole(x)
