@@ -179,9 +179,11 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
     }
 
 
-def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES) -> dict:
+def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES, only=()) -> dict:
     torch.set_num_threads(threads)
     names = contenders(device)
+    if only:
+        names = tuple(name for name in names if name in ("packed", "model", *only))
     result = {"machine": machine(device), "native": native.library() is not None, "model": config.to_dict()}
     with tempfile.TemporaryDirectory() as folder:
         paths = prepare(Path(folder), config, names)
@@ -325,11 +327,9 @@ def report(result: dict) -> str:
     for n, times in result["batch"].items():
         row(f"batch {n}, ms", {name: times["ms"][name]["median"] for name in names}, ".1f")
         over = times["speed_of_packed_over"]
-        lines.append(
-            f"  packed is {over['model']['median']:.2f}x as fast as model.eval(), "
-            f"{over['full precision']['median']:.2f}x as with full-precision weights"
-            + (f", {over[ONNX_RUNTIME]['median']:.2f}x as ONNX Runtime" if ONNX_RUNTIME in over else "")
-        )
+        told = {"model": "model.eval()", "full precision": "the network with full-precision weights"}
+        ratios = (f"{over[name]['median']:.2f}x as fast as {told.get(name, name)}" for name in over)
+        lines.append(f"  packed is {', '.join(ratios)}")
     return "\n".join(lines)
 
 
@@ -344,6 +344,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--rounds", type=int, default=40, help="calls per network at batch 1")
     p.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes (default: 1 64)")
+    p.add_argument("--only", nargs="+", choices=contenders("cpu"), default=(), help="beside packed and model")
     p.add_argument("--equality", action="store_true", help="compare logits on real images instead")
     p.add_argument("--data", help="local folder of CIFAR-100")
     p.add_argument("--limit", type=int, help="with --equality: use only the first so many test images")
@@ -365,7 +366,7 @@ def main() -> None:
         arch=args.arch, num_classes=100, width=args.width or 1.0, weights=args.weights, neuron=args.neuron,
         spike_bits=args.spike_bits,
     )  # fmt: skip
-    result = measure(config, args.device, args.threads, args.rounds, args.batches)
+    result = measure(config, args.device, args.threads, args.rounds, args.batches, args.only)
     path = args.json or RESULTS / f"deploy-{args.device}.json"
     write(path, result)
     print(f"{report(result)}\nwritten to {path}")

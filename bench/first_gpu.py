@@ -110,14 +110,15 @@ def steps(out: Path, data: str | None) -> list[Step]:
             listed.append(Step("alternatives", 9, [*me, "alternatives"], [*me, "alternatives"]))
     train = [python, "bench/train.py", "--device", "cuda", "--width", "1"]
     tiny_train = [python, "bench/train.py", "--width", "0.0625", "--T", "2", "--batch-size", "2", "--repeats", "1"]
-    tiny_train += ["--variants", "random"]
+    tiny_train += ["--variants", "random", "--threads", "1"]
     for name, flags in (("bf16", ["--bf16"]), ("bf16-graph", ["--bf16", "--cuda-graph"]), ("fp32", []),
                         ("bf16-compile", ["--bf16", "--compile"]), ("fp32-graph", ["--cuda-graph"])):  # fmt: skip
         result = ["--json", str(out / f"train-{name}.json")]
         tiny = None if flags else [*tiny_train, *result]
         listed.append(Step(f"train-{name}", 9, [*train, *flags, *result], tiny, {}, OFF))
     deploy, result = [python, "bench/deploy.py"], ["--json", str(out / "deploy.json")]
-    tiny_deploy = [*deploy, "--width", "0.0625", "--rounds", "1", "--batches", "1", *result]
+    tiny_deploy = [*deploy, "--width", "0.0625", "--rounds", "1", "--batches", "1", *result, "--threads", "1"]
+    tiny_deploy += ["--only", "model"]
     listed.append(Step("deploy", 9, [*deploy, "--device", "cuda", *result], tiny_deploy, {}, OFF))
     record = [python, "bench/record.py", "--runs", str(out / "runs"), *source]
     smoke = [*record, "--smoke", "--weights", "binary"]
@@ -247,6 +248,7 @@ def as_python(arguments: list[str], environment: dict, file) -> None:
         elif kind == "-m":
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, str(Path(kind).resolve().parent))
             runpy.run_path(kind, run_name="__main__")
 
 

@@ -48,7 +48,10 @@ RECIPE = {  # flags of train.py
     "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "ema": 0.999, "seed": 0, "save_minutes": 5.0,
     "mixed_precision": "bf16" if torch.cuda.is_available() else "no",
 }  # fmt: skip
-SMOKE = {"width": 0.0625, "epochs": 2, "batch_size": 32, "warmup_epochs": 0.5, "lr": 0.05, "limit": 128, "ema": 0.5}
+SMOKE = {
+    "width": 0.0625, "T": 2, "epochs": 2, "batch_size": 32, "warmup_epochs": 0.5, "lr": 0.05, "limit": 64, "ema": 0.5,
+    "threads": 1,
+}  # fmt: skip
 
 
 def flags(recipe: dict) -> list[str]:

@@ -32,6 +32,7 @@ def test_rehearsal(tmp_path):
         "fails": "failed (1)"
     }, "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert {"split", "kernels-0", "alternatives", "train-fp32", "deploy", "record-0"} < set(rows)
+    assert set(json.loads((tmp_path / "deploy.json").read_text())["file_mb"]) == {"packed", "model"}
     assert rows["fails"]["last"] == "this step fails on purpose"
     assert "edges are right" in (tmp_path / "edges.log").read_text()
     summary = (tmp_path / "summary.md").read_text()
