@@ -61,6 +61,9 @@ def binary_conv2d_ref(
     """The definition of `binary_conv2d` in plain torch: the sum in fp32 or wider, rounded once at the end.
 
     Codes are summed in fp64, so exactly, whatever algorithm cuDNN takes. Sums of fp32 follow torch's settings of TF32.
+
+    >>> binary_conv2d_ref(torch.ones(1, 1, 2, 2), pack(torch.ones(1, 1, 3, 3)), padding=1).flatten()
+    tensor([4., 4., 4., 4.])
     """
     codes = x.dtype in CODES
     wide = torch.float64 if codes else torch.promote_types(x.dtype, torch.float32)
@@ -251,6 +254,9 @@ def binary_conv2d(
     `bias`: backward (of first order within torch.compile, else of any), forward and under torch.func; `packed` is a
     constant. Autocast changes nothing: the type of x decides. CUDA tensors take the kernel, others `binary_conv2d_ref`,
     unless `set_backend` says otherwise. Raises ValueError where shapes, types, devices or `step` do not fit.
+
+    >>> binary_conv2d(torch.ones(2, 3, 8, 8), pack(torch.randn(5, 3, 3, 3)), stride=2, padding=1).shape
+    torch.Size([2, 5, 4, 4])
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=step, out_dtype=out_dtype)
     out_dtype, step = result_dtype(x, out_dtype), None if step is None else float(step)

@@ -78,6 +78,10 @@ def binary_conv2d_neuron_ref(
     """The definition of `binary_conv2d_neuron` in plain torch: `binary_conv2d_ref`, then `neuron_update_ref`.
 
     In fp32 throughout (fp64 for an fp64 x); only what is returned is rounded to the dtype of the result.
+
+    >>> half, packed = torch.full((2,), 0.5), pack(torch.ones(1, 1, 1, 1))
+    >>> binary_conv2d_neuron_ref(torch.ones(2, 1, 1, 1, 1), packed, None, half, half)[0].flatten()
+    tensor([0.5000, 0.7500])
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     out_dtype = result_dtype(x, out_dtype)
@@ -384,6 +388,12 @@ def binary_conv2d_neuron(
     other layouts are converted first; what the kernel returns is channels_last.
 
     Inference only: raises ValueError where autograd would record it, and for shapes, dtypes or devices that do not fit.
+
+    >>> codes, half = torch.full((2, 1, 1, 1, 1), 4, dtype=torch.uint8), torch.full((2,), 0.5)  # T = 2; four are 1.0
+    >>> packed = pack(torch.ones(1, 1, 1, 1))
+    >>> spikes, v = binary_conv2d_neuron(codes, packed, None, half, half, in_step=0.25, bits=4, codes=True)
+    >>> spikes.flatten().tolist(), v.flatten().tolist()
+    ([2, 3], [0.5])
     """
     check_conv(x, packed, stride=stride, padding=padding, bias=bias, step=in_step, out_dtype=out_dtype, steps=True)
     output = (*x.shape[:2], packed.shape[0], *output_size(x.shape[3:], packed.shape[2:], stride, padding))

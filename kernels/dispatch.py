@@ -49,7 +49,10 @@ LAUNCHES = Counter()  # kernel name -> launches in this process; tests assert wi
 
 
 def set_backend(mode: str) -> None:
-    """Choose the implementation for this process: `auto`, `on` (Triton or an error) or `off` (torch). See the table."""
+    """Choose the implementation for this process: `auto`, `on` (Triton or an error) or `off` (torch). See the table.
+
+    >>> set_backend("auto")
+    """
     global _mode
     if mode not in MODES:
         raise ValueError(f"backend must be one of {', '.join(MODES)}, got {mode!r}")
@@ -59,7 +62,11 @@ def set_backend(mode: str) -> None:
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """The implementation that tensors on `device` get now: 'triton', 'triton-interpreter' or 'torch'."""
+    """The implementation that tensors on `device` get now: 'triton', 'triton-interpreter' or 'torch'.
+
+    >>> backend("cpu")
+    'torch'
+    """
     cuda = torch.device(device).type == "cuda"
     if _mode == "off" or not HAVE_TRITON or (_mode == "auto" and not cuda):
         return "torch"

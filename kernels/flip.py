@@ -39,7 +39,13 @@ def bits_of(minus: Tensor) -> Tensor:
 def flip_update_ref(
     grad: Tensor, bits: Tensor, momentum: Tensor, scale: Tensor | None, tau: Tensor, keep: float, rate: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """The definition of `flip_update`: (bits, momentum, scale, sums of grad^2 of each block), nothing in place."""
+    """The definition of `flip_update`: (bits, momentum, scale, sums of grad^2 of each block), nothing in place.
+
+    >>> bits, m, zero = bits_of(torch.tensor([False, True])), torch.zeros(2, dtype=torch.bfloat16), torch.tensor(0.0)
+    >>> flipped = flip_update_ref(torch.ones(2), bits, m, None, zero, keep=0.9, rate=0.1)[0]
+    >>> signs_of(flipped, 2)  # the gradient pushes both down: +1 turns
+    tensor([-1., -1.])
+    """
     n = grad.numel()
     blocks = lambda x: F.pad(x.float(), (0, -n % BLOCK)).view(-1, BLOCK)  # noqa: E731
     g, m, w = blocks(grad), blocks(momentum), blocks(signs_of(bits, n))
@@ -110,6 +116,10 @@ def flip_update(
     Shapes and formula: see the table on top. `keep` is 1 - rate in the first of several calls whose gradients belong
     together, and 1 in the others. Not for use inside of `torch.compile` or autograd. Raises ValueError where shapes,
     dtypes or devices do not fit, or a tensor is not contiguous.
+
+    >>> bits, m, scale = bits_of(torch.tensor([False, True])), torch.zeros(2, dtype=torch.int8), torch.zeros(1)
+    >>> flip_update(torch.ones(2), bits, m, scale, torch.tensor(0.0), rate=0.1, keep=0.9), signs_of(bits, 2).tolist()
+    (tensor(2.), [-1.0, -1.0])
     """
     n = grad.numel()
     sizes = {"bits": (bits, torch.int32, -(-n // 32)), "momentum": (momentum, torch.bfloat16, n)}

@@ -104,7 +104,11 @@ def binary_matmul_ref(
     step: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The definition of `binary_matmul` in plain torch: the sum in fp32 or wider, and exact for codes."""
+    """The definition of `binary_matmul` in plain torch: the sum in fp32 or wider, and exact for codes.
+
+    >>> binary_matmul_ref(torch.ones(1, 2), pack(torch.tensor([[1.0, -3.0], [2.0, 2.0]])))
+    tensor([[0., 4.]])
+    """
     codes = x.dtype in CODES
     wide = torch.float64 if codes else torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ signs(packed).to(wide).t()
@@ -368,6 +372,9 @@ def binary_matmul(
     torch.func; `packed` is a constant. Autocast changes nothing: the type of x decides. CUDA tensors take the kernel,
     others `binary_matmul_ref`, unless `set_backend` says otherwise. Results do not vary from call to call. Raises
     ValueError where shapes, types, devices or `step` do not fit.
+
+    >>> binary_matmul(torch.tensor([[4, 1]], dtype=torch.uint8), pack(torch.tensor([[1.0, -3.0]])), step=0.25)
+    tensor([[1.5000]])
     """
     out_dtype = _check(x, packed, bias, step, out_dtype)
     step = None if step is None else float(step)

@@ -50,6 +50,9 @@ def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
     """n-bit spikes: `Q(s) = clip(floor(s / step + 1/2), 0, 2^bits - 1) * step` (halves round up).
 
     The gradient is straight-through: 1 for `0 <= s <= (2^bits - 1) * step`, 0 outside.
+
+    >>> quantize_spikes(torch.tensor([0.1, 0.125, 9.0]), bits=4)
+    tensor([0.0000, 0.2500, 3.7500])
     """
     clipped = s.where((s >= 0) & (s <= (2**bits - 1) * step), 0.0)  # clamp has no gradient at its ends since torch 2.14
     return spike_codes(s, bits, step) * step + (clipped - clipped.detach())  # the bracket is 0, with a gradient
@@ -136,7 +139,11 @@ def neuron_update_ref(
     current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False,
     detach=True, return_v=True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Definition of `neuron_update`: `neuron_steps`, stacked."""
+    """Definition of `neuron_update`: `neuron_steps`, stacked.
+
+    >>> neuron_update_ref(torch.ones(2, 1, 1), None, torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5]))[0].flatten()
+    tensor([0.5000, 0.7500])
+    """
     p = NeuronParams(leak, threshold, gain=gain, shift=shift, bits=bits, step=step, parallel=parallel, detach=detach)
     spikes, v = neuron_steps(current, v, p, codes=codes)
     return stack_steps(spikes, current), v if return_v else None
@@ -371,6 +378,11 @@ def neuron_update(
     Gradients of first order for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from
     current and v. More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes,
     devices or options do not fit.
+
+    >>> leak = threshold = torch.tensor([0.5, 0.5])
+    >>> spikes, v = neuron_update(torch.ones(2, 1, 1), None, leak, threshold)  # m: 1, then 0.5 * 0.5 + 1
+    >>> spikes.flatten().tolist(), v.tolist()
+    ([0.5, 0.75], [[0.5]])
     """
     check_current(current)
     step = number(step, "step")

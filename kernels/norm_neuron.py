@@ -32,7 +32,13 @@ def _against_steps(p: Tensor, x: Tensor) -> Tensor:
 def bn_neuron_ref(
     x, v, leak, threshold, weight, bias, *, eps=1e-5, bits=None, step=0.25, parallel=False, detach=True, stats=None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Definition of `bn_neuron`, in fp32 (fp64 for an fp64 x)."""
+    """Definition of `bn_neuron`, in fp32 (fp64 for an fp64 x).
+
+    >>> half, x = torch.full((2,), 0.5), torch.randn(2, 8, 3)  # T = 2, N = 8, C = 3
+    >>> spikes, v, mean, var = bn_neuron_ref(x, None, half, half, torch.ones(3), torch.zeros(3))
+    >>> spikes.shape, v.shape, mean.shape
+    (torch.Size([2, 8, 3]), torch.Size([8, 3]), torch.Size([2, 3]))
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     mean, var = _moments(y, [d for d in range(1, x.dim()) if d != 2]) if stats is None else stats  # T C
@@ -46,7 +52,13 @@ def bn_neuron_ref(
 def mem_bn_neuron_ref(
     current, v, leak, threshold, alpha, beta, weight, bias, *, eps=1e-5, bits=None, step=0.25, detach=True, stats=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Definition of `mem_bn_neuron`, in fp32 (fp64 for an fp64 current)."""
+    """Definition of `mem_bn_neuron`, in fp32 (fp64 for an fp64 current).
+
+    >>> half, x = torch.full((2,), 0.5), torch.randn(2, 8, 3)  # T = 2, N = 8, C = 3
+    >>> spikes, v, mean, var = mem_bn_neuron_ref(x, None, half, half, half, half, torch.ones(2, 3), torch.zeros(2, 3))
+    >>> spikes.shape, v.shape, mean.shape
+    (torch.Size([2, 8, 3]), torch.Size([8, 3]), torch.Size([2, 3]))
+    """
     dtype = torch.promote_types(current.dtype, torch.float32)
     over = [d for d in range(current.dim() - 1) if d != 1]
     found = []
@@ -315,6 +327,11 @@ def bn_neuron(
     Gradients of first order for x, v, leak, threshold, weight and bias, through mean and variance; the kernels keep x,
     v and vectors for them.
     Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
+
+    >>> half, x = torch.full((2,), 0.5), torch.randn(2, 8, 3)  # T = 2, N = 8, C = 3
+    >>> spikes, v, mean, var = bn_neuron(x, None, half, half, torch.ones(3), torch.zeros(3))
+    >>> torch.allclose(mean[0], x[0].mean(0), atol=1e-6), var.shape
+    (True, torch.Size([2, 3]))
     """
     step = number(step, "step")
     _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, tuple(x.shape[2:3]))
@@ -349,6 +366,11 @@ def mem_bn_neuron(
     the kernels keep current, v and vectors for them. With detach=False the backward pass is the torch definition on
     every device.
     Raises ValueError where shapes, dtypes, devices or options do not fit, or for a single value per channel.
+
+    >>> half, x = torch.full((2,), 0.5), torch.randn(2, 8, 3)  # T = 2, N = 8, C = 3
+    >>> spikes, v, mean, var = mem_bn_neuron(x, None, half, half, half, half, torch.ones(2, 3), torch.zeros(2, 3))
+    >>> torch.allclose(mean[0], x[0].mean(0), atol=1e-6), var.shape
+    (True, torch.Size([2, 3]))
     """
     step = number(step, "step")
     T, _, C = current.shape[:3] if current.dim() >= 3 else (0, 0, 0)

@@ -46,6 +46,9 @@ class PackedWeight:
 
     `shape` is that of the dense weight, (N, K), (N, C, k) or (N, C, kh, kw); `kind` is 'binary' or 'ternary'. Raises
     ValueError where these do not fit together.
+
+    >>> PackedWeight(torch.tensor([[0b10]], dtype=torch.int32), torch.tensor([0.5]), (1, 2), "binary").shape  # +, -
+    (1, 2)
     """
 
     bits: torch.Tensor
@@ -164,6 +167,10 @@ def pack(w: torch.Tensor, kind: str = "binary", scale: torch.Tensor | None = Non
 
     `scale` (N,) replaces the scale of these formulas. The result shares no memory with `w`. Raises ValueError for
     another kind, number of dimensions, or dtype, NotImplementedError for a `w` that torch.func maps or differentiates.
+
+    >>> packed = pack(torch.tensor([[1.0, -3.0], [2.0, 2.0]]))
+    >>> packed.bits.tolist(), packed.scale.tolist()
+    ([[2], [0]], [2.0, 2.0])
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -200,7 +207,11 @@ def signs(packed: PackedWeight) -> torch.Tensor:
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense weight scale[n] * sign[n, ...], fp32, in its own shape."""
+    """The dense weight scale[n] * sign[n, ...], fp32, in its own shape.
+
+    >>> unpack(pack(torch.tensor([[1.0, -3.0]])))
+    tensor([[ 2., -2.]])
+    """
     scale = packed.scale.view(-1, *[1] * (len(packed.shape) - 1))
     return scale * signs(packed)
 

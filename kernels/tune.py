@@ -33,7 +33,10 @@ _saved: dict[Path, dict[str, str]] = {}  # file of a device -> key -> plan, both
 
 
 def set_tuning(mode: str) -> None:
-    """'0': off, '1': on and remembered in this process, 'save': also in a file of the user's cache directory."""
+    """'0': off, '1': on and remembered in this process, 'save': also in a file of the user's cache directory.
+
+    >>> set_tuning("0")
+    """
     global _mode
     if mode not in MODES:
         raise ValueError(f"tuning (EMPF_TUNE) must be one of {', '.join(MODES)}, got {mode!r}")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import empf
-from empf import data, deploy, diagnose, figures
+from empf import data, deploy, diagnose, figures, kernels
+from empf.kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [getattr(empf, name) for name in empf.__all__ if inspect.isclass(getattr(empf, name))]
@@ -21,10 +22,9 @@ CLASSES = [getattr(empf, name) for name in empf.__all__ if inspect.isclass(getat
 def public() -> dict:
     """The functions of the library that people are handed, by name.
 
-    Those of `empf`, what its wings and `figures` hand on, and what README and docs/ name; `empf.kernels` has its own
-    examples (tests/test_vendoring.py).
+    Those of `empf` and `empf.kernels`, what the wings and `figures` hand on, and what README and docs/ name.
     """
-    found = [getattr(empf, name) for name in empf.__all__] + [getattr(figures, name) for name in figures.__all__]
+    found = [getattr(module, name) for module in (empf, figures) for name in module.__all__]
     for wing in (data, deploy, diagnose):
         source = inspect.getsource(wing)
         found += [getattr(wing, name) for name in re.findall(r"^from \S+ import (\w+) as \1$", source, re.M)]
@@ -34,23 +34,29 @@ def public() -> dict:
         for module, name in re.findall(r"\b(empf\.\w[\w.]*)\.(\w+)\(", page.read_text()):
             found.append(getattr(sys.modules.get(module), name, None))
     functions = {f for f in found if inspect.isfunction(f) and not f.__module__.startswith("empf.kernels")}
-    return {f.__name__: f for f in sorted(functions, key=lambda f: f.__name__)}
+    functions = {f.__name__: f for f in sorted(functions, key=lambda f: f.__name__)}
+    return functions | {f"kernels.{name}": getattr(kernels, name) for name in kernels.__all__}
 
 
 FUNCTIONS = public()
 
 
 def test_the_functions_of_every_wing_are_found():
-    assert {"pack", "from_tonic", "raster", "per_class", "top_classes", "separability_table"} <= FUNCTIONS.keys()
+    wings = {"pack", "from_tonic", "raster", "per_class", "top_classes", "separability_table"}
+    assert wings | {"kernels.pack", "kernels.PackedWeight"} <= FUNCTIONS.keys()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_example_of_a_function_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dispatch, "_mode", "auto")
     function = FUNCTIONS[name]
-    names = {**vars(sys.modules[function.__module__]), "torch": torch, "np": np, "empf": empf}
+    names = {"torch": torch, "np": np, "empf": empf}
+    if name.startswith("kernels."):  # people import from the folder
+        names |= vars(kernels)
+    names |= vars(sys.modules[function.__module__])
     (found,) = doctest.DocTestFinder(recurse=False).find(function, name, module=False, globs=names)
-    assert re.search(rf"\b{name}\(", "".join(example.source for example in found.examples))
+    assert re.search(rf"\b{function.__name__}\(", "".join(example.source for example in found.examples))
     torch.manual_seed(0)
     assert doctest.DocTestRunner().run(found).failed == 0
 
