@@ -23,8 +23,8 @@ def script(command: list[str]) -> list[str]:
         case ["bench", name, *flags] if name in BENCHES:
             named = any(flag.split("=")[0] == "--json" for flag in flags)
             return [str(SCRIPTS / "bench" / f"{name}.py"), *flags, *([] if named else ["--json", f"{name}.json"])]
-        case ["-h" | "--help"]:
-            print(__doc__, end="")
+        case ["-h" | "--help"] | ["bench", "-h" | "--help"]:
+            print(f"{__doc__}\nbenchmarks: {', '.join(BENCHES)}; each command has --help")
             sys.exit()
     sys.exit(f"error: give a command: python -m empf train, eval, or bench with one of {', '.join(BENCHES)}")
 

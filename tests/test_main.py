@@ -34,10 +34,12 @@ def test_what_is_no_command_is_one_sentence(command):
         commands.script(command)
 
 
-def test_help_lists_the_commands(capsys):
+@pytest.mark.parametrize("command", [["--help"], ["bench", "-h"]])
+def test_help_lists_the_commands(command, capsys):
     with pytest.raises(SystemExit) as end:
-        commands.script(["--help"])
-    assert end.value.code is None and capsys.readouterr().out.count("python -m empf") == 3
+        commands.script(command)
+    said = capsys.readouterr().out
+    assert end.value.code is None and said.count("python -m empf") == 3 and ", ".join(commands.BENCHES) in said
 
 
 def test_threads_are_told_not_to_spin_before_torch_loads():
