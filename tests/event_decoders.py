@@ -63,6 +63,42 @@ def dat(data: bytes) -> Decoded:
     return [(word % 2**14, (word >> 14) % 2**14, (word >> 28) % 2, t) for t, word in events]
 
 
+def evt2(data: bytes) -> Decoded:
+    """Prophesee .raw, 32-bit words: 4 bits of kind; of an event (0 off, 1 on) 6 bits of time, 11 of x, 11 of y; of time
+    (8) its 28 higher bits."""
+    found, high = [], 0
+    for (word,) in struct.iter_unpack("<I", data[after_header(data, b"%") :]):
+        kind = word >> 28
+        if kind == 8:
+            high = word % 2**28
+        elif kind < 2:
+            found.append(((word >> 11) % 2**11, word % 2**11, kind, high << 6 | (word >> 22) % 2**6))
+    return found
+
+
+def evt3(data: bytes) -> Decoded:
+    """Prophesee .raw, 16-bit words: 4 bits of kind, and 12 of y (0), of on and x (2), of on and the first x of a vector
+    (3), of which columns of 12 or 8 have an event (4, 5), of the lower (6) or higher (8) half of the time."""
+    found, y, base, on, low, high = [], 0, 0, 0, 0, 0
+    for (word,) in struct.iter_unpack("<H", data[after_header(data, b"%") :]):
+        kind, value = word >> 12, word % 2**12
+        if kind == 0:
+            y = value % 2**11
+        elif kind == 2:
+            found.append((value % 2**11, y, value >> 11, high << 12 | low))
+        elif kind == 3:
+            base, on = value % 2**11, value >> 11
+        elif kind in (4, 5):
+            wide = {4: 12, 5: 8}[kind]
+            found += [(base + at, y, on, high << 12 | low) for at in range(wide) if value >> at & 1]
+            base += wide
+        elif kind == 6:
+            low = value
+        elif kind == 8:
+            high = value
+    return found
+
+
 def aedat4(data: bytes) -> Decoded:
     """Packets of a stream (here the first) and a size, compressed (0: not, 1: LZ4), each a flatbuffer of structs of 16
     bytes: time, x, y and on."""
@@ -141,6 +177,8 @@ DECODERS = {
     "aedat4": ("a.aedat4", aedat4, (260, 346)),
     "nmnist": ("a.bin", nmnist, (34, 34)),
     "dat": ("a.dat", dat, (240, 304)),
+    "evt2": ("a.raw", evt2, (240, 304)),
+    "evt3": ("a.raw", evt3, (240, 304)),
     "tonic": ("a.npy", arrays, (240, 304)),
     "spikingjelly": ("a.npz", arrays, (240, 304)),
     "es_imagenet": ("a.npz", arrays, (240, 304)),
@@ -165,6 +203,7 @@ def random_file(kind: str, rng: np.random.Generator, count: int = 300) -> bytes:
     if kind == "aedat4":
         return aedat4_file(rng)
     width, height = {"davis240": (240, 180), "dvs128": (128, 128), "nmnist": (34, 34)}.get(kind, (304, 240))
+    width -= 20 * (kind == "evt3")  # a vector reaches to the right
     x, y, on = (rng.integers(0, most, count).tolist() for most in (width, height, 2))
     t = list(accumulate(rng.integers(0, 60, count).tolist(), initial=50))[:count]
     if kind == "aedat31":  # the clock of 31 bits is full in the middle
@@ -184,6 +223,18 @@ def random_file(kind: str, rng: np.random.Generator, count: int = 300) -> bytes:
     if kind == "dat":
         body = b"".join(struct.pack("<II", t, x | y << 14 | on << 28) for x, y, on, t, _ in rows)
         return b"% Data file\n% Width 304\n% Height 240\n\x0c\x08" + body
+    if kind == "evt2":
+        words = []
+        for x, y, on, t, odd in rows:
+            words += [8 << 28 | t >> 6, on << 28 | t % 64 << 22 | x << 11 | y] + [10 << 28] * odd  # and triggers
+        return b"% evt 2.0\n" + struct.pack(f"<{len(words)}I", *words)
+    if kind == "evt3":
+        words = []
+        for x, y, on, t, odd in rows:
+            words += [8 << 12 | t >> 12, 6 << 12 | t % 2**12, y]
+            words += [3 << 12 | on << 11 | x, 4 << 12 | 0b100000000011, 5 << 12 | 0b10000001] if odd else []
+            words.append(2 << 12 | on << 11 | x)
+        return b"% evt 3.0\n" + struct.pack(f"<{len(words)}H", *words)
     if kind == "aedat31":
         events = [struct.pack("<II", (not odd) | on << 1 | y << 2 | x << 17, t % 2**31) for x, y, on, t, odd in rows]
         body = b"".join(

@@ -220,6 +220,7 @@ WRONG = [
     (["--dataset="], "dataset must not be empty: leave --dataset out"),
     (["--train-split="], "train_split must not be empty: leave --train-split out"),
     (["--output-dir="], "output_dir must not be empty: leave --output-dir out"),
+    (["--output-dir", "/dev/null/run"], "could not write /dev/null/run/state/state.pt (Not a directory): make room or"),
     (["--data", ""], "data must not be empty: leave --data out"),
     (["--width", "1e9"], "width must be positive and at most 64, got 1000000000.0"),
     (["--label-smoothing", "1"], "label_smoothing and ema in [0, 1)"),

@@ -1,6 +1,5 @@
 """Recordings of every format, against files that are written event by event as the formats say."""
 
-import builtins
 import struct
 import zipfile
 
@@ -224,29 +223,6 @@ def test_polarity_events_of_another_size(tmp_path):
     (tmp_path / "a.aedat").write_bytes(data)
     with pytest.raises(ValueError, match="a.aedat has polarity events of 4 bytes, not 8: it is damaged"):
         read_recording(tmp_path / "a.aedat")
-
-
-def test_raw_files_of_prophesee(tmp_path, monkeypatch):
-    wizard = pytest.importorskip("expelliarmus").Wizard
-    events = np.zeros(4, [("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "u1")])
-    for name, values in zip("xypt", (X, Y, ON, TIME % 1024), strict=True):
-        events[name] = values
-    for encoding in ("evt2", "evt3"):
-        wizard(encoding=encoding).save(fpath=str(tmp_path / "a.raw"), arr=events)
-        body = (tmp_path / "a.raw").read_bytes()
-        (tmp_path / "a.raw").write_bytes(body if b"%" in body[:1] else f"% evt {encoding[3]}.0\n".encode() + body)
-        assert found(read_recording(tmp_path / "a.raw")) == [(*row[:3], row[3] % 1024) for row in ROWS], encoding
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "expelliarmus":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    (tmp_path / "b.raw").write_bytes(b"% evt 2.0\n")
-    with pytest.raises(ValueError, match=r"b.raw is a raw file of Prophesee, which needs a package: pip install"):
-        read_recording(tmp_path / "b.raw")
 
 
 def test_the_sensor_is_fitted_into_the_frame(tmp_path):

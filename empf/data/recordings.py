@@ -5,7 +5,7 @@
                   big-endian; y = 240 marks 2^13 us that the clock has lost
 .dat              Prophesee: lines that begin with "%", 2 bytes (type and size of an event), then 8 bytes: uint32
                   microseconds, uint32 of x (14 bits), y (14), polarity (4), little-endian
-.raw              Prophesee EVT2 and EVT3, read by the package `expelliarmus`
+.raw              empf/data/prophesee.py
 .npy  .npz        arrays named x, y, t, p (see `NAMES`), as tonic and SpikingJelly write them, or one array with
                   these fields; `pos` and `neg` of (row, column, time), as in ES-ImageNet
 """
@@ -22,6 +22,7 @@ import numpy as np
 
 from empf.data.aedat import Events, read_events, sensor_for, unwrapped
 from empf.data.folders import IMAGE_SUFFIXES, files_below
+from empf.data.prophesee import read_raw
 from empf.terminal import shown
 
 ARRAYS = (".npy", ".npz")
@@ -53,11 +54,12 @@ def _read(path: Path, orientation: str, changed: int) -> Events:
     suffix = path.suffix.lower()
     if suffix in (".aedat", ".aedat4"):
         return read_events(path, orientation)
-    if suffix == ".raw":
-        return _read_raw(path)
     data = path.read_bytes()
     if not data:
         raise ValueError(f"{path} is empty: copy the recording again")
+    if suffix == ".raw":
+        t, x, y, on, size = read_raw(data, path)
+        return _events(unwrapped(t, 62), x, y, on, path, size)
     return _read_bin(data, path) if suffix == ".bin" else _read_dat(data, path)
 
 
@@ -87,22 +89,6 @@ def _read_dat(data: bytes, path: Path) -> Events:
         raise ValueError(f"{path} ends in the middle of an event: copy the recording again")
     t, word = np.frombuffer(data, "<u4", offset=start).reshape(-1, 2).T
     return _events(unwrapped(t), word & 16383, word >> 14 & 16383, word >> 28 & 1 == 1, path, size)
-
-
-def _read_raw(path: Path) -> Events:
-    try:
-        from expelliarmus import Wizard
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a raw file of Prophesee, which needs a package: pip install 'empf[events]'"
-        ) from error
-    header = path.open("rb").read(4096)
-    encoding = "evt3" if re.search(rb"evt ?3|format EVT3", header, re.I) else "evt2"
-    try:
-        events = Wizard(encoding=encoding).read(path)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot read {path} ({error}): copy the recording again") from error
-    return _events(unwrapped(events["t"]), events["x"], events["y"], events["p"] > 0, path)
 
 
 def load_arrays(path: Path) -> np.ndarray | Events:

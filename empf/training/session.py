@@ -145,7 +145,8 @@ class Session:
             self.run = Path(broadcast_object_list([folder])[0])
             self.hold()
             if self.first:
-                (self.run / "config.json").unlink(missing_ok=True)  # of a run without an update, see train.py
+                with suppress(NotADirectoryError):  # it is said when the first file is written
+                    (self.run / "config.json").unlink(missing_ok=True)  # of a run without an update, see train.py
             self.save()
         else:
             runs.check_fits(model.config, {n: tuple(t.shape) for n, t in self.state["model"].items()}, self.run)
