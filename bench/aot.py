@@ -14,6 +14,7 @@ cannot be compiled. The disassembler and assembler are those inside the Triton w
 import argparse
 import ast
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -85,22 +86,32 @@ def in_turn() -> list[tuple[str, str, str]]:
     return result
 
 
-def digest() -> str:
-    """Of all that is compiled: the functions for Triton, without their comments and docstrings, and the cases."""
-    words = []
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+@functools.cache
+def functions() -> dict[str, tuple[str, ...]]:
+    """The words of each function for Triton in the kernels, by name, without its comments and docstring."""
+    found = {}
+    for path in Path(kernels.__file__).parent.glob("*.py"):
         text = path.read_text()
         for function in ast.parse(text).body:
             if any("triton.jit" in ast.unparse(by) for by in getattr(function, "decorator_list", [])):
                 lines = text.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno]
-                for token in tokenize.generate_tokens(iter(lines).__next__):
-                    if token.type not in (tokenize.COMMENT, tokenize.NL) and not token.string.startswith('"""'):
-                        words.append(token.string.strip() or tokenize.tok_name[token.type])
-    for module in CASES:
-        for name, kernel, types, constexprs, options in CASES[module]():
-            words.append(repr((module, name, kernel.__name__, types, constexprs)))
-            words += [repr(_options(options, target)) for target in TARGETS]
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+                found[function.name] = tuple(
+                    token.string.strip() or tokenize.tok_name[token.type]
+                    for token in tokenize.generate_tokens(iter(lines).__next__)
+                    if token.type not in (tokenize.COMMENT, tokenize.NL) and not token.string.startswith('"""')
+                )
+    return found
+
+
+def digest(module: str, case: str, target: str) -> str:
+    """Of all that is compiled for it: the kernel, the functions that it calls, and the arguments."""
+    [(kernel, types, constexprs, options)] = [rest for name, *rest in CASES[module]() if name == case]
+    called, todo = {}, {kernel.__name__}
+    while todo:
+        called |= {name: functions()[name] for name in todo}
+        todo = {word for name in todo for word in called[name] if word in functions()} - called.keys()
+    arguments = (types, constexprs, _options(options, target), LAUNCH, target)
+    return hashlib.sha256(repr((sorted(called.items()), arguments)).encode()).hexdigest()[:12]
 
 
 def compile_cases(wanted: list[tuple[str, str, str]], brief: int = 0) -> list[Facts]:

@@ -53,6 +53,7 @@ OURS = {"ours": BLUE, "ours int8": BLUE, "ours bf16": GREEN, "ours with v": GREE
 H200 = {"copy": 4.3e12, "bf16": 790e12, "int8": 1580e12}  # bytes/s read and written, FLOP/s: rounded measurements
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 FAILURES += (triton.TritonError,) if HAVE_TRITON else ()
+AT_A_TIME = 32  # cases that are compiled between two writes of the result
 ROTATED = 256 << 20  # bytes of inputs that are cycled through: several times the L2 of any GPU
 
 
@@ -166,11 +167,26 @@ def floors() -> list[dict]:
     return rows
 
 
-def run_static(quick: bool) -> list[dict]:
-    """The table of bench/aot.py for all kernels; with `quick` a few for each target."""
+def run_static(quick: bool, path: Path, about: dict) -> list[dict]:
+    """The table of bench/aot.py for all kernels; with `quick` a few for each target.
+
+    Rows of the last time stay where neither the kernel nor Triton has changed. Written to `path` as it grows, so that
+    a run which was stopped continues.
+    """
     wanted = [case for case in aot.in_turn() if case[0] in MODULES][::2] if quick else aot.chosen(*MODULES)
-    facts = aot.compile_cases(wanted)
-    rows = [{key: value for key, value in vars(found).items() if key != "loop"} for found in facts]
+    digests = {case: aot.digest(*case) for case in wanted}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    known = {(row["module"], row["case"], row["target"]): row for row in old.get("compiled", [])}
+    if old.get("triton") != about["triton"]:
+        known = {}
+    missing = [case for case in wanted if known.get(case, {}).get("digest") != digests[case]]
+    for start in range(0, len(missing), AT_A_TIME):
+        for case, found in zip(missing[start:], aot.compile_cases(missing[start : start + AT_A_TIME]), strict=False):
+            facts = {key: value for key, value in vars(found).items() if key != "loop"}
+            known[case] = facts | {"digest": digests[case], "commit": about["commit"]}
+        rows = [known[case] for case in wanted if case in known]
+        path.write_text(json.dumps(about | {"compiled": rows}, indent=1) + "\n")
+    rows = [known[case] for case in wanted]
     columns = ("registers", "shared", "spills", "tensor_core", "instructions", "loop_instructions")
     print(f"{'kernel and configuration':72} {'target':7} " + " ".join(f"{c.replace('_', ' '):>17}" for c in columns))
     for row in rows:
@@ -211,11 +227,14 @@ def figures(result: dict, path: Path) -> list[Path]:
         if not names:
             continue
         with pyplot() as plt:
-            size = (WIDTH, 0.15 * max(2 * len(names), len(kinds)) + 1.3)
-            figure, axes = plt.subplots(1, 2 if counted else 1, figsize=size, layout="constrained", squeeze=False)
+            rows = [max(4, 1.4 * len(names)), max(8, len(kinds))][: 2 if counted else 1]
+            size = (WIDTH, 0.15 * sum(rows) + 0.6 * len(rows) + 0.3)
+            figure, axes = plt.subplots(
+                len(rows), figsize=size, height_ratios=rows, layout="constrained", squeeze=False
+            )
             draw_times(axes[0, 0], names, floors, times)
             if counted:
-                draw_instructions(plt, axes[0, 1], kinds, counted)
+                draw_instructions(plt, axes[1, 0], kinds, counted)
             what = f"measured on {result['device']}" if times else "counted, not measured: no GPU was at hand"
             figure.suptitle(f"{function}: {what}", x=0.01, ha="left")
             made.append(path.with_name(f"{path.stem}-{function}.png"))
@@ -227,37 +246,41 @@ def draw_times(axes, names: list[str], floors: dict, times: dict) -> None:
     """A row for each case: medians with the 10th to 90th percentile, and the least time of ours as a bar."""
     others = dict.fromkeys(name for of_case in times.values() for name in of_case if not name.startswith("ours"))
     colours = OURS | dict(zip(others, (ORANGE, PURPLE, GREY, "black"), strict=False))
-    shown = set()
     for place, case in enumerate(names):
-        found = [(name, floors[case][name], 0, 0, "|") for name in floors[case]]
-        found += [
-            (name, t["us"], t["us"] - t["p10"], t["p90"] - t["us"], ".") for name, t in times.get(case, {}).items()
-        ]
-        for number, (name, us, below, above, marker) in enumerate(found):
-            label = f"{name}, least time" if marker == "|" else name
+        found = [(name, floors[case][name], None, "|") for name in floors[case]]
+        for name, t in times.get(case, {}).items():
+            found.append((name, t["us"], [[t["us"] - t["p10"]], [t["p90"] - t["us"]]], "."))
+        for number, (name, us, spread, marker) in enumerate(found):
             axes.errorbar(
-                us, place + 0.12 * (1 - number % max(1, len(floors[case]))), xerr=[[below], [above]], fmt=marker,
-                color=colours.get(name, GREY), markersize=8 if marker == "|" else 4,
-                label=None if label in shown else label,
+                us, place + 0.12 * (number % 2 - 0.5), xerr=spread, fmt=marker, color=colours.get(name, GREY),
+                markersize=8 if marker == "|" else 4, label=f"{name}, least time" if marker == "|" else name,
             )  # fmt: skip
-            shown.add(label)
-    axes.set_yticks(range(len(names)), [name.removesuffix(" training") for name in names], fontsize=6)
     axes.set(xlabel="time (us)" if times else "least time on an H200, from bytes and operations (us)", xscale="log")
-    plain_log(axes.xaxis)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=6)
+    finish(axes, [name.removesuffix(" training") for name in names])
 
 
 def draw_instructions(plt, axes, kinds: list[str], counted: list[dict]) -> None:
-    """A row for each case, a dot for each target."""
+    """A row for each case, a dot for each target, a square for those of AMD."""
     loops = any(row["loop_instructions"] for row in counted)
-    for target, colour in zip(aot.TARGETS, shades(plt, len(aot.TARGETS)), strict=True):
+    nvidia = [target for target in aot.TARGETS if target.startswith("sm_")]
+    colours = dict(zip(nvidia, shades(plt, len(nvidia)), strict=True)) | {"gfx942": ORANGE, "gfx950": PURPLE}
+    for target in aot.TARGETS:
         rows = [row for row in counted if row["target"] == target]
         values = [row["loop_instructions"] or row["instructions"] for row in rows]
-        axes.scatter(values, [kinds.index(row["case"]) for row in rows], s=9, color=colour, label=target)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=5)
-    axes.set(xlabel=f"instructions per warp{' and step of the loop' if loops else ''}", xscale="log")
+        places, marker = [kinds.index(row["case"]) for row in rows], "o" if target in nvidia else "s"
+        axes.scatter(values, places, s=9, marker=marker, color=colours[target], label=target)
+    what = " and step of the loop (in all, where there is none)" if loops else ""
+    axes.set(xlabel=f"instructions per warp{what}", xscale="log")
+    finish(axes, kinds)
+
+
+def finish(axes, names: list[str]) -> None:
+    """A name for each row, room above and below, and the legend at the right, each of its labels once."""
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_ylim(-0.7, len(names) - 0.3)
     plain_log(axes.xaxis)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=5, handletextpad=0, columnspacing=0.5)
+    labels = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.legend(labels.values(), labels, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -269,6 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
     part = tuple(int(number) for number in options.part.split("/"))
     gpu = torch.cuda.is_available() and HAVE_TRITON
     device = torch.cuda.get_device_name() if gpu else "static"
+    name = f"kernels-{device.lower().replace(' ', '-').replace('/', '-')}" + "-quick" * options.quick
+    path = options.json or HERE / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     result = origin(device) | {"quick": options.quick}
     if gpu:
         result["ceilings"], result["rows"] = run_gpu(options.quick, part)
@@ -277,14 +303,10 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print("No GPU (or no Triton) here: nothing is timed. What the compiler says, and least times on an H200:\n")
         result["floors_h200_us"] = floors()
-        result["compiled"] = run_static(options.quick) if HAVE_TRITON else []
-        result["digest"] = aot.digest()
+        result["compiled"] = run_static(options.quick, path, result) if HAVE_TRITON else []
         print(f"\n{'least time on an H200, microseconds':50}")
         for row in result["floors_h200_us"]:
             print(f"{row['case']:50} " + "  ".join(f"{name} {us}" for name, us in row["floor_us"].items()))
-    name = f"kernels-{device.lower().replace(' ', '-').replace('/', '-')}" + "-quick" * options.quick
-    path = options.json or HERE / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {path}")
     if has_matplotlib():

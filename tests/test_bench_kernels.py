@@ -98,7 +98,34 @@ def test_without_a_gpu(tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_quick_run_leaves_the_full_result_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "HERE", tmp_path)
-    monkeypatch.setattr(bench, "run_static", lambda quick: [])
+    monkeypatch.setattr(bench, "run_static", lambda *arguments: [])
     bench.main(["--quick"])
     written = [path.name for path in (tmp_path / "results").iterdir()]
     assert "kernels-static-quick.json" in written and all("-quick" in name for name in written)
+
+
+def test_only_what_has_changed_is_compiled_again(tmp_path, monkeypatch):
+    """And a run that was stopped continues."""
+    asked = []
+
+    def compiled(wanted):
+        if len(asked) == 1 and not path.with_suffix(".stopped").exists():
+            path.with_suffix(".stopped").touch()
+            raise KeyboardInterrupt
+        asked.append(wanted)
+        return [bench.aot.Facts(*case, *[0] * 7, {}) for case in wanted]
+
+    monkeypatch.setattr(bench.aot, "compile_cases", compiled)
+    monkeypatch.setattr(bench, "AT_A_TIME", 5)
+    path, about = tmp_path / "a.json", {"triton": "3", "commit": "a"}
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_static(True, path, about)
+    rows = bench.run_static(True, path, about)
+    assert sorted(sum(asked, [])) == sorted((row["module"], row["case"], row["target"]) for row in rows)
+    assert bench.run_static(True, path, about | {"commit": "b"}) == rows
+    stored = json.loads(path.read_text())
+    stored["compiled"][3]["digest"] = "of another kernel"
+    path.write_text(json.dumps(stored))
+    again = bench.run_static(True, path, about | {"commit": "b"})
+    assert [row["commit"] for row in again].index("b") == 3 and again[3] == rows[3] | {"commit": "b"}
+    assert {row["commit"] for row in bench.run_static(True, path, {"triton": "4", "commit": "c"})} == {"c"}
