@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import psutil  # comes with accelerate
 import torch
@@ -115,6 +116,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook, comm_state_option=options
     )
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    for of_torch in ("`broadcast_buffers` is deprecated", "Grad strides do not match"):  # strides of sizes of 1 differ
+        warnings.filterwarnings("ignore", of_torch)
     accelerator = Accelerator(
         cpu=several and not torch.cuda.is_available(),  # else they would not see each other
         mixed_precision=config.mixed_precision,
