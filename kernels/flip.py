@@ -13,21 +13,30 @@ A gradient that pushes against a weight has its sign. In fp32 throughout; bits p
 arXiv 1906.02107 (momentum and threshold), 2511.12502 (the same for spiking networks)
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import LAUNCH, LAUNCHES, tl, triton, use_triton
+from .dispatch import LAUNCH, LAUNCHES, plain_tensors, tl, triton, use_triton
 from .products import _to_bf16
 
 BLOCK = 1024  # codes that share a scale
 AT_ONCE = 64 * BLOCK  # weights that the definition updates at a time: it needs some 30 bytes for each
 
 
+@functools.cache
+def _signs_of_a_byte(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(256, 8)"""
+    with plain_tensors():
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+        return (1 - 2 * bits).to(dtype)
+
+
 def signs_of(bits: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The n signs as +-1 (n,) of bits (ceil(n / 32),), without larger tensors on the way."""
-    table = torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
-    return F.embedding(bits.view(torch.uint8).int(), (1 - 2 * table).to(dtype)).view(-1)[:n]
+    return F.embedding(bits.view(torch.uint8).int(), _signs_of_a_byte(bits.device, dtype)).view(-1)[:n]
 
 
 def bits_of(minus: Tensor) -> Tensor:
