@@ -186,7 +186,7 @@ class Flips:
     """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, rate: float = 0.01, threshold: float = 0.1, adaptive: bool = True,
+        self, model: nn.Module, *, lr: float, rate: float = 0.03, threshold: float = 0.05, adaptive: bool = True,
         momentum_bits: int = 8,
     ):  # fmt: skip
         if not (0 < rate <= 1 and threshold >= 0 and momentum_bits in (8, 16)):
