@@ -18,6 +18,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from event_decoders import random_file
 from fuzz_tools import by_hand, refusal, some_bytes
 from make_events import aedat2, random_rows
 from test_recordings import ROWS, TONIC, aedat3, dat, davis, nmnist
@@ -62,6 +63,7 @@ def saved(array: np.ndarray) -> bytes:
 FILES = {
     "n.bin": nmnist(ROWS * 5), "p.dat": dat(ROWS * 5), "a.aedat": aedat2(random_rows(40)), "d.aedat": davis(ROWS * 5),
     "t.aedat": aedat3(ROWS * 3), "f.npy": saved(np.ones((T, 2, 8, 8), np.float32)), "e.npy": saved(TONIC),
+    **{f"{kind}.raw": random_file(kind, np.random.default_rng(0), 40) for kind in ("evt2", "evt3")},
 }  # fmt: skip
 ROW_ARRAYS = dict(zip("xypt", np.array(ROWS * 3).T, strict=True))
 

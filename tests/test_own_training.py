@@ -10,7 +10,7 @@ import torch
 from deploy_tools import logits
 from make_data import CLASSES, items, rows_of, write
 from PIL import Image
-from train_tools import metrics, run_train
+from train_tools import metrics, resume, run_train
 
 import empf
 import eval
@@ -141,3 +141,18 @@ def test_with_a_limit_the_same_images_are_held_out(tmp_path, capsys):
     run_train("--dataset", tmp_path / "own", *FLAGS, "--limit", "20", "--output-dir", tmp_path / "run")
     assert evaluated(capsys, tmp_path / "run")["accuracy"] == metrics(tmp_path / "run")[-1]["accuracy"]
     assert evaluated(capsys, tmp_path / "run", "--limit", "2")["images"] == 2
+
+
+def test_a_run_does_not_continue_on_other_data(tmp_path):
+    """Neither with more images nor with a class of another name; with a copy it does."""
+    write(tmp_path / "own", "folders", {"": items(8, "photos")})
+    run_train("--dataset", tmp_path / "own", *FLAGS, "--output-dir", tmp_path / "run", "--max-steps", "1")
+    for place in ("more", "other", "copy"):
+        shutil.copytree(tmp_path / "own", tmp_path / place)
+    shutil.copy(tmp_path / "own" / "ant" / "0000.png", tmp_path / "more" / "ant" / "new.png")
+    (tmp_path / "other" / "ant").rename(tmp_path / "other" / "yak")
+    for place, now in (("more", "25 images of 3 classes now"), ("other", "24 images of 3 classes now, such as 'yak'")):
+        with pytest.raises(SystemExit, match=rf"run began with 24 images of 3 classes, and there are {now}: give it"):
+            resume(tmp_path / "run", "--data", str(tmp_path / place))
+    resume(tmp_path / "run", "--data", str(tmp_path / "copy"))
+    assert len(metrics(tmp_path / "run")) == 1

@@ -24,6 +24,7 @@ from empf.figures import has_matplotlib
 from empf.kernels import backend
 from empf.machine import check_memory
 from empf.models import ModelConfig, SpikingNetwork, build
+from empf.terminal import shown
 from empf.training.config import (
     TrainConfig,
     batch_per_process,
@@ -132,10 +133,11 @@ class Session:
         self.tested_on = {"tested_on": test_set.split} if is_held_out(test_set) else {}
         self.evaluated, self.parts = evaluated, parts
         model = parts["model"]
+        classes, images = train_set.class_names, len(train_set) + sum(self.sizes)
         self.write_config = partial(
-            runs.save_config, model=model.config, train=self.config.to_dict(), classes=train_set.class_names,
-            mean=train_set.spec.mean, std=train_set.spec.std, resized=train_set.spec.resized,
-            images=len(train_set) + sum(self.sizes), **self.tested_on,
+            runs.save_config, model=model.config, train=self.config.to_dict(), classes=classes,
+            mean=train_set.spec.mean, std=train_set.spec.std, resized=train_set.spec.resized, images=images,
+            **self.tested_on,
         )  # fmt: skip
         if self.state is None:
             folder = self.config.output_dir
@@ -149,6 +151,7 @@ class Session:
                     (self.run / "config.json").unlink(missing_ok=True)  # of a run without an update, see train.py
             self.save()
         else:
+            check_data(self.run, classes, images)
             runs.check_fits(model.config, {n: tuple(t.shape) for n, t in self.state["model"].items()}, self.run)
             restore(parts, self.state, self.run)
             torch.set_rng_state(self.state["rng"])
@@ -368,6 +371,19 @@ def check_size(config: ModelConfig, train: TrainConfig, device: torch.device) ->
     with torch.device("meta"):  # shapes without memory
         weights = sum(4 * p.numel() for p in build(config).parameters())
     check_memory((3 + (train.ema > 0)) * weights, device, "use a smaller --width, or fewer classes or steps")
+
+
+def check_data(run: Path, classes: list[str], images: int) -> None:
+    """Raise ValueError where a run would continue on other data than it began with, as far as config.json says."""
+    stored = runs.read_config(run)
+    before = stored.get("classes") or classes, stored.get("data", {}).get("images") or images
+    if before != (classes, images):
+        what = [f"{count} images of {len(names)} classes" for names, count in (before, (classes, images))]
+        other = [f", such as {name!r}" for name in classes if name not in before[0]] or [""]
+        raise ValueError(
+            f"{run} began with {what[0]}, and there are {what[1]} now{shown(other[0], 100)}: give it the data that it "
+            f"began with by --data, or start a new run with --init-from {run}"
+        )
 
 
 def divergence(batches: ImageBatches, number: int, losses: list[float], run: Path) -> ValueError:
