@@ -127,7 +127,9 @@ def raster(spikes: Tensor, potentials: Tensor, path: str | Path, *, neurons: int
         for share in (0.25, 0.5, 1):
             left.scatter([], [], area(highest * share), color=BLUE, linewidths=0, label=f"{highest * share:.2g}")
         left.legend(title="spike", loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
-        picture = right.imshow(v, "RdBu_r", aspect="auto", vmin=-reach, vmax=reach, extent=_cells(v), origin="lower")
+        picture = right.imshow(
+            v.numpy(), "RdBu_r", aspect="auto", vmin=-reach, vmax=reach, extent=_cells(v), origin="lower"
+        )
         figure.colorbar(picture, ax=right, label="membrane potential after the step", aspect=30)
         left.set_title(f"Spikes: {firing:.0%} of the layer fires at a step")
         right.set_title(f"Potentials of {len(chosen)} of {spikes[0].numel():,} neurons")

@@ -28,7 +28,7 @@ def test_flags_that_do_nothing_are_named():
 
 def test_a_training_of_few_updates_is_named_where_the_images_are_ones_own():
     config = TrainConfig(dataset="photos", epochs=3, batch_size=64, accumulate=2)
-    assert few_updates(config, 3).startswith("note: 6 updates in all, of 64 images each, are few: more --epochs")
+    assert few_updates(config, 3).startswith("note: 6 updates in all, of 64 images each, are few: give more --epochs")
     assert few_updates(config, 33) is None and few_updates(TrainConfig(epochs=1), 1) is None
 
 

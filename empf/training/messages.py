@@ -57,8 +57,8 @@ def few_updates(config: TrainConfig, batches: int) -> str | None:
     updates = config.epochs * -(-batches // config.accumulate)
     if updates >= FEW or config.dataset in DATASETS:
         return None
-    count = f"{updates} update" + "s" * (updates > 1)
-    return f"note: {count} in all, of {config.batch_size} images each, are few: more --epochs, a smaller --batch-size"
+    count = f"{updates} updates in all, of {config.batch_size} images each"
+    return f"note: {count}, are few: give more --epochs or a smaller --batch-size"
 
 
 def epoch_line(record: dict) -> str:
