@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-BENCHES = ("data", "deploy", "events", "kernels", "scaling", "train")
+BENCHES = ("data", "deploy", "events", "kernels", "runtimes", "scaling", "train")
 HERE = Path(__file__).parent
 SCRIPTS = HERE / "scripts" if (HERE / "scripts").is_dir() else HERE.parent  # installed, or a checkout
 
