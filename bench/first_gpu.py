@@ -57,9 +57,10 @@ KERNEL_TESTS = (
     "pack",
     "neuron_kernel",
     "norm_neuron_kernel",
+    "flip_kernel",
     "steps",
 )
-FUZZED = ("pack", "matmul", "conv", "gradients", "neuron", "quantizer", "conv_neuron", "norm")
+FUZZED = ("pack", "matmul", "conv", "gradients", "neuron", "quantizer", "conv_neuron", "norm", "flip")
 PARTS = 6  # of the cases of bench/kernels.py
 OFF = {"EMPF_KERNELS": "off"}  # in the rehearsal of a step: training on the interpreter would take minutes
 

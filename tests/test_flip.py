@@ -298,7 +298,6 @@ def test_flags_that_do_not_go_with_it(flags, says):
     [
         (),
         ("--learning", "every", "--accumulate", "2", "--no-flip-adaptive", "--flip-bits", "16"),
-        ("--learning", "stbp", "--arch", "resnet19"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,8 @@ def test_a_network_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
     check_size(small.model(), small, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"2\.1 GB are needed, 1\.0 GB are free on cpu: use a smaller --width"):
         check_size(large.model(), large, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"1\.4 GB are needed"):
+        check_size(large.model(), replace(large, optimizer="flip"), torch.device("cpu"))
 
 
 def test_updates_are_shared_by_batches_and_yield_what_happened():

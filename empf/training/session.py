@@ -367,10 +367,14 @@ class Meter:
 
 
 def check_size(config: ModelConfig, train: TrainConfig, device: torch.device) -> None:
-    """Raise ValueError before anything is built where weights, gradients, momentum and average do not fit in memory."""
+    """Raise ValueError before anything is built where weights, gradients, momentum and average do not fit in memory.
+
+    Where synapses flip, their weights are there once, when the network is built, beside what is little.
+    """
     with torch.device("meta"):  # shapes without memory
         weights = sum(4 * p.numel() for p in build(config).parameters())
-    check_memory((3 + (train.ema > 0)) * weights, device, "use a smaller --width, or fewer classes or steps")
+    copies = 2 if train.optimizer == "flip" else 3 + (train.ema > 0)
+    check_memory(copies * weights, device, "use a smaller --width, or fewer classes or steps")
 
 
 def check_data(run: Path, classes: list[str], images: int) -> None:
