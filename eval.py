@@ -97,6 +97,7 @@ def evaluate(
         "model": model.config.to_dict(),
         "mixed_precision": precision,
         "images": len(test),
+        "unread": len(test) - len(labels),  # they count as wrong
         "tested_on": test.split,
         "accuracy": [100 * c / len(test) for c in (predicted == labels).sum(1).tolist()],
         "top5": 100 * near.sum().item() / len(test) if len(classes) > TOP else None,
@@ -157,6 +158,7 @@ def table(r: dict) -> str:
         ("run", r["run"]),
         ("network", f"{m['arch']} x{m['width']:g}, {m['weights']} weights, {m['neuron']} neurons, T = {m['T']}"),
         ("test images", f"{r['images']} of {r['dataset']}"),
+        *([("which could not be read", f"{r['unread']}, they count as wrong")] if r["unread"] else []),
         *([("which are", r["tested_on"])] if r["tested_on"] else []),
         ("device, kernels", f"{r['device']}, {r['backend']}"),
         *((f"accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(r["accuracy"], 1)),

@@ -1,6 +1,7 @@
 """Training on images of one's own, from the command line to the packed network, and tests of it on other data."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -156,3 +157,18 @@ def test_a_run_does_not_continue_on_other_data(tmp_path):
             resume(tmp_path / "run", "--data", str(tmp_path / place))
     resume(tmp_path / "run", "--data", str(tmp_path / "copy"))
     assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_pictures_that_cannot_be_read_count_as_wrong_and_are_counted(photos, tmp_path, capsys):
+    folder = write(tmp_path / "new", "folders", {"test": items(5, "mixed")})
+    file = folder / "test" / "ant" / "0000.png"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="skipped .*0000.png"):
+        eval.main(
+            [str(photos / "run"), "--data", str(folder), "--threads", "1", "--json", str(tmp_path / "found.json")]
+        )
+    assert re.search("which could not be read +1, they count as wrong", capsys.readouterr().out)
+    found = json.loads((tmp_path / "found.json").read_text())
+    right = sum(c["accuracy"] * c["images"] for c in found["classes"]) / 100
+    assert (found["images"], found["unread"], [c["images"] for c in found["classes"]]) == (15, 1, [4, 5, 5])
+    assert found["accuracy"][-1] == pytest.approx(100 * right / 15)
