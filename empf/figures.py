@@ -63,6 +63,11 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
+def plain(text: object, most: int = 16) -> str:
+    """A text that may come from anywhere, as it is: not as mathematics, which begins with $."""
+    return shown(text, most).replace("$", r"\$")
+
+
 def by_layer(ax, names: Sequence[str], most: int = 24) -> None:
     """Layers 1, 2, ... along the x axis with their names; of more than `most` layers, the first, the last and some."""
     every = -(-len(names) // most)
@@ -157,7 +162,6 @@ def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Pat
     """
     known = sorted((c for c in classes if c["accuracy"] is not None), key=lambda c: -c["accuracy"])
     few = len(known) <= named
-    text = lambda found, most=16: shown(found, most).replace("$", r"\$")  # noqa: E731, of mathematics begins with $
     with pyplot() as plt:
         size = (WIDTH, 1 + 0.15 * (max(len(known), 12) if few else 20))
         figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
@@ -167,11 +171,11 @@ def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Pat
         left.axvline(mean, color=GREY, linestyle="--")
         left.set(title=f"Accuracy per class; mean {mean:.1f} % (dashed)", xlabel="accuracy (%)", xlim=(0, 100))
         if few:
-            left.set_yticks(range(len(known)), [f"{text(c['class'])} (n = {c['images']})" for c in known])
+            left.set_yticks(range(len(known)), [f"{plain(c['class'])} (n = {c['images']})" for c in known])
         else:
             left.set_ylabel("class, from the best to the worst")
         right.barh(range(len(confused)), [c["images"] for c in confused], height=0.7, color=ORANGE)
-        pairs = [f"{text(c['class'])} \N{RIGHTWARDS ARROW} {text(c['taken_for'])}" for c in confused]
+        pairs = [f"{plain(c['class'])} \N{RIGHTWARDS ARROW} {plain(c['taken_for'])}" for c in confused]
         right.set_yticks(range(len(confused)), pairs)
         for row, c in enumerate(confused):
             right.annotate(f"{c['share']:.1f} %", (c["images"], row), (2, 0), textcoords="offset points", va="center")
@@ -185,7 +189,7 @@ def per_class(classes: Sequence[dict], confused: Sequence[dict], path: str | Pat
             ax.set_ylim(*sorted(ax.get_ylim(), reverse=ax is right))
         right.xaxis.get_major_locator().set_params(integer=True)
         lettered((left, right))
-        figure.suptitle(text(title, 110))
+        figure.suptitle(plain(title, 110))
         save_figure(plt, figure, Path(path))
 
 

@@ -170,6 +170,19 @@ def is_record(record: object) -> bool:
     )  # fmt: skip
 
 
+def is_history(history: object) -> bool:
+    """Are these the epochs of one training, which can be drawn?"""
+    if not isinstance(history, list) or not all(is_record(r) and r.keys() >= MEASURED for r in history):
+        return False
+    watched = [record["health"] for record in history if "health" in record]
+    layers = [health.get(name) for health in watched for name in ("density", "flips")]
+    return (
+        all(len(record["accuracy"]) == len(history[0]["accuracy"]) > 0 for record in history)
+        and all(isinstance(values, dict) and is_numbers([*values.values()]) for values in layers)
+        and all("warnings" in health for health in watched)
+    )
+
+
 def save_state(run: Path, state: dict) -> None:
     """Write state/state.pt, the one file from which a run continues."""
     buffer = BytesIO()
@@ -198,7 +211,7 @@ def load_state(run: Path) -> dict:
     at, history = state.get("at"), state.get("history")
     fits = {
         "at": is_position(at),
-        "history": is_list(history, dict) and all(is_record(r) and r.keys() >= MEASURED for r in history),
+        "history": is_history(history),
         "processes": is_count(state.get("processes"), 1, MOST_PROCESSES),
         "rng": unlike(state.get("rng"), torch.get_rng_state()) is None,
         "model": isinstance(model := state.get("model"), dict) and all(isinstance(t, Tensor) for t in model.values()),

@@ -162,10 +162,13 @@ def continued(run: Path) -> str:
         parts = dict(model=model, optimizer=make_optimizer(model, config), average=average, health=Health(model, 3))
         restore(parts, state, run)
         torch.set_rng_state(state["rng"])
+        best = runs.best_epoch(state["history"])
     except (ValueError, FileNotFoundError) as error:
         return refusal(error, run)
     numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     assert all(tensor.isfinite().all() for tensor in numbers)  # 1e38 is finite, and its network is another
+    assert best is None or best <= len(state["history"])
+    parts["health"].report(1.0)
     return "continued"
 
 

@@ -18,7 +18,8 @@ def test_the_curves_are_a_picture(run):
 
     pytest.importorskip("matplotlib")
     history = [{"epoch": e, "loss": 1 / e, "accuracy": [10.0 * e, 20.0 * e]} for e in (1, 2)]
-    plot_curves(run, history, "title")
+    history[1]["health"] = {"density": {r"\$a$\x": 0.3}, "flips": {}, "warnings": [r"$\y$: a warning"]}
+    plot_curves(run, history, r"folder $1_$2\z$: a title")  # no mathematics
     with Image.open(run / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.width >= 800

@@ -4,7 +4,7 @@ from math import isnan
 from pathlib import Path
 from textwrap import shorten
 
-from empf.figures import BLUE, ORANGE, WIDTH, gaps, lettered, plain_log, pyplot, save_figure, shades, short_names
+from empf.figures import BLUE, ORANGE, WIDTH, gaps, lettered, plain, plain_log, pyplot, save_figure, shades, short_names
 from empf.runs import best_epoch
 
 
@@ -23,7 +23,7 @@ def plot_curves(run: Path, history: list[dict], title: str) -> None:
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             below(ax)
         lettered(axes.flat)
-        fig.suptitle(title)
+        fig.suptitle(plain(title, 110))
         save_figure(plt, fig, run / "curves.png", dpi=150)
 
 
@@ -76,6 +76,7 @@ def plot_health(left, right, watched: list[dict], plt) -> None:
             points = [r for r in watched if layer in r["health"][what]]
             values = [100 * r["health"][what][layer] for r in points]
             named = {0: f"{name} (first)", len(layers) - 1: f"{name} (last)"}.get(depth)
+            named = None if named is None else plain(named, 40)
             values = gaps(values) if ax is right else values
             line(ax, points, values, color=shades(plt, len(layers))[depth], linewidth=1, label=named)
         ax.set(ylabel=label, title=f"{'Activity' if ax is left else 'Flips'} of each layer, from the first to the last")
@@ -87,6 +88,6 @@ def plot_health(left, right, watched: list[dict], plt) -> None:
         for ax in (left, right):
             ax.axvline(record["epoch"], color="tab:red", alpha=0.3, linewidth=1)
     if warned:
-        last = shorten(warned[-1]["health"]["warnings"][-1], 90)
+        last = plain(shorten(warned[-1]["health"]["warnings"][-1], 90), 90)
         count = f"warnings in {len(warned)} epochs, see metrics.jsonl; the last, in epoch {warned[-1]['epoch']}:"
         left.figure.supxlabel(f"{count}\n{last}", fontsize=7, color="tab:red")
