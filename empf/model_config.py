@@ -98,6 +98,8 @@ class ModelConfig:
             if not 1 <= min(values) <= max(values) <= most:
                 bound = "at least 1" if min(values) < 1 else f"at most {most:,}"
                 raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
+        if self.arch == "vgg_snn" and min(self.size) < 16:
+            raise ValueError(f"vgg_snn pools four times and needs images of at least 16x16, got {self.image_size}")
         if not 0 <= self.parallel <= 1:
             raise ValueError(f"parallel is a share and must lie in 0..1, got {self.parallel}")
         if not 0 < self.width <= WIDEST:

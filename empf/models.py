@@ -296,8 +296,6 @@ class VGGSNN(SpikingNetwork):
                 continue
             layers.append(SpikingConv(make, c_in, make.channels(item), pool=pool))
             c_in, pool = make.channels(item), False
-        if min(height, width) < 1:
-            raise ValueError(f"vgg_snn pools four times and needs images of at least 16x16, got {config.image_size}")
         self.layers = nn.Sequential(*layers)
         self.neuron = make.neuron(c_in)
         self.pool = nn.AvgPool2d(2)

@@ -138,6 +138,10 @@ MODEL_DAMAGES = {
         lambda run: edit_config(run, lambda c: c["model"].update(width=0.125)),
         "belongs to another architecture than the configured resnet18: blocks.0.conv1.bn.bias differs",
     ),
+    "images that are too small": (
+        lambda run: edit_config(run, lambda c: c["model"].update(arch="vgg_snn")),
+        "run/config.json: vgg_snn pools four times and needs images of at least 16x16, got 8; use the version",
+    ),
     "another neuron": (
         lambda run: edit_config(run, lambda c: c["model"].update(neuron="lif")),
         "belongs to another architecture than the configured resnet18: blocks.0.conv1.neuron.leak_logit is not part",
