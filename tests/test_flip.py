@@ -1,6 +1,8 @@
 """Synapses without latent weights: the same network and gradients, the update by its formula, memory, checkpoints."""
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -261,6 +263,21 @@ def test_biases_of_synapses_learn_by_sgd():
     net, flips = line(bias=True)
     optimizer = make_optimizer(net, TrainConfig(optimizer="flip", lr=0.1))
     assert [p for group in optimizer.param_groups for p in group["params"]] == [net[0].bias]
+
+
+def test_flips_live_as_long_as_their_network():
+    """Also where nobody else keeps them; a copy of the network is flipped by nobody; and nothing is left in the end."""
+    net = nn.Sequential(empf.BinaryLinear(64, 1))
+    alive = weakref.ref(Flips(net, lr=0.1, threshold=0.0))
+    gc.collect()
+    before, copied = net[0].weight, copy.deepcopy(net)
+    for each in (net, net, copied):
+        learn(each, torch.ones(64))
+    assert not net[0].weight.equal(before) and copied[0].weight.equal(before)
+    assert copied[0].magnitude.grad is not None and net[0].magnitude.grad is None
+    del net, before, each
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_cannot_flip_is_said():

@@ -23,6 +23,7 @@ arXiv 1906.02107 (Bop), 2511.12502 (BSO, and T-BSO with an adaptive threshold); 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -94,6 +95,9 @@ class Flipped:
             self.magnitude.data = a.to(self.magnitude)
             self.bits.copy_(bits_of(last < 0))
 
+    def __getstate__(self) -> dict:  # a copy is flipped by nobody
+        return {**super().__getstate__(), "owner": None}
+
     def forward(self, x: Tensor) -> Tensor:
         y = FlippedFn.apply(self, x, self.learned())
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (self.magnitude.dim() - 2)).to(y.dtype)
@@ -108,8 +112,7 @@ class Flipped:
         return d_x, self.product_backward(d_y, x, w, False, True)[1] if for_w else None
 
     def product_backward(self, d_y: Tensor, x: Tensor, w: Tensor, for_x: bool, for_w: bool):
-        place = self.stride, self.padding, self.dilation, self.groups
-        return conv2d_backward(d_y, x, w, *place, for_x, for_w)
+        return conv2d_backward(d_y, x, w, self.stride, self.padding, self.dilation, self.groups, for_x, for_w)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.effective_weight()
@@ -202,8 +205,10 @@ class Flips:
         self.states = {name: new_state(m.magnitude, momentum_bits) for name, m in self.synapses.items()}
         self.gathered: dict[str, Tensor] = {}  # mean squares of the passes of an update that goes on
         self.parameters = {m.magnitude: name for name, m in self.synapses.items()}
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self.update)
+        update = WeakMethod(self.update)  # the garbage collector does not see what a hook holds
+        for module in self.synapses.values():
+            module.owner = self
+            module.magnitude.register_post_accumulate_grad_hook(lambda parameter: update()(parameter))
         every = [f"{name}.magnitude" for name, m in model.named_modules() if isinstance(m, Flipped)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, every)
 

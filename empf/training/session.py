@@ -367,13 +367,10 @@ class Meter:
 
 
 def check_size(config: ModelConfig, train: TrainConfig, device: torch.device) -> None:
-    """Raise ValueError before anything is built where weights, gradients, momentum and average do not fit in memory.
-
-    Where synapses flip, their weights are there once, when the network is built, beside what is little.
-    """
+    """Raise ValueError before anything is built where weights, gradients, momentum and average do not fit in memory."""
     with torch.device("meta"):  # shapes without memory
         weights = sum(4 * p.numel() for p in build(config).parameters())
-    copies = 2 if train.optimizer == "flip" else 3 + (train.ema > 0)
+    copies = 2 if train.optimizer == "flip" else 3 + (train.ema > 0)  # those that flip are dense when they are built
     check_memory(copies * weights, device, "use a smaller --width, or fewer classes or steps")
 
 
