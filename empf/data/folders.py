@@ -50,5 +50,8 @@ def _raise(error: OSError) -> None:
 
 def subfolder(folder: Path, names: Collection[str]) -> Path | None:
     """The first folder of these names, in any case, that exists in a folder."""
-    found = {child.name.lower(): child for child in subfolders(folder)}  # of Train and train, train
-    return next((found[name.lower()] for name in names if name.lower() in found), None)
+    wanted = [name.lower() for name in names]
+    with os.scandir(folder) as entries:
+        found = sorted(entry.name for entry in entries if entry.name.lower() in wanted and entry.is_dir())
+    by_name = {name.lower(): folder / name for name in found}  # of Train and train, train
+    return next((by_name[name] for name in wanted if name in by_name), None)
