@@ -180,13 +180,14 @@ def current_tile(
 
 
 def constants(itemsize: int, shape, ternary: bool, stride: int, padding: int, plan: Plan) -> dict:
-    """What a convolution kernel is compiled for."""
+    """What a convolution kernel is compiled for, with fewer loads in flight than steps: else it may spill."""
     _, c, kh, kw = shape
+    block = pick_block(itemsize, c)
+    stages = min(plan.tile.stages, max(2, kh * kw * triton.cdiv(c, block) - 1))
     return {
         "C": c, "KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding, "TERNARY": ternary, "TERMS": fp32_terms(),
         "SPLIT": plan.splits > 1, "ROWS": plan.tile.rows, "COLUMNS": plan.tile.columns,
-        "BLOCK": pick_block(itemsize, c), "num_warps": plan.tile.warps,
-        "num_stages": stages_for_device(plan.tile.stages), **LAUNCH,
+        "BLOCK": block, "num_warps": plan.tile.warps, "num_stages": stages_for_device(stages), **LAUNCH,
     }  # fmt: skip
 
 

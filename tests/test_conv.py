@@ -5,7 +5,7 @@ import torch
 
 from empf.kernels import conv, set_backend
 from empf.kernels.conv import binary_conv2d, binary_conv2d_ref, dense_wins
-from empf.kernels.conv_tiles import TILES, Plan, Tile, pick_block, pick_tile, split_plan
+from empf.kernels.conv_tiles import TILES, Plan, Tile, constants, pick_block, pick_tile, split_plan
 from empf.kernels.pack import pack
 
 pytestmark = pytest.mark.kernel
@@ -141,6 +141,13 @@ def test_choice_of_tile_and_block():
     assert pick_tile(1, 64, 10**6) == wide and pick_tile(1, 65, 10**6) == large
     assert [pick_block(1, c) for c in (3, 33, 96, 128, 256)] == [32, 64, 32, 128, 128]
     assert [pick_block(2, c) for c in (32, 64, 128)] == [32, 64, 64] and pick_block(4, 128) == 32
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD has one number of stages")
+@pytest.mark.parametrize(("shape", "stages"), [((64, 64, 3, 3), 4), ((64, 256, 1, 1), 3), ((64, 64, 1, 1), 2)])
+def test_no_more_loads_in_flight_than_steps(shape, stages):
+    """Four for a 1 x 1 convolution of 256 channels, four steps, spilled with Triton 3.6 for sm_89."""
+    assert constants(2, shape, True, 1, 0, Plan(Tile(64, 64, 4, 4)))["num_stages"] == stages
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

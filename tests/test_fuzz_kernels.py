@@ -29,3 +29,19 @@ def test_cases_are_the_same_everywhere():
     """Drawn from the name and number alone."""
     first, second = (fuzz_kernels.Draw("matmul 7").signal(5, 3)[0].double().cpu() for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter tells what a launch is told")
+def test_every_launch_says_whether_to_fuse(kernels_on, monkeypatch):
+    """Multiplication with addition: Triton 3.10 has another default than 3.9."""
+    interpreter, said = pytest.importorskip("triton.runtime.interpreter"), {}
+    run = interpreter.InterpretedFunction.run
+
+    def listening(kernel, *args, **options):
+        said.setdefault(kernel.__name__, set()).add(options.get("enable_fp_fusion"))
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", listening)
+    assert not any(fuzz_kernels.run(name, 4, small=True) for name in fuzz_kernels.FUNCTIONS)
+    assert len(said) >= 8 and all(None not in values for values in said.values()), said
