@@ -22,5 +22,15 @@ def test_the_table_and_the_documentation_say_what_the_file_says():
     flipped, sgd = found["adaptive 0.05, rate 0.03"], found["sgd lr 0.05"]
     assert flipped.replace(" (", " % (").replace(")", ", 3 seeds)") in text and sgd.replace(" (", " % (") in text
     assert f"fixed threshold comes to {found['fixed 0.05, rate 0.03']}" in text
+    lines = [line.split(" | ") for line in lines if line.startswith("| cifar100 | 10000 | 1 |")]
+    found = {variant: accuracy for _, _, _, variant, accuracy, *_ in lines}
+    adaptive = [found[f"adaptive {threshold}, rate 0.03"] for threshold in ("0.1", "0.05")]
+    assert (
+        "{} % with `--flip-threshold 0.1`, {} with the default, {} with".format(
+            *adaptive, found["fixed 0.1, rate 0.03"]
+        )
+        in text
+    )
+    assert f"fixed threshold of 0.1; SGD {found['sgd lr 0.05']}." in text
     row = dict(dataset="a", images=1, epochs=2, variant="b", accuracy=[1.0, 3.0], loss=[1.0, 0.5], flipped=[0.25, 0.0])
     assert flip.table([row]).splitlines()[-1] == "| a | 1 | 2 | b | 3.0 | 1 | 0.500 | 25.0 |"
