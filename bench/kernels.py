@@ -53,7 +53,7 @@ OURS = {"ours": BLUE, "ours int8": BLUE, "ours bf16": GREEN, "ours with v": GREE
 H200 = {"copy": 4.3e12, "bf16": 790e12, "int8": 1580e12}  # bytes/s read and written, FLOP/s: rounded measurements
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 FAILURES += (triton.TritonError,) if HAVE_TRITON else ()
-AT_A_TIME = 32  # cases that are compiled between two writes of the result
+AT_A_TIME = 96  # cases that are compiled between two writes of the result
 ROTATED = 256 << 20  # bytes of inputs that are cycled through: several times the L2 of any GPU
 
 
