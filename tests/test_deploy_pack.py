@@ -237,6 +237,27 @@ def test_every_thread_has_a_state_of_its_own():
     assert copy.deepcopy(packed)(x).shape == pickle.loads(pickle.dumps(packed))(x).shape == (3, 64, 10)
 
 
+def test_little_work_is_done_by_one_thread(monkeypatch):
+    """And torch's setting is as before, also where the call fails; another thread's setting is never touched."""
+    model, x = trained()
+    packed, calls = pack(model), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    work = len(x) * model.config.T * deploy.products_of_a_step(packed.net)
+    for most, others, expected in ((work, 1, [1, 2]), (work - 1, 1, []), (work, 2, [])):
+        monkeypatch.setattr(deploy, "ALONE", most)
+        monkeypatch.setattr(deploy.threading, "active_count", lambda others=others: others)
+        packed.reset()
+        packed(x)
+        assert calls == expected
+        calls.clear()
+    monkeypatch.setattr(deploy, "ALONE", work)
+    monkeypatch.setattr(deploy.threading, "active_count", lambda: 1)
+    with pytest.raises(ValueError, match="T = "):
+        packed(x)  # no reset
+    assert calls == [1, 2]
+
+
 def test_what_cannot_be_packed_is_refused():
     with pytest.raises(ValueError, match="full precision, there is nothing to pack"):
         pack(empf.resnet18(weights="full", width=0.0625))

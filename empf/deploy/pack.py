@@ -28,6 +28,7 @@ from empf.synapse import QuantizedWeight
 from empf.terminal import shown
 
 AT_ONCE = 2**21  # numbers in the current behind the stem for each thread, of all images and steps that go together
+ALONE = 2**24  # additions in a layer, of all images and steps; up to here one thread computes them
 MOST_AT_ONCE = 2**28  # the same of one image: a file must not ask for all memory as soon as its network is called
 
 
@@ -122,7 +123,7 @@ class PackedModel(nn.Module):
         half = x.dtype in (torch.bfloat16, torch.float16)
         before = self.states()
         try:
-            with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+            with torch.autocast(x.device.type, x.dtype) if half else nullcontext(), self.few_threads(x):
                 logits = self.in_parts(x, before, *args, **kwargs)
         except (TypeError, ValueError):  # a call that is refused changes nothing
             self.restore(before)
@@ -144,6 +145,22 @@ class PackedModel(nn.Module):
         beside = lambda parts: with_v(parts[0], lambda _: torch.cat([part["v"] for part in parts]))  # noqa: E731
         self.restore([beside(parts) for parts in zip(*after, strict=True)])
         return torch.cat(logits, 1)
+
+    @contextmanager
+    def few_threads(self, x: Tensor) -> Iterator[None]:
+        """Inside, one thread computes what is so little that waiting for others would take longer.
+
+        torch's setting is that of the process: it is left alone where other threads could meet it.
+        """
+        threads, work = torch.get_num_threads(), x.shape[-4] * self.net.config.T * products_of_a_step(self.net)
+        if work > ALONE or threads == 1 or x.device.type != "cpu" or threading.active_count() > 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def states(self) -> list[dict]:
         """What changes in a call, of every part that holds a state."""
@@ -212,6 +229,11 @@ def numbers_of_a_step(net: SpikingNetwork) -> int:
     for stride in (net.stem.conv.stride[0], 1 if net.stem.pool is None else net.stem.pool.stride):
         height, width = -(-height // stride), -(-width // stride)
     return net.stem.conv.out_channels * height * width
+
+
+def products_of_a_step(net: SpikingNetwork) -> int:
+    """Additions of an ordinary layer, of one image and step: all stages have about the same."""
+    return 9 * net.stem.conv.out_channels * numbers_of_a_step(net)
 
 
 def channels_last(x: Tensor) -> Tensor:
