@@ -225,11 +225,15 @@ def _backward(ctx, d_y):
 
 @own_precision
 def _transposed(d_y, weight, size, stride, padding):
-    """The transposed convolution with unpacked weights, which are as dense as d_y: left to cuDNN."""
+    """The transposed convolution with unpacked weights, which are as dense as d_y: left to cuDNN.
+
+    On a CPU (the interpreter) in fp32: some of torch's convolutions there add up in the type of d_y.
+    """
     covered = [(n - 1) * stride - 2 * padding + k for n, k in zip(d_y.shape[2:], weight.shape[2:], strict=True)]
     rest = [n - c for n, c in zip(size[2:], covered, strict=True)]  # rows and columns that no kernel reached
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv_transpose2d(d_y, weight, None, stride, padding, rest)
+    wide = torch.promote_types(d_y.dtype, torch.float32) if d_y.is_cpu else d_y.dtype
+    return F.conv_transpose2d(d_y.to(wide), weight.to(wide), None, stride, padding, rest).to(d_y.dtype)
 
 
 _conv2d_op.register_autograd(_backward, setup_context=_setup_context)

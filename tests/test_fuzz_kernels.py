@@ -19,6 +19,13 @@ def test_random_calls(name, kernels_on):
     assert sum(kernels_on.values()) >= CASES // 2 or name in ("pack", "quantizer")
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", (101494, 102040))
+def test_what_was_once_a_finding(case, kernels_on):
+    """Gradients of fp16 convolutions, which torch adds up in fp16 on CPUs."""
+    assert fuzz_kernels.run("gradients", 1, case) == []
+
+
 def test_a_finding_is_told(monkeypatch):
     """A case that goes wrong is a line with what is needed to run it again."""
     monkeypatch.setattr(fuzz_kernels, "unpack", lambda packed: torch.zeros(packed.shape))
