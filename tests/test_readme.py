@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import torch
 
@@ -108,6 +108,9 @@ def figures_of_the_files() -> list[str]:
     cosines = [
         found(f"separability-{n}.json")["gradients"]["all weights"]["mean_of_losses"]["cosine"] for n in ("empf", "lif")
     ]
+    cells = {"float": [], "4-bit": []}
+    for row in found("runtimes.json")["rows"]:
+        cells[row["spikes"]].append(row["packed_over"]["ONNX Runtime"]["median"])
     summed = [mean(kind["sum"]) for kind in found("sequence.json")["accuracy"].values()]
     return [
         f"{digits['accuracy'][-1]:.2f} % of {digits['images']} test images after 30 epochs; {seconds:.0f} s",
@@ -122,6 +125,7 @@ def figures_of_the_files() -> list[str]:
         f"{packed['file_mb']['full precision']:.2f} MB in full precision",
         f"{faster[0][0]:.1f} times as fast with 1 image, {faster[0][1]:.1f} times with 64",
         f"{faster[1][0]:.1f} and {faster[1][1]:.1f} times",
+        *(f"{median(over):.2f} ({min(over):.2f} to {max(over):.2f})" for over in cells.values()),
         f"{cosines[0]:.3f}", f"{cosines[1]:.3f}",
         "vanilla {:.1f}, parallel {:.1f}, LIF {:.1f} %".format(*summed),
     ]  # fmt: skip
