@@ -100,7 +100,6 @@ def test_what_is_not_finite_stays_so():
 def test_on_older_processors(fresh, processor):
     flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in native.FLAGS]
     fresh.setattr(native, "FLAGS", flags)
-    fresh.setattr(native.compiled, "__defaults__", (flags,))
     assert native.library().lanes() == {"x86-64": 4, "x86-64-v3": 8}[processor]
     for bits in (None, 2):
         check(*case(4, (2, 24, 5, 7), True, True, False, True), False, bits)
@@ -114,6 +113,18 @@ def test_it_is_compiled_once(fresh):
     native.library.cache_clear()
     assert (first is None) == (COMPILER is None) == (native.library() is None)
     assert len(calls) == (COMPILER is not None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", (None, 4))
+def test_a_packed_network_uses_it_for_each_layer(monkeypatch, bits):
+    fire, calls = native.fire, []
+    monkeypatch.setattr(native, "fire", lambda *a, **k: (calls.append(k["potential"]), fire(*a, **k))[1])
+    packed = empf.pack(empf.resnet18(in_channels=1, image_size=8, width=0.25, spike_bits=bits).eval())
+    packed(torch.rand(2, 1, 8, 8), steps=3)
+    assert calls == [True] * 16  # the potential is carried on
+    packed(torch.rand(2, 1, 8, 8))
+    assert calls[16:] == [False] * 16
 
 
 WITHOUT = {

@@ -53,9 +53,9 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def compiled(compiler: str, flags: Sequence[str] = FLAGS) -> Path:
+def compiled(compiler: str) -> Path:
     """The library, compiled now unless it was before. Raises OSError or SubprocessError where that fails."""
-    about = (SOURCE.read_bytes(), compiler, Path(compiler).stat().st_mtime, flags, platform.machine(), processor())
+    about = (SOURCE.read_bytes(), compiler, Path(compiler).stat().st_mtime, FLAGS, platform.machine(), processor())
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():  # code that somebody else wrote is not run
@@ -65,7 +65,7 @@ def compiled(compiler: str, flags: Sequence[str] = FLAGS) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / path.name
             for threads in (["-fopenmp"], []):  # without, everything runs in the thread that calls
-                command = [compiler, *flags, *threads, str(SOURCE), "-o", str(made)]
+                command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, timeout=60)
                 if done.returncode == 0:
                     break
