@@ -32,6 +32,7 @@ from empf.training.capture import CapturedBackward
 from empf.training.config import TrainConfig
 from empf.training.fine_tuning import freeze, take_weights
 from empf.training.flip import Flips
+from empf.training.growth import grown, lend_steps, stage_of
 from empf.training.health import Health
 from empf.training.optimizers import flips_of, learning_rate, make_optimizer
 from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
@@ -80,10 +81,11 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
 
         for epoch in session.epochs(batches):
             model.train()
-            start = session.at["batch"]
+            start, stage = session.at["batch"], stage_of(config.grow, config.T, epoch / config.epochs)
+            given = grown(raw, batches.iterate(start, session.begun_by), stage)
             for batch in updates(
-                model, batches.iterate(start, session.begun_by), optimizer, epoch * len(batches) + start, len(batches),
-                draw=partial(empf.draw_steps, config.T, config.steps_per_batch, config.seed),
+                model, given, optimizer, epoch * len(batches) + start, len(batches),
+                draw=partial(empf.draw_steps, stage.T, min(config.steps_per_batch, stage.T), config.seed),
                 rate=lambda done: learning_rate(config, done / len(batches)),
                 learning=config.learning, accumulate=config.accumulate,
                 accelerator=accelerator, health=health, captured=captured, flips=flips,
@@ -95,10 +97,12 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
             else:
                 for network in dict.fromkeys((raw, evaluated)):  # in the same order everywhere
                     average_norms(network)
+                    lend_steps(network, stage.T)
                 with accelerator.autocast():
                     empf.calibrate(evaluated, (images for images, _ in islice(plain_batches, CALIBRATION)))
                     average_norms(evaluated)
-                    sums = [total(scores(evaluated, test).to(device)).tolist() for test in tests]
+                    due = tests if session.test_is_due() else ()
+                    sums = [total(scores(evaluated, test).to(device)).tolist() for test in due]
                 session.record(*sums)
 
 

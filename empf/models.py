@@ -175,6 +175,7 @@ class SpikingNetwork(nn.Module, ABC):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.input_size = config.size  # (height, width) that it takes now: a ResNet trains on smaller images too
         self.reset()
 
     __call__: Callable[..., Tensor]
@@ -237,7 +238,7 @@ class SpikingNetwork(nn.Module, ABC):
                 f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "
                 "new batch, or ask for fewer steps"
             )
-        wanted = (c.in_channels, *c.size)
+        wanted = (c.in_channels, *self.input_size)
         if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != wanted:
             raise ValueError(
                 f"the input must be images (N, {', '.join(map(str, wanted))}) or events (T, N, ...), "

@@ -39,7 +39,7 @@ from empf.models import SpikingNetwork, build
 from empf.terminal import shown
 
 FORMAT = 1
-MEASURED = {"loss", "train_accuracy", "accuracy"}  # what an epoch has at least
+MEASURED = {"loss", "train_accuracy"}  # what an epoch has at least
 MOST_PROCESSES = 10**6
 WEIGHTS = ("model.safetensors", "best.safetensors")
 
@@ -160,10 +160,9 @@ def is_record(record: object) -> bool:
     """Is it a line of metrics.jsonl?"""
     if not isinstance(record, dict) or not is_count(record.get("epoch"), 1):
         return False
-    health, numbers = record.get("health", {}), [record.get("accuracy", []), record.get("held_out", [0.0])]
+    health, numbers = record.get("health", {}), [record.get("accuracy", [0.0]), record.get("held_out", [0.0])]
     return (
-        all(map(is_numbers, numbers))
-        and bool(numbers[1])
+        all(is_numbers(values) and values for values in numbers)
         and all(fits(record.get(name, 0.0)) for name in ("loss", "train_accuracy", "test_loss"))
         and isinstance(record.get("weights", ""), str)
         and isinstance(health, dict) and is_list(health.get("warnings", []), str)
@@ -177,7 +176,7 @@ def is_history(history: object) -> bool:
     watched = [record["health"] for record in history if "health" in record]
     layers = [health.get(name) for health in watched for name in ("density", "flips")]
     return (
-        all(len(record["accuracy"]) == len(history[0]["accuracy"]) > 0 for record in history)
+        len({len(record["accuracy"]) for record in history if "accuracy" in record}) <= 1
         and all(isinstance(values, dict) and is_numbers([*values.values()]) for values in layers)
         and all("warnings" in health for health in watched)
     )
@@ -284,8 +283,8 @@ def begun(run: Path) -> bool:
 
 def best_epoch(history: list[dict]) -> int | None:
     """The epoch with the highest held-out accuracy, the first of several; None where nothing was held out."""
-    held = [record["held_out"][-1] for record in history if "held_out" in record]
-    return 1 + held.index(max(held)) if held else None
+    held = [record for record in history if "held_out" in record]
+    return max(held, key=lambda record: record["held_out"][-1])["epoch"] if held else None
 
 
 def identity(model: SpikingNetwork) -> str:

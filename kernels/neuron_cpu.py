@@ -83,12 +83,16 @@ def normalise(y: Tensor, gain: Tensor, shift: Tensor, rest: Tensor | None = None
     """gain * y + shift (+ rest), y (k, N, C, ...), gain, shift (k, C); `out` may be `rest`."""
     in_place = out is not None and out is rest
     out = empty_like_steps(y, y.dtype) if out is None else out
+    # a type below that of gain and shift is rounded to in a copy: torch's operations would do it number by number
+    direct = not in_place and out.dtype == torch.promote_types(y.dtype, gain.dtype)
     for t, step in enumerate(y):
         gain_t, shift_t = lane(gain[t], step), lane(shift[t], step)
         for y_n, rest_n, out_n in pieces(step, None if rest is None else rest[t], out[t]):
-            normed = torch.addcmul(shift_t, y_n, gain_t, out=None if in_place else out_n)
+            normed = torch.addcmul(shift_t, y_n, gain_t, out=out_n if direct else None)
             if rest is not None:
-                torch.add(normed, rest_n, out=out_n)
+                normed.add_(rest_n)
+            if not direct:
+                out_n.copy_(normed)
     return out
 
 

@@ -19,6 +19,7 @@ SETTINGS = {
     "plain": [],
     "mixed": ["--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1", "--cutout", "2"],
     "muon": ["--optimizer", "muon", "--weights", "ternary"],
+    "grow": ["--grow", "4:1:0.5", "--test-every", "2"],
     "average": ["--ema", "0.9", "--neuron", "mem_bn", "--learning", "every"],
 }
 SAVE_ALWAYS = ("--save-minutes", "0")

@@ -20,6 +20,7 @@ from empf.kernels.neuron import ACTIVATIONS
 from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
 from empf.online import LEARNING
 from empf.terminal import shown
+from empf.training.growth import stages
 
 OPTIMIZERS = ("sgd", "muon", "flip")
 SCHEDULES = ("cosine", "constant")
@@ -106,7 +107,11 @@ class TrainConfig:
     freeze: str | None = setting(None, "parameters that stay as they are: patterns of names, e.g. 'stem*,blocks.0.*'")
     learning: str = setting("random", "which steps are back-propagated", LEARNING)
     steps_per_batch: int = setting(1, "time steps drawn per batch with --learning random")
+    grow: str | None = setting(
+        None, "begin with small images and few time steps: side:T:share of the epochs, such as 16:1:0.5,24:2:0.3"
+    )
     epochs: int = setting(300, "passes over the training set")
+    test_every: int = setting(1, "epochs from one test to the next; the last one is always tested")
     patience: int | None = setting(None, "stop after so many epochs without a better held-out accuracy")
     batch_size: int = setting(64, "images per batch and process")
     optimizer: str = setting(
@@ -156,7 +161,9 @@ class TrainConfig:
             value = getattr(self, f.name)
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, got {value!r}")
-        at_least = dict(T=1, steps_per_batch=1, epochs=1, batch_size=1, accumulate=1, limit=1, max_steps=1, patience=1)
+        at_least = dict(
+            T=1, steps_per_batch=1, epochs=1, test_every=1, batch_size=1, accumulate=1, limit=1, max_steps=1, patience=1
+        )
         at_least |= dict.fromkeys(
             (
                 "seed", "threads", "workers", "weight_decay", "warmup_epochs", "roll", "cutout", "mixup", "cutmix",
@@ -185,6 +192,14 @@ class TrainConfig:
             raise ValueError(f"steps_per_batch = {self.steps_per_batch} is more than T = {self.T} time steps")
         if self.steps_per_batch > 1 and self.learning != "random":
             raise ValueError(f"steps_per_batch is for the learning mode random, not for {self.learning}: leave it out")
+        if self.patience is not None and self.test_every > 1:
+            raise ValueError("patience counts epochs that are tested: leave --test-every or --patience out")
+        if any(stage.T < self.T for stage in stages(self.grow, self.T)) and self.learning != "random":
+            raise ValueError(f"grow with fewer time steps is for --learning random, not for {self.learning}")
+        if self.grow and self.arch == "vgg_snn":
+            raise ValueError("grow needs a network that pools before its head: choose a ResNet, not --arch vgg_snn")
+        if self.grow and self.cuda_graphs:
+            raise ValueError("grow changes the shape of batches, which cuda_graphs record: leave one of the two out")
         self.check_flips()
         self.images(), self.model()  # checks these flags before the data are read
 

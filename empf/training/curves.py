@@ -15,7 +15,8 @@ def plot_curves(run: Path, history: list[dict], title: str) -> None:
     with pyplot() as plt:
         fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 3.2 * rows), layout="constrained", squeeze=False)
         plot_losses(axes[0, 0], history)
-        plot_accuracy(axes[0, 1], history, plt)
+        if any("accuracy" in record for record in history):
+            plot_accuracy(axes[0, 1], [record for record in history if "accuracy" in record], plt)
         if watched:
             plot_health(*axes[1], watched, plt)
         for ax in axes.flat:

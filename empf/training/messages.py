@@ -63,12 +63,13 @@ def few_updates(config: TrainConfig, batches: int) -> str | None:
 
 def epoch_line(record: dict) -> str:
     """One line of metrics.jsonl for people."""
-    per_step = " ".join(f"{a:.2f}" for a in record["accuracy"])
     tested = "held out" if "tested_on" in record else "test"  # where nothing else is
+    per_step = " ".join(f"{a:.2f}" for a in record.get("accuracy", []))
+    test = f"{tested} after each step {per_step} %  " if per_step else ""
     held = f"held out {record['held_out'][-1]:.2f} %  " if "held_out" in record and tested == "test" else ""
     return (
         f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  train {record['train_accuracy']:.2f} %  {held}"
-        f"{tested} after each step {per_step} %  {record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
+        f"{test}{record['images_per_s']:.0f} images/s  {record['seconds']:.1f} s"
     )
 
 

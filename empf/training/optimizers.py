@@ -26,13 +26,14 @@ ITERATIONS = 5
 
 
 @torch.no_grad()
-def orthogonal(g: Tensor) -> Tensor:
+def orthogonal(g: Tensor, bf16: bool | None = None) -> Tensor:
     """g (out, ...) with singular values close to 1, seen as a matrix (out, -1); zeros stay zeros.
 
-    The products are in bf16 on a GPU and in fp32 elsewhere. Same shape, dtype and memory format as g.
+    The products are in bf16 or in fp32; by default in bf16 on a GPU alone. Same shape, dtype and memory format as g.
     """
     x = g.movedim(1, -1).reshape(len(g), -1)  # without a copy from channels_last
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
+    bf16 = x.is_cuda if bf16 is None else bf16
+    x = x.to(torch.bfloat16 if bf16 else torch.promote_types(x.dtype, torch.float32))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp_min(1e-12)  # singular values of at most 1
@@ -47,8 +48,8 @@ def orthogonal(g: Tensor) -> Tensor:
 class Muon(torch.optim.SGD):
     """`torch.optim.SGD`; groups with an `orthogonal_momentum` above 0 get orthogonal updates, with that momentum.
 
-    Such a group should have no other momentum; it may have a `limit` of its weights. `step` leaves its orthogonal
-    directions in `.grad`.
+    Such a group should have no other momentum; it may have a `limit` of its weights, and `bf16` says in what its
+    products are, see `orthogonal`. `step` leaves its orthogonal directions in `.grad`.
     """
 
     def __init__(self, params, **defaults):
@@ -56,6 +57,7 @@ class Muon(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("orthogonal_momentum", 0.0)
             group.setdefault("limit", math.inf)
+            group.setdefault("bf16", None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -72,7 +74,7 @@ class Muon(torch.optim.SGD):
                     state["average"] = torch.zeros_like(p)
                 average = state["average"]
                 average.lerp_(p.grad, 1 - momentum)
-                p.grad.copy_(orthogonal(p.grad.lerp(average, momentum)))
+                p.grad.copy_(orthogonal(p.grad.lerp(average, momentum), group["bf16"]))
         super().step()
         for group in self.param_groups:
             if group["limit"] < math.inf:
@@ -123,6 +125,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
             "params": [p for p in learning if p in orthogonal], "weight_decay": config.weight_decay,
             "momentum": 0.0, "nesterov": False, "orthogonal_momentum": 0.95,
             "limit": math.inf if config.weights == "full" else 1.0,
+            "bf16": config.mixed_precision == "bf16" or None,
         }
     )  # fmt: skip
     return Muon(groups, lr=config.lr, momentum=0.9, nesterov=True)

@@ -197,8 +197,9 @@ class Session:
         if self.first:
             runs.save_results(self.run, self.evaluated, self.history)
             if draw and has_matplotlib():
-                c, accuracy = self.config, self.history[-1]["accuracy"][-1]
-                title = f"{c.dataset}: {c.arch} x{c.width:g}, {c.weights} weights, T = {c.T}: {accuracy:.2f} %"
+                c, tested = self.config, [record["accuracy"][-1] for record in self.history if "accuracy" in record]
+                title = f"{c.dataset}: {c.arch} x{c.width:g}, {c.weights} weights, T = {c.T}"
+                title += f": {tested[-1]:.2f} %" if tested else ""
                 plot_curves(self.run, self.history, title)
 
     # ---- the loop
@@ -273,23 +274,29 @@ class Session:
             self.save()
         return within and self.stopping
 
+    def test_is_due(self) -> bool:
+        """Is this epoch, which has been trained, one to be tested?"""
+        epoch = self.at["epoch"] + 1
+        return epoch % self.config.test_every == 0 or epoch == self.config.epochs
+
     def record(self, *sums: list[float]) -> None:
         """End an epoch with the `scores` of the test set and, where it is another, of what is held out.
 
-        They are recorded, saved and said.
+        They are recorded, saved and said; of an epoch that is not tested there are none.
         """
         results = [
             ([100 * c / images for c in correct], loss / images)
-            for (*correct, loss), images in zip(sums, self.sizes, strict=True)
+            for (*correct, loss), images in zip(sums, self.sizes[: len(sums)], strict=True)
         ]
         epoch, (loss_sum, correct, images) = self.at["epoch"] + 1, self.sums
         rates = [learning_rate(self.config, epoch), learning_rate(self.config, epoch - 1)]
         record = {
             "epoch": epoch, "loss": loss_sum / images, "train_accuracy": 100 * correct / images,
-            "accuracy": results[0][0], "test_loss": results[0][1], "lr": rates[0],
-            "images_per_s": images / self.seconds, "seconds": self.seconds,
+            "lr": rates[0], "images_per_s": images / self.seconds, "seconds": self.seconds,
         }  # fmt: skip
-        if self.chooses:
+        if results:
+            record |= {"accuracy": results[0][0], "test_loss": results[0][1]}
+        if results and self.chooses:
             record |= {"held_out": results[-1][0], "held_out_loss": results[-1][1], **self.tested_on}
         if self.parts["health"] is not None:
             record["health"] = self.parts["health"].report(min(rates) / self.config.lr)
@@ -424,4 +431,4 @@ def scalars(record: dict) -> dict[str, float]:
     """One line of metrics.jsonl for a tracker."""
     single = {name: value for name, value in record.items() if isinstance(value, float)}
     single |= {"held_out": record["held_out"][-1]} if "held_out" in record else {}
-    return single | {f"accuracy_t{t}": accuracy for t, accuracy in enumerate(record["accuracy"], 1)}
+    return single | {f"accuracy_t{t}": accuracy for t, accuracy in enumerate(record.get("accuracy", []), 1)}
