@@ -10,7 +10,8 @@ energy   0.9 pJ per SOP of 32 bits, times n/32 with n-bit spikes (those of LIF h
 
 What a layer is fed with is found by watching a network run. Spikes are what comes out of a neuron, and what pooling,
 reshaping, concatenation, sums of spikes or multiplication by something make of them. A full-precision layer is one that
-is fed with something else, or a readout: full-precision weights behind which there is no neuron and no synapse.
+is fed with something else, whatever its weights (a shortcut that reads currents), or a readout: full-precision weights
+behind which there is no neuron and no synapse.
 
 A synapse is a convolution or linear layer of torch, or a module with `effective_weight()` (C_out, C_in / groups, ...),
 `kind` "binary" | "ternary", `bias`, and for a convolution `stride, padding, dilation, groups`. Spikes of a packed
@@ -340,8 +341,8 @@ def spike_account(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
 
     x: what the network is called with, images (N, ...) for the networks of this library, else (T, N, ...).
     Adds "sops", "energy_mj" (of the SOPs), "macs" and "energy_full_mj" (of the full-precision layers: in the networks
-    of this library the stem, the head and the channel attention), and "density": share of non-zero spikes of each layer
-    of neurons by name. The state is reset. Raises ValueError without images.
+    of this library the stem, the head, the channel attention and shortcuts that read currents), and "density": share of
+    non-zero spikes of each layer of neurons by name. The state is reset. Raises ValueError without images.
 
     >>> net = empf.resnet18(num_classes=10, in_channels=1, image_size=8, width=0.125)
     >>> cost = empf.spike_account(net, [(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))])

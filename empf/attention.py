@@ -12,16 +12,16 @@ class SECA(nn.Module):
 
         w = sigmoid(Conv1d_k(GAP(I)))      I <- w * I          (SECA-I; SECA-II is fed x + I)
 
-    k = 5 neighbouring channels, zero padding.    arXiv 2410.07547, sec. 4
+    k = 5 neighbouring channels, zero padding; `bias`: of the Conv1d, one number more.    arXiv 2410.07547, sec. 4
     """
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, kernel_size: int = 5):
+    def __init__(self, kernel_size: int = 5, bias: bool = False):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"the kernel size of SECA must be odd and positive, got {kernel_size}")
-        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=bias)
 
     def forward(self, current: Tensor, rest: Tensor | None = None) -> Tensor:
         """(..., C, H, W) with a leading dimension or more -> the same; `rest`, of that shape, is added to it."""

@@ -30,6 +30,29 @@ def check_input(x: object, weight: Tensor | None = None) -> None:
         )
 
 
+def frames(x: Tensor, wanted: tuple[int, ...], T: int, t: int, past: int, steps: int) -> Tensor:
+    """What a network at time t of T reads in past + steps more steps: (k, N, *wanted); k = 1 of images (N, *wanted).
+
+    Events are (T, N, *wanted), or just those of these steps. Raises ValueError for other shapes, and for steps past T.
+    """
+    total = past + steps
+    if steps < 1 or past < 0 or t + total > T:
+        raise ValueError(
+            f"{past} + {steps} more steps asked after step {t} of T = {T}: call empf.reset(model) before a new batch, "
+            "or ask for fewer steps"
+        )
+    if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != wanted:
+        raise ValueError(
+            f"the input must be images (N, {', '.join(map(str, wanted))}) or events (T, N, ...), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dim() == 4:
+        return x.unsqueeze(0)
+    if len(x) not in (total, T):
+        raise ValueError(f"{total} steps to run with T = {T}, but the input has {len(x)} frames")
+    return x if len(x) == total else x[t : t + total]
+
+
 def explained(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`forward(layer, x)` of a synapse: where torch refuses x, a sentence says why. A call that works pays nothing."""
 

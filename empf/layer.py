@@ -14,7 +14,6 @@ Here is also the part of a network that works on currents: `StepBatchNorm`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch.nn.modules import module as torch_module
 
 from empf.kernels.dispatch import transformed
 from empf.kernels.neuron import NeuronParams, on_kernels
-from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics
+from empf.kernels.neuron_cpu import folded, norm_backward, normalise, stacked, step_statistics, total_of
 from empf.kernels.neuron_engine import Running, Stats, Term, neuron_again, neuron_backward, neuron_forward
 
 MAX_TERMS = 4  # a longer sum of currents is kept: making it again would take longer than it is worth
@@ -50,21 +49,12 @@ def active(x: Tensor) -> bool:
 
 
 def refuse_second_order(_: Tensor | None = None) -> None:
-    """As a hook: a small activation, which is kept, behaves as a large one, which is made again."""
+    """For backward passes, and a hook: a small activation, which is kept, behaves as one that is made again."""
     if _enabled and torch.is_grad_enabled():
         raise RuntimeError(
             "neurons have gradients of first order only, and create_graph=True asks for more: "
             "run forward and backward within empf.layer.enabled(False)"
         )
-
-
-def first_order(backward: Callable) -> Callable:
-    @wraps(backward)
-    def run(ctx, *gradients):
-        refuse_second_order()
-        return backward(ctx, *gradients)
-
-    return run
 
 
 def hooked(module: nn.Module) -> bool:
@@ -170,8 +160,8 @@ class NormFn(Function):
         return normalise(y, *folded(weight, bias, mean, rstd), rest)
 
     @staticmethod
-    @first_order
     def backward(ctx, d_current: Tensor):
+        refuse_second_order()
         y, weight, mean, rstd = ctx.saved_tensors
         d_y, d_weight, d_bias = norm_backward(d_current, ctx.again() if ctx.again else y, weight, mean, rstd)
         if ctx.again:
@@ -250,7 +240,45 @@ class Current:
         return self._terms
 
 
-# ---- the autograd function of a layer
+# ---- the autograd functions of a layer
+
+
+def laid_aside(terms: Sequence[Term]) -> tuple[list[Remade | None], list[Tensor | None]]:
+    """Terms as what is kept beside the graph, and in it."""
+    remade = [y if isinstance(y, Remade) else None for y, _, _ in terms]
+    return remade, [None if isinstance(part, Remade) else part for term in terms for part in term]
+
+
+def taken_up(remade: Sequence[Remade | None], parts: Sequence[Tensor | None]) -> list[Term]:
+    """The terms that were `laid_aside`, as tensors."""
+    return [Term(y() if y else parts[3 * i], *parts[3 * i + 1 : 3 * i + 3]) for i, y in enumerate(remade)]
+
+
+class ReadFn(Function):
+    """One step of a convolution that reads a current x instead of spikes: y. Backward adds x up again."""
+
+    @staticmethod
+    def forward(ctx, terms: tuple[Term, ...], synapse: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        ctx.remade, parts = laid_aside(terms)
+        ctx.save_for_backward(w, *parts)
+        ctx.synapse = synapse
+        return synapse.run(x[0], w)[None]
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor):
+        refuse_second_order()
+        w, *parts = ctx.saved_tensors
+        x = total_of(taken_up(ctx.remade, parts))
+        d_x, d_w = ctx.synapse.run_backward(d_y[0], x[0], w, *ctx.needs_input_grad[2:])
+        return None, None, None if d_x is None else d_x[None], d_w
+
+
+def read_current(synapse: nn.Module, current: Current) -> Tensor:
+    """y (k, N, C, ...) of a synapse that reads the current itself, which is not kept for that where it is large."""
+    known = getattr(synapse, "made_again", False) and not hooked(synapse)
+    if known and len(current.y) == 1 and torch.is_grad_enabled() and active(current.y):
+        return ReadFn.apply(current.terms(), synapse, current.value, synapse.learned())
+    return over_steps(synapse, current.value)
 
 
 @dataclass
@@ -280,8 +308,7 @@ class SpikingLayerFn(Function):
         layer.stats = stats
         if layer.observer is not None:
             layer.observer(spikes)
-        ctx.remade = [y if isinstance(y, Remade) else None for y, _, _ in layer.terms]
-        parts = [None if isinstance(part, Remade) else part for term in layer.terms for part in term]
+        ctx.remade, parts = laid_aside(layer.terms)
         ctx.save_for_backward(layer.v, *(stats or (None, None)), *p.tensors(), *parts, *learned)
         ctx.options, ctx.pool, ctx.synapses = layer.options, layer.pool, layer.synapses
         ctx.set_materialize_grads(False)
@@ -293,15 +320,13 @@ class SpikingLayerFn(Function):
         return v_out, *(s.run(read, w)[None] for s, w in zip(layer.synapses, learned, strict=True))
 
     @staticmethod
-    @first_order
     def backward(ctx, _, *d_outputs):
+        refuse_second_order()
         v, mean, var, *rest = ctx.saved_tensors
         p, stats = NeuronParams(*rest[:6], **ctx.options), None if mean is None else (mean, var)
         count = len(ctx.remade)
         parts, learned = rest[6 : 6 + 3 * count], rest[6 + 3 * count :]
-        terms = [Term(*parts[3 * i : 3 * i + 3]) for i in range(count)]
-        terms = [term if y is None else term._replace(y=y()) for y, term in zip(ctx.remade, terms, strict=True)]
-        spikes, kept = neuron_again(terms, v, p, stats)
+        spikes, kept = neuron_again(taken_up(ctx.remade, parts), v, p, stats)
         needed = ctx.needs_input_grad
         d_learned = [None] * len(learned)
         if not learned:

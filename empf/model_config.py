@@ -13,9 +13,11 @@ from empf.terminal import shown
 ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
 WEIGHTS = ("binary", "ternary", "full")
 NEURONS = ("empf", "mem_bn", "lif")
+SHORTCUTS, GRANULARITIES = ("spikes", "current"), ("channel", "layer")
 WIDEST = 64.0
 LARGEST = {"num_classes": 10**6, "in_channels": 1024, "image_size": 4096, "T": 4096}
 Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
+LATER = ("shortcut", "granularity", "seca_bias")
 NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
 
 
@@ -59,6 +61,10 @@ class ModelConfig:
         threshold: of every neuron before training, within (0, 1); LIF has its own.
         per_channel: leak, threshold, alpha and beta are learned for each channel, not for each layer.
         width: multiplier of all channel counts, up to 64.
+        shortcut: what the 1x1 convolution of a ResNet's shortcut reads: spikes (they are additions), or the input
+            current of the block (multiplications, as in the full-precision layers).
+        granularity: of the scale and threshold of ternary synapses: channel (one for each output channel) | layer.
+        seca_bias: the convolution of the channel attention has a bias.
 
     Raises ValueError for a value of another type or outside its range.
     """
@@ -78,6 +84,9 @@ class ModelConfig:
     threshold: float = 0.5
     per_channel: bool = False
     width: float = 1.0
+    shortcut: str = "spikes"
+    granularity: str = "channel"
+    seca_bias: bool = False
 
     def __post_init__(self):
         if isinstance(self.image_size, list | tuple):  # JSON has lists; a square has one name
@@ -88,7 +97,7 @@ class ModelConfig:
         check_types(self)
         choices = {
             "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
-            "spike_bits": (None, *range(1, 9)),
+            "spike_bits": (None, *range(1, 9)), "shortcut": SHORTCUTS, "granularity": GRANULARITIES,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -126,6 +135,10 @@ class ModelConfig:
     def to_dict(self) -> dict:
         """The fields as plain values."""
         return asdict(self)
+
+    def for_checksum(self) -> dict:
+        """`to_dict` without what says nothing and older versions did not have: the checksums of their files stay."""
+        return {n: v for n, v in self.to_dict().items() if n not in LATER or v != getattr(type(self), n)}
 
 
 def settings_of(kind: type[Settings], values: dict, run: str | Path) -> Settings:

@@ -2,7 +2,8 @@
 
 stem: convolution + BN (full precision), once per batch for a static image
 block: I1 = BN(conv(neuron(x)));  I2 = BN(conv(neuron(I1)));  x <- I2 + shortcut
-shortcut: x, or BN(conv1x1(neuron(x))) where the shape changes: low-bit synapses only ever see spikes
+shortcut: x, or where the shape changes BN(conv1x1(neuron(x))), so that low-bit synapses only ever see spikes; with
+    `shortcut="current"` BN(conv1x1(x))
 head: global average pooling of the current, linear layer (full precision), logits of every step; of ResNet-19 before
     it a neuron, pooling of its spikes, a hidden low-bit layer and its neuron
 
@@ -20,8 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from empf.attention import SECA
-from empf.checks import check_input, given
-from empf.layer import Current, StepBatchNorm, hooked, over_steps, plus
+from empf.checks import check_input, frames, given
+from empf.layer import Current, StepBatchNorm, hooked, over_steps, plus, read_current
 from empf.model_config import ModelConfig
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, spikes_of, spiking_layer
 from empf.synapse import BinaryConv2d, BinaryLinear, FullConv2d
@@ -57,14 +58,15 @@ class Builder:
         )  # fmt: skip
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:
-        if self.config.weights == "full":
-            return FullConv2d(c_in, c_out, kernel, stride, kernel // 2)
-        return BinaryConv2d(c_in, c_out, kernel, stride, kernel // 2, kind=self.config.weights)
+        return self.synapse(FullConv2d, BinaryConv2d)(c_in, c_out, kernel, stride, kernel // 2, bias=False)
 
     def linear(self, c_in: int, c_out: int) -> nn.Module:
-        if self.config.weights == "full":
-            return nn.Linear(c_in, c_out, bias=False)
-        return BinaryLinear(c_in, c_out, kind=self.config.weights)
+        return self.synapse(nn.Linear, BinaryLinear)(c_in, c_out, bias=False)
+
+    def synapse(self, full: type[nn.Module], low_bit: type[nn.Module]) -> Callable[..., nn.Module]:
+        kind = self.config.weights
+        granularity = self.config.granularity if kind == "ternary" else "channel"
+        return full if kind == "full" else partial(low_bit, kind=kind, granularity=granularity)
 
 
 class SpikingConv(nn.Module):
@@ -80,7 +82,7 @@ class SpikingConv(nn.Module):
         self.pool = nn.AvgPool2d(2) if pool else None
         self.conv = make.conv(c_in, c_out, 3, stride)
         self.bn = StepBatchNorm(c_out)
-        self.seca = SECA() if make.config.seca else None
+        self.seca = SECA(bias=make.config.seca_bias) if make.config.seca else None
         # SECA-II: the current before and after the synapse, where both have the same shape
         self.skip = make.config.seca == 2 and c_in == c_out and stride == 1 and not pool
 
@@ -131,13 +133,16 @@ class Block(nn.Module):
         self.shortcut = None
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.ModuleDict({"conv": make.conv(c_in, c_out, 1, stride), "bn": StepBatchNorm(c_out)})
+        self.reads_spikes = make.config.shortcut == "spikes"
 
     def forward(self, x: Tensor | Current) -> Tensor | Current:
         current = rest = Current.of(x)
-        if self.shortcut is None:
-            current = passed(self.conv1, current)
-        else:
+        if self.shortcut is not None and self.reads_spikes:
             current, rest = self.conv1(current.value if hooked(self.conv1) else current, None, self.shortcut)
+        else:
+            current = passed(self.conv1, current)
+            if self.shortcut is not None:
+                rest = normalised(self.shortcut["bn"], read_current(self.shortcut["conv"], rest))
         return like(x, passed(self.conv2, Current.of(current), rest))
 
 
@@ -211,7 +216,8 @@ class SpikingNetwork(nn.Module, ABC):
         if type(steps) not in (int, type(None)) or type(past) is not int:
             raise TypeError(f"steps and past must be whole numbers, got {steps!r} and {past!r}")
         steps = self.config.T - self.t - past if steps is None else steps
-        x = self._check_input(x, steps, past)
+        check_input(x, self.stem.conv.weight)
+        x = frames(x, (self.config.in_channels, *self.input_size), self.config.T, self.t, past, steps)
         self.unfinished = True  # until all neurons are through
         static = len(x) == 1
         if static:
@@ -219,8 +225,8 @@ class SpikingNetwork(nn.Module, ABC):
         if past:
             image = current.value.detach() if static else None
             with torch.no_grad():
-                frames = self.encode(x[:past], repeat=1).value if image is None else image
-                self.body(Current(frames.expand(past, *frames.shape[1:])))
+                before = self.encode(x[:past], repeat=1).value if image is None else image
+                self.body(Current(before.expand(past, *before.shape[1:])))
         if not static:
             current = self.encode(x[past:], repeat=1)
         elif steps > 1:
@@ -228,27 +234,6 @@ class SpikingNetwork(nn.Module, ABC):
         logits = self.body(current)
         self.t, self.unfinished = self.t + past + steps, False
         return logits
-
-    def _check_input(self, x: Tensor, steps: int, past: int) -> Tensor:
-        """The frames to run as (k, N, C, H, W); k = 1 for a static image."""
-        c, total = self.config, past + steps
-        check_input(x, self.stem.conv.weight)
-        if steps < 1 or past < 0 or self.t + total > c.T:
-            raise ValueError(
-                f"{past} + {steps} more steps asked after step {self.t} of T = {c.T}: call empf.reset(model) before a "
-                "new batch, or ask for fewer steps"
-            )
-        wanted = (c.in_channels, *self.input_size)
-        if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != wanted:
-            raise ValueError(
-                f"the input must be images (N, {', '.join(map(str, wanted))}) or events (T, N, ...), "
-                f"got shape {tuple(x.shape)}"
-            )
-        if x.dim() == 4:
-            return x.unsqueeze(0)
-        if len(x) not in (total, c.T):
-            raise ValueError(f"{total} steps to run with T = {c.T}, but the input has {len(x)} frames")
-        return x if len(x) == total else x[self.t : self.t + total]
 
 
 class ResNet(SpikingNetwork):

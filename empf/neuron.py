@@ -96,7 +96,7 @@ class StatefulNeuron(nn.Module):
 
 
 class EMPFNeuron(StatefulNeuron):
-    """Neuron with floating-point spikes: vanilla, Mem-BN or parallel.
+    """Neuron with floating-point spikes: vanilla, Mem-BN or parallel.    arXiv 2410.07547, sec. 4
 
     Args:
         T: time steps, each with its own parameters; None: an open end, all steps share one set.
@@ -108,28 +108,14 @@ class EMPFNeuron(StatefulNeuron):
         activation: relu | sigmoid | tanh | softplus | gelu.
         leak, threshold, alpha, beta: initial values. leak and threshold are sigmoids of a free parameter, so they stay
             in (0, 1); alpha and beta are free, and alpha = 1, beta = 0 is exactly the vanilla neuron.
-
-    Source: arXiv 2410.07547, sec. 4.
     """
 
     def __init__(
-        self,
-        T: int | None,
-        channels: int | None = None,
-        *,
-        mem_bn: bool = False,
-        parallel: bool = False,
-        per_channel: bool = False,
-        spike_bits: int | None = None,
-        spike_step: float = 0.25,
-        activation: str = "relu",
-        leak: float = 0.5,
-        threshold: float = 0.5,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        eps: float = 1e-5,
+        self, T: int | None, channels: int | None = None, *, mem_bn: bool = False, parallel: bool = False,
+        per_channel: bool = False, spike_bits: int | None = None, spike_step: float = 0.25, activation: str = "relu",
+        leak: float = 0.5, threshold: float = 0.5, alpha: float = 0.5, beta: float = 0.5, eps: float = 1e-5,
         momentum: float = 0.1,
-    ):
+    ):  # fmt: skip
         super().__init__(T)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

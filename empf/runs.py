@@ -289,7 +289,7 @@ def best_epoch(history: list[dict]) -> int | None:
 
 def identity(model: SpikingNetwork) -> str:
     """The fingerprint of a network's weights and settings: those that an accuracy was measured with."""
-    return fingerprint(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
+    return fingerprint(model.state_dict(), json.dumps(model.config.for_checksum(), sort_keys=True))
 
 
 def save_results(run: Path, model: SpikingNetwork, history: list[dict]) -> None:

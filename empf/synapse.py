@@ -79,6 +79,10 @@ class QuantizedWeight:
     granularity: str
     holds_state = True  # for `empf.reset`
 
+    def __init__(self, *args, bias: bool = False, kind: str = "binary", granularity: str = "channel", **options):
+        super().__init__(*args, bias=bias, **options)
+        self.quantize_as(kind, granularity)
+
     def reset(self) -> None:
         """Form the effective weight anew when it is needed next."""
         self._formed: tuple | None = None
@@ -147,7 +151,7 @@ class FullConv2d(nn.Conv2d):
 
     @property
     def made_again(self) -> bool:
-        """Can `SpikingLayerFn` run it?"""
+        """Can `SpikingLayerFn` and `ReadFn` run it?"""
         return type(self).forward is FullConv2d.forward and "forward" not in vars(self) and self.bias is None
 
 
@@ -158,18 +162,13 @@ class BinaryConv2d(QuantizedWeight, FullConv2d):
     `kind` "binary" | "ternary", `granularity` of the scales "channel" | "layer". Raises ValueError for others.
     """
 
-    def __init__(self, *args, kind: str = "binary", granularity: str = "channel", **options):
-        super().__init__(*args, **options)
-        self.quantize_as(kind, granularity)
-
 
 class BinaryConv1d(QuantizedWeight, nn.Conv1d):
     """Convolution (N, C, L) -> (N, C_out, L') with binary or ternary weights; arguments as `BinaryConv2d`."""
 
-    def __init__(self, *args, bias: bool = False, kind: str = "binary", granularity: str = "channel", **options):
-        super().__init__(*args, bias=bias, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         check_conv(self)
-        self.quantize_as(kind, granularity)
 
     @explained
     def forward(self, x: Tensor) -> Tensor:
@@ -183,12 +182,8 @@ class BinaryLinear(QuantizedWeight, nn.Linear):
     Arguments as `nn.Linear`, `kind` and `granularity` as `BinaryConv2d`.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, kind: str = "binary",
-        granularity: str = "channel", **options,
-    ):  # fmt: skip
-        super().__init__(in_features, out_features, bias, **options)
-        self.quantize_as(kind, granularity)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **options):
+        super().__init__(in_features, out_features, bias=bias, **options)
 
     @explained
     def forward(self, x: Tensor) -> Tensor:

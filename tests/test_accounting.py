@@ -82,8 +82,13 @@ def test_additions_of_a_linear_layer(kind):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [dict(), dict(weights="ternary", spike_bits=4), dict(seca=1), dict(neuron="lif")], ids=str
-)
+    "kwargs",
+    [
+        dict(), dict(weights="ternary", spike_bits=4), dict(seca=1), dict(neuron="lif"), dict(shortcut="current"),
+        dict(weights="ternary", granularity="layer"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_spike_account_of_a_small_network(kwargs):
     torch.manual_seed(0)
     model = empf.resnet18(**{**dict(num_classes=3, image_size=8, width=0.0625, T=3), **kwargs})
@@ -103,6 +108,9 @@ def test_spike_account_of_a_small_network(kwargs):
     for handle in handles:
         handle.remove()
     weights = {layer: layer.effective_weight() for layer in layers}
+    if kwargs.get("shortcut") == "current":  # which is multiplied
+        inputs = [(m, s) for m, s in inputs if m.kernel_size != (1, 1)]
+        assert len(inputs) == 16
     sops = sum(brute_force(s, weights[m], m.stride[0], m.padding[0]) for m, s in inputs) / 4
     assert counted["sops"] == sops
     bits = 1 if kwargs.get("neuron") == "lif" else kwargs.get("spike_bits") or 32
@@ -110,6 +118,7 @@ def test_spike_account_of_a_small_network(kwargs):
     # stem once for a static image, head in every step, channel attention in every step
     seca = 3 * 5 * sum(2 * c for c in (4, 4, 8, 8, 16, 16, 32, 32)) if kwargs.get("seca") else 0
     macs = 8 * 8 * 4 * 27 + 3 * 32 * 3 + seca
+    macs += 3 * (16 * 8 * 4 + 4 * 16 * 8 + 32 * 16) if kwargs.get("shortcut") else 0
     assert counted["macs"] == macs
     assert counted["energy_full_mj"] == pytest.approx(macs * 4.6e-9)
     assert set(counted["density"]) == set(fired) and len(fired) == 16
@@ -313,7 +322,8 @@ def test_errors():
     "network",
     [
         dict(), dict(weights="ternary", spike_bits=4), dict(neuron="mem_bn", parallel=0.5, seca=2), dict(neuron="lif"),
-        dict(arch="resnet19"), dict(arch="vgg_snn", in_channels=2, image_size=16, spike_bits=4),
+        dict(arch="resnet19"), dict(weights="ternary", granularity="layer", shortcut="current", seca=1, seca_bias=True),
+        dict(arch="vgg_snn", in_channels=2, image_size=16, spike_bits=4),
     ],
     ids=str,
 )  # fmt: skip

@@ -8,9 +8,10 @@ import torch
 from empf.attention import SECA
 
 
-def test_formula_of_seca():
+@pytest.mark.parametrize("bias", [False, True])
+def test_formula_of_seca(bias):
     torch.manual_seed(0)
-    seca = SECA(5).double()
+    seca = SECA(5, bias=bias).double()
     current = torch.randn(2, 3, 7, 4, 5, dtype=torch.float64)
     got = seca(current)
     kernel = seca.conv.weight.flatten().tolist()
@@ -19,6 +20,7 @@ def test_formula_of_seca():
             mean = [current[t, n, c].sum().item() / 20 for c in range(7)]
             for c in range(7):
                 z = sum(kernel[k] * mean[c + k - 2] for k in range(5) if 0 <= c + k - 2 < 7)
+                z += seca.conv.bias.item() if bias else 0.0
                 gate = 1 / (1 + math.exp(-z))
                 assert (got[t, n, c] - gate * current[t, n, c]).abs().max() < 1e-12
 

@@ -164,6 +164,21 @@ def test_a_file_made_up_with_a_right_checksum_is_refused_too(example, changes):
         load_packed(path)
 
 
+def test_a_file_of_an_older_version(example, tmp_path, monkeypatch):
+    """Whose configuration does not have what came later."""
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(example[1])
+    packed = load_packed(path)
+    older = {n: v for n, v in packed.config.to_dict().items() if n not in ("shortcut", "granularity", "seca_bias")}
+    with monkeypatch.context() as then:
+        then.setattr(type(packed.config), "to_dict", lambda config: older)
+        then.setattr(type(packed.config), "for_checksum", lambda config: older)
+        data = packed.to_bytes()
+    assert b"granularity" not in data and b"granularity" in example[1]
+    path.write_bytes(data)
+    assert load_packed(path).fingerprint() == packed.fingerprint()
+
+
 @pytest.mark.parametrize(
     "about", [[], {}, {"model": 3, "origin": {}}, {"model": {}, "origin": {"mean": "x"}}, "[" * 10]
 )

@@ -28,10 +28,12 @@ OTHERS = [
     dict(arch="resnet18", width=0.1), dict(arch="vgg_snn"), dict(arch="vgg_snn", neuron="mem_bn", seca=2),
     dict(activation="sigmoid"), dict(activation="tanh", neuron="mem_bn"), dict(activation="softplus", parallel=0.5),
     dict(activation="gelu", neuron="mem_bn", per_channel=True), dict(per_channel=True, weights="ternary"),
+    dict(shortcut="current"),
+    dict(shortcut="current", weights="ternary", granularity="layer", seca=2, seca_bias=True, neuron="mem_bn"),
 ]  # fmt: skip
 ROUNDED = [
     dict(), dict(neuron="mem_bn", seca=1), dict(parallel=0.5, weights="ternary"), dict(arch="vgg_snn"),
-    dict(arch="vgg_snn", spike_bits=7), dict(arch="resnet19"), dict(activation="sigmoid"),
+    dict(arch="vgg_snn", spike_bits=7), dict(arch="resnet19"), dict(shortcut="current"), dict(activation="sigmoid"),
     dict(neuron="lif", spike_bits=None), dict(arch="vgg_snn", neuron="lif", spike_bits=None),
 ]  # fmt: skip
 
@@ -118,7 +120,7 @@ def test_a_large_batch_goes_through_in_parts(settings, monkeypatch):
     "settings",
     [
         dict(neuron="mem_bn", per_channel=True), dict(parallel=0.5, spike_bits=4, weights="ternary"), dict(seca=2),
-        dict(arch="vgg_snn"), dict(arch="resnet19", spike_bits=8),
+        dict(arch="vgg_snn"), dict(arch="resnet19", spike_bits=8), dict(shortcut="current"),
     ],
     ids=str,
 )  # fmt: skip

@@ -24,6 +24,8 @@ KINDS = [
     dict(arch="resnet34"),  # sums of more than four currents
     dict(arch="resnet19"),
     dict(arch="vgg_snn", in_channels=2, image_size=16),
+    dict(shortcut="current", weights="ternary", granularity="layer"),
+    dict(shortcut="current", neuron="lif"),
 ]
 
 
@@ -105,6 +107,28 @@ def test_layouts_that_differ_from_layer_to_layer():
             conv.register_forward_hook(lambda m, x, y: y.contiguous())
         results.append(step(model, images(model), made_again=made_again))
     assert_same(*results, 1e-10)
+
+
+def test_a_shortcut_that_reads_the_current():
+    """A block in training against its formulas, in torch's own operations: output and gradients."""
+    torch.manual_seed(0)
+    block = Block(Builder(ModelConfig(shortcut="current", weights="full", T=1)), 4, 8, stride=2).double()
+    for norm in (block.conv1.bn, block.conv2.bn, block.shortcut["bn"]):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = torch.randn(1, 6, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def bn(norm, i):
+        return F.batch_norm(i, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+    i1 = bn(block.conv1.bn, F.conv2d(F.relu(x[0] - 0.5), block.conv1.conv.weight, None, 2, 1))
+    i2 = bn(block.conv2.bn, F.conv2d(F.relu(i1 - 0.5), block.conv2.conv.weight, None, 1, 1))
+    wanted = i2 + bn(block.shortcut["bn"], F.conv2d(x[0], block.shortcut["conv"].weight, None, 2))
+    parameters = [x, *(p for name, p in block.named_parameters() if "neuron" not in name)]
+    want = torch.autograd.grad(wanted.square().mul(torch.arange(8.0).view(8, 1, 1)).sum(), parameters)
+    got = block(x)
+    found = torch.autograd.grad(got[0].square().mul(torch.arange(8.0).view(8, 1, 1)).sum(), parameters)
+    for a, b in zip((got[0], *found), (wanted, *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_events():

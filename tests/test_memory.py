@@ -22,7 +22,8 @@ def always(monkeypatch):
     "network",
     [
         {}, {"neuron": "lif"}, {"neuron": "mem_bn", "parallel": 0.5}, {"arch": "vgg_snn", "in_channels": 2},
-        {"arch": "resnet34"}, {"image_size": 64, "width": 0.0625},
+        {"arch": "resnet34"}, {"image_size": 64, "width": 0.0625}, {"shortcut": "current"},
+        {"shortcut": "current", "neuron": "lif"},
     ],
     ids=str,
 )  # fmt: skip
@@ -38,7 +39,7 @@ def test_theory_is_what_is_counted(network):
 
 def test_theory_where_activations_are_small(monkeypatch):
     """Those of the later stages are kept as plain modules do."""
-    config = empf.ModelConfig(width=0.125, image_size=16, T=2)
+    config = empf.ModelConfig(width=0.125, image_size=16, T=2, shortcut="current")
     whole = theory(config, 8, False)
     monkeypatch.setattr(layer, "SMALL", 8 * 8 * 16 * 16 - 1)
     model, x = example(config, 8, "cpu")

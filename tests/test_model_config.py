@@ -20,6 +20,9 @@ from empf.model_config import ModelConfig
         (dict(width=0), "width must be positive"),
         (dict(T=0), "T must be at least 1, got 0"),
         (dict(neuron="lif", parallel=0.5), "LIF baseline"),
+        (dict(shortcut="currents"), "shortcut must be one of spikes, current, got 'currents'"),
+        (dict(granularity="weight"), "granularity must be one of channel, layer, got 'weight'"),
+        (dict(seca_bias=1), "seca_bias must be bool, got 1"),
         (dict(weigths="binary"), "unknown model setting weigths"),
     ],
 )
@@ -32,6 +35,17 @@ def test_configuration_round_trip():
     config = ModelConfig(arch="vgg_snn", spike_bits=4, width=0.5)
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert set(config.to_dict()) == {f.name for f in fields(ModelConfig)}
+
+
+LATER = {"shortcut": "current", "granularity": "layer", "seca_bias": True}
+
+
+def test_what_older_files_do_not_have_is_as_it_was():
+    config = ModelConfig(T=2)
+    old = {name: value for name, value in config.to_dict().items() if name not in LATER}
+    assert ModelConfig.from_dict(old) == config and config.for_checksum() == old
+    for name, value in LATER.items():
+        assert ModelConfig.from_dict(old | {name: value}).for_checksum() == old | {name: value}
 
 
 def test_sizes_of_images():

@@ -19,6 +19,7 @@ KINDS = [
     dict(seca=2, weights="ternary"),
     dict(spike_bits=4, weights="full"),
     dict(activation="softplus"),
+    dict(shortcut="current"),
 ]
 
 
@@ -149,15 +150,35 @@ def test_first_convolution_and_last_layer_stay_full_precision():
     assert type(model.stem.conv) is nn.Conv2d and type(model.head) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("weights", "granularity"), [("ternary", "layer"), ("ternary", "channel"), ("binary", "layer")]
+)
+def test_granularity_of_the_scales(weights, granularity):
+    """Ternary weights have one size and threshold per layer where that is asked; binary ones one per channel."""
+    model = empf.resnet19(weights=weights, granularity=granularity, width=0.0625, image_size=8)
+    layers = [m for m in model.modules() if hasattr(m, "effective_weight")]
+    assert len(layers) == 19
+    for synapse in layers:
+        size, latent = synapse.effective_weight().flatten(1), synapse.weight.detach().abs().flatten(1)
+        kept = size != 0
+        one = weights == "ternary" and granularity == "layer"
+        over = (0, 1) if one else 1
+        d = 0.7 * latent.mean(over, keepdim=True) if weights == "ternary" else torch.zeros(())
+        assert torch.equal(kept, latent > d)
+        scale = (latent * kept).sum(over, keepdim=True) / kept.sum(over, keepdim=True)
+        torch.testing.assert_close(size.abs(), scale * kept)
+        assert len(size[kept].abs().unique()) == (1 if one else len(size))
+
+
 def test_parallel_neurons_of_mem_bn_networks_have_no_mem_bn():
     found = neurons(small(neuron="mem_bn", parallel=0.5))
     assert [n.mem_bn for n in found] == [True, False] * 8
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_block_by_hand(skip):
+@pytest.mark.parametrize(("skip", "reads"), [(False, "spikes"), (True, "spikes"), (False, "current")])
+def test_block_by_hand(skip, reads):
     """One residual block with and without a change of shape, and SECA-II, against the formulas."""
-    model = small(seca=2, T=1).eval()
+    model = small(seca=2, T=1, shortcut=reads, seca_bias=reads == "current").eval()
     block = model.blocks[1] if skip else model.blocks[2]
     x = torch.randn(1, 3, 4, 8, 8)
 
@@ -169,7 +190,9 @@ def test_block_by_hand(skip):
     i1 = block.conv1.seca(x[0] + i1 if skip else i1)  # (N C H W counts as one step)
     i2 = bn(block.conv2.bn, block.conv2.conv(torch.relu(i1 - 0.5)))
     i2 = block.conv2.seca(i1 + i2)
-    shortcut = x[0] if skip else bn(block.shortcut["bn"], block.shortcut["conv"](s))
+    read = s if reads == "spikes" else x[0]
+    shortcut = x[0] if skip else bn(block.shortcut["bn"], block.shortcut["conv"](read))
+    assert (block.conv1.seca.conv.bias is None) == (reads == "spikes")
     assert torch.allclose(block(x)[0], i2 + shortcut, atol=1e-5)
 
 

@@ -92,6 +92,9 @@ NETS = {
     ),
     "convolutional": (Convolutional, (2, 4, 4)),
     "resnet18": (lambda: empf.resnet18(neuron="lif", in_channels=1, image_size=8, width=0.0625), (1, 8, 8)),
+    "current": (
+        lambda: empf.resnet18(neuron="lif", in_channels=1, image_size=8, width=0.0625, shortcut="current"), (1, 8, 8),
+    ),
 }  # fmt: skip
 
 

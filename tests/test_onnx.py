@@ -23,7 +23,7 @@ from empf.synapse import QuantizedWeight
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(arch="resnet19", weights="ternary"),
+        dict(arch="resnet19", weights="ternary", granularity="layer", shortcut="current"),
         dict(arch="vgg_snn", neuron="mem_bn", seca=2, spike_bits=4, parallel=0.5),
     ],
     ids=str,

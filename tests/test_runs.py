@@ -13,6 +13,7 @@ from train_tools import leftovers, run_train
 
 import empf
 from empf import runs
+from empf.files import fingerprint
 from empf.machine import git_commit
 from empf.training.config import training_of
 
@@ -250,6 +251,17 @@ def test_numbers_that_no_tensor_holds_are_one_sentence(run, place):
     runs.write_config(run, config)
     with pytest.raises(ValueError, match=r"config.json is damaged \(a whole number of 401 digits\): restore it"):
         empf.load(run)
+
+
+def test_a_folder_of_an_older_version(run):
+    """Settings that it does not have are at their defaults, and its weights are still those that were measured."""
+    now = empf.load(run)
+    for part, later in {"model": ("shortcut", "granularity", "seca_bias")}.items():
+        edit_config(run, lambda c, part=part, later=later: [c[part].pop(name) for name in later])
+    then = empf.load(run)
+    assert then.config == now.config and runs.identity(then) == runs.identity(now)
+    text = json.dumps(runs.read_config(run)["model"], sort_keys=True)
+    assert runs.identity(then) == fingerprint(then.state_dict(), text)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ class PackedModel(nn.Module):
     def fingerprint(self) -> str:
         """A checksum of what is computed, which says whether two packed networks are the same."""
         stored = {n: t.float() if t.is_floating_point() else t for n, t in self.net.state_dict().items()}
-        return fingerprint(stored, json.dumps(self.description(), sort_keys=True))
+        about = self.description() if self.config is None else {"model": self.config.for_checksum()}
+        return fingerprint(stored, json.dumps(about, sort_keys=True))
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes; see empf/deploy/file.py."""

@@ -149,7 +149,8 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
     The stem's y counts only if it is small or has several frames, else it is made again; that of a static image once.
     Its max-pooling, where images are large, keeps its input and 8-byte places; online also its output. Pooled spikes
     are kept through time and where they are small.
-    Online, a residual sum of more than `layer.MAX_TERMS` currents is kept as well (ResNet-34).
+    Online, a residual sum of more than `layer.MAX_TERMS` currents is kept as well (ResNet-34). The current that a
+    shortcut reads is kept where it is small, and through several steps.
     None for SECA and activations other than ReLU.
     """
     if config.seca or config.activation != "relu":
@@ -172,6 +173,10 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
     def at_output(module, inputs, y) -> None:
         sizes.append(T * numbers(y))
 
+    def at_shortcut(module, inputs, y) -> None:
+        kept = config.shortcut == "current" and (T > 1 or numbers(inputs[0]) <= layer.SMALL)
+        sizes.append(T * kept * numbers(inputs[0]))
+
     def at_pool(module, inputs, pooled) -> None:
         made_again = not through_time and numbers(inputs[0]) > layer.SMALL and config.neuron != "lif"
         sizes.append(0 if made_again and module is not model.pool else T * numbers(pooled))  # the head reads the last
@@ -191,7 +196,9 @@ def theory(config: ModelConfig, batch_size: int, through_time: bool) -> int | No
         sizes.append(numbers(x) if kept and not through_time and numbers(x) > layer.SMALL else 0)
         terms = 0 if kept else terms + 1
 
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if name.endswith("shortcut.conv"):
+            module.register_forward_hook(at_shortcut)
         if isinstance(module, Block) and config.neuron != "lif":
             module.register_forward_hook(at_block)
         elif isinstance(module, StatefulNeuron):
