@@ -34,6 +34,7 @@ from empf.training.fine_tuning import freeze, take_weights
 from empf.training.flip import Flips
 from empf.training.growth import grown, lend_steps, stage_of
 from empf.training.health import Health
+from empf.training.initial import begun
 from empf.training.optimizers import flips_of, learning_rate, make_optimizer
 from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
 from empf.training.session import Batch, Session, check_size, of_call
@@ -61,7 +62,7 @@ def train(accelerator: Accelerator, config: TrainConfig, run: Path | None = None
         # network and optimizer
         check_size(config.model(train_set.spec), config, device)
         torch.manual_seed(config.seed)
-        raw = empf.build(config.model(train_set.spec)).to(device, memory_format=torch.channels_last)
+        raw = begun(empf.build(config.model(train_set.spec)), config).to(device, memory_format=torch.channels_last)
         if config.init_from is not None and session.state is None:
             taken = take_weights(raw, empf.from_pretrained(config.init_from), train_set.class_names)
             session.notes.append(f"started from {config.init_from}: {taken}")

@@ -34,7 +34,7 @@ from bench.machine import machine
 from empf.data.sets import DATASETS
 from empf.files import write_atomic, write_result
 from empf.runs import read_config, read_metrics
-from empf.training.config import RESUME_MAY_CHANGE, Parser, from_flags
+from empf.training.config import RESUME_MAY_CHANGE, Parser, from_flags, training_of
 from eval import main as eval_main
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,8 @@ def train(run: Path, recipe: dict, data: str | None, seconds: float | None) -> b
     """Train until the end or for so many seconds; returns whether the run is finished."""
     where = [] if data is None else ["--data", data]
     if (run / "config.json").exists():
-        started, wanted = read_config(run)["train"], from_flags(recipe).to_dict()  # what is not named counts as well
+        started = training_of(read_config(run), run).to_dict()
+        wanted = from_flags(recipe).to_dict()  # what is not named counts as well
         free = {"output_dir", *RESUME_MAY_CHANGE} - set(recipe)
         other = {name: started.get(name) for name in set(wanted) - free if started.get(name) != wanted[name]}
         if other:

@@ -48,14 +48,17 @@ def test_is_frozen():
 # default, without which there are no steps per batch.
 VALUES = {
     "dataset": "dvs-cifar10", "data": "folder", "image_size": "64x96", "image_column": "photo",
-    "label_column": "kind", "train_split": "big", "test_split": "exam", "config": "plain", "hold_out": "0.2",
+    "label_column": "kind", "train_split": "big", "test_split": "exam", "config": "plain", "recipe": "authors",
+    "hold_out": "0.2",
     "streaming": True, "workers": "2", "split": "random",
     "frames_by": "time", "orientation": "mirrored", "resize": "8bit", "limit": "99",
     "arch": "resnet34", "width": "0.3", "T": "5", "weights": "ternary",
     "neuron": "mem_bn", "parallel": "0.4", "seca": "2", "spike_bits": "3", "activation": "gelu",
-    "threshold": "0.3", "per_channel": True, "init_from": "runs/other", "freeze": "stem*",
+    "threshold": "0.3", "per_channel": True, "shortcut": "current", "granularity": "layer", "seca_bias": True,
+    "latent_init": "positive", "stem_init": "normal", "init_from": "runs/other", "freeze": "stem*",
     "learning": "random", "steps_per_batch": "2", "epochs": "7", "patience": "3", "batch_size": "33",
-    "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "warmup_epochs": "1.5", "schedule": "constant",
+    "optimizer": "muon", "lr": "0.3", "weight_decay": "0.2", "decay_all": True, "warmup_epochs": "1.5",
+    "schedule": "constant",
     "flip_rate": "0.02", "flip_threshold": "0.3", "flip_adaptive": False, "flip_bits": "16",
     "accumulate": "4", "ema": "0.9", "crop": False, "flip": False,
     "roll": "2", "rotate": "9", "shear": "0.2", "drop": "0.3", "auto_augment": "trivial", "erasing": "0.1",
@@ -66,18 +69,23 @@ VALUES = {
 }  # fmt: skip
 
 
+ALONE = {"grow": "4:1:0.5", "test_every": "2"}  # which do not go with all of the others
+
+
 def test_every_field_is_a_flag():
-    assert list(VALUES) == [f.name for f in fields(TrainConfig)]
+    assert list(VALUES) == [f.name for f in fields(TrainConfig) if f.name not in ALONE]
     flags = []
     for name, value in VALUES.items():
         flag = name.replace("_", "-")
         flags += {False: [f"--no-{flag}"], True: [f"--{flag}"]}.get(value, [f"--{flag}", value])
     config = parse(*flags)
-    for f in fields(TrainConfig):
+    for f in (f for f in fields(TrainConfig) if f.name not in ALONE):
         assert getattr(config, f.name) != f.default or f.name == "learning"
         expected = VALUES[f.name] if isinstance(VALUES[f.name], bool) else type(getattr(config, f.name))(VALUES[f.name])
         assert getattr(config, f.name) == expected, f.name
     assert parse("--learning", "stbp").learning == "stbp"
+    for name, value in ALONE.items():
+        assert str(getattr(parse(f"--{name.replace('_', '-')}", value), name)) == value
 
 
 def test_every_flag_is_explained():
@@ -144,24 +152,6 @@ def test_a_wrong_file_of_settings_is_one_sentence(tmp_path, text, sentence):
 def test_a_missing_file_of_settings():
     with pytest.raises(FileNotFoundError, match="no file of settings no.json: check"):
         of_call(["--config", "no.json"])
-
-
-def test_cifar_has_a_recipe_near_that_of_the_authors():
-    config = parse("--dataset", "cifar100")
-    recipe = dict(
-        arch="resnet18", width=1.0, T=4, weights="binary", learning="random", steps_per_batch=1, lr=0.01, batch_size=64,
-        epochs=300, warmup_epochs=5.0, weight_decay=5e-4, mixup=0.8, cutmix=1.0, label_smoothing=0.1, crop=True,
-        flip=True,
-    )  # fmt: skip
-    assert {name: getattr(config, name) for name in recipe} == recipe
-    assert parse("--dataset", "cifar10").to_dict() == config.to_dict() | {"dataset": "cifar10"}
-
-
-def test_digits_have_a_short_recipe_that_flags_override():
-    assert parse() == parse("--dataset", "digits")
-    assert (parse().epochs, parse().width, parse().mixup, parse().flip) == (30, 0.25, 0.0, False)
-    config = parse("--epochs", "3", "--flip")
-    assert (config.epochs, config.width, config.flip) == (3, 0.25, True)
 
 
 def test_augmentation_is_that_of_the_flags():
@@ -290,28 +280,6 @@ def test_the_joined_batch_is_kept_by_another_number_of_processes():
     assert [batch_per_process(48, n) for n in (1, 2, 3, 48)] == [48, 24, 16, 1]
     with pytest.raises(ValueError, match="has 6 images .* which 4 processes cannot share: .* 1, 2, 3 or 6$"):
         batch_per_process(6, 4)
-
-
-def test_short_trainings_have_a_recipe_of_their_own():
-    short = from_flags({"dataset": "cifar100", "epochs": 30})
-    assert (short.lr, short.mixup, short.cutmix, short.label_smoothing) == (0.1, 0.0, 0.0, 0.0)
-    assert (short.optimizer, short.threshold) == ("muon", 0.1)
-    long = from_flags({"dataset": "cifar100", "epochs": 31})
-    assert (long.lr, long.mixup, long.cutmix, long.label_smoothing) == (0.01, 0.8, 1.0, 0.1)
-    assert from_flags({"dataset": "cifar10", "epochs": 10, "mixup": 0.2}).mixup == 0.2
-    assert from_flags({"dataset": "imagenet200", "epochs": 10}).mixup == 0.8
-    assert from_flags({"dataset": "photos", "epochs": 10}).optimizer == "muon"
-    assert from_flags({"dataset": "photos"}).optimizer == "sgd"
-    assert "up to 30 epochs: 0.1" in " ".join(parser().format_help().split())
-
-
-def test_recipes_give_nothing_that_cannot_be(tmp_path):
-    """The short recipe has a threshold, and LIF its own; recordings of one's own are mirrored where that is asked."""
-    assert from_flags({"dataset": "cifar10", "epochs": 3, "neuron": "lif"}).threshold == TrainConfig.threshold
-    with pytest.raises(ValueError, match="takes no threshold"):
-        from_flags({"dataset": "cifar10", "epochs": 3, "neuron": "lif", "threshold": 0.1})
-    (tmp_path / "a.npz").touch()
-    assert not from_flags({"dataset": str(tmp_path)}).flip and from_flags({"dataset": str(tmp_path), "flip": True}).flip
 
 
 @pytest.mark.parametrize("share, read", [(0.1, None), (0.2, 0.2)])

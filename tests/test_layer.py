@@ -308,7 +308,11 @@ def test_enabled_goes_back():
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kind", [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, spike_bits=4)], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [dict(), dict(neuron="mem_bn"), dict(parallel=0.5, spike_bits=4), dict(neuron="mem_bn", shortcut="current")],
+    ids=str,
+)
 def test_on_kernels(kind, kernels_on, device):
     """Two residual blocks with the Triton kernels against plain torch: currents, gradients, statistics, launches."""
     results = []

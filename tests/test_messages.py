@@ -22,6 +22,15 @@ def test_flags_that_do_nothing_are_named():
     ]
     assert without_effect(TrainConfig(flip_bits=16, optimizer="flip"), 1, photos, none) == []
     assert without_effect(config, 2, streamed, some) == without_effect(TrainConfig(), 1, photos, none) == []
+    network = dict(shortcut="current", granularity="layer", seca_bias=True, latent_init="positive")
+    in_vain = TrainConfig(dataset="dvs-cifar10", arch="vgg_snn", weights="full", **network)
+    assert without_effect(in_vain, 1, photos, none) == [
+        "note: --shortcut does nothing in a network without shortcuts",
+        "note: --granularity does nothing without --weights ternary",
+        "note: --seca-bias does nothing without --seca",
+        "note: --latent-init does nothing with --weights full",
+    ]
+    assert without_effect(TrainConfig(weights="ternary", seca=1, **network), 1, photos, none) == []
     config = TrainConfig(init_from="run", threshold=0.1)
     assert without_effect(config, 1, photos, none) == ["note: --threshold is that of --init-from where its neurons fit"]
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 import empf
+from empf.synapse import QuantizedWeight
 from empf.training.config import TrainConfig
 from empf.training.optimizers import Muon, make_optimizer, orthogonal
 
@@ -88,6 +90,28 @@ def test_latent_weights_stay_where_the_straight_through_gradient_is_alive():
         optimizer.zero_grad()
         empf.reset(model)
         assert weight.abs().max() == 1.0
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_what_decays(optimizer, decay_all):
+    """Where all gradients are 0, a parameter becomes 1 - lr * decay of itself, or stays."""
+    config = TrainConfig(
+        dataset="cifar10", width=0.0625, optimizer=optimizer, neuron="mem_bn", seca=1, seca_bias=True, lr=0.1,
+        weight_decay=0.5, decay_all=decay_all,
+    )  # fmt: skip
+    model = empf.build(config.model())
+    update, before = make_optimizer(model, config), {}
+    for name, parameter in model.named_parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 0.2)
+        parameter.grad, before[name] = torch.zeros_like(parameter), parameter.detach().clone()
+    update.step()
+    weights = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert len(weights) == 21 < len(before)
+    for name, parameter in model.named_parameters():
+        orthogonal = optimizer == "muon" and isinstance(weights.get(name), QuantizedWeight)  # without momentum
+        share = (0.95 if orthogonal else 1 - 0.1 * 1.9 * 0.5) if decay_all or name in weights else 1.0
+        torch.testing.assert_close(parameter.detach(), share * before[name])
 
 
 @pytest.mark.parametrize("weights", ["binary", "ternary", "full"])

@@ -253,12 +253,17 @@ def test_numbers_that_no_tensor_holds_are_one_sentence(run, place):
         empf.load(run)
 
 
+NETWORK = ("shortcut", "granularity", "seca_bias")
+OLDER_LACK = {"model": NETWORK, "train": (*NETWORK, "recipe", "latent_init", "stem_init", "decay_all")}
+
+
 def test_a_folder_of_an_older_version(run):
     """Settings that it does not have are at their defaults, and its weights are still those that were measured."""
-    now = empf.load(run)
-    for part, later in {"model": ("shortcut", "granularity", "seca_bias")}.items():
+    now, settings = empf.load(run), training_of(runs.read_config(run), run)
+    for part, later in OLDER_LACK.items():
         edit_config(run, lambda c, part=part, later=later: [c[part].pop(name) for name in later])
     then = empf.load(run)
+    assert training_of(runs.read_config(run), run) == settings
     assert then.config == now.config and runs.identity(then) == runs.identity(now)
     text = json.dumps(runs.read_config(run)["model"], sort_keys=True)
     assert runs.identity(then) == fingerprint(then.state_dict(), text)

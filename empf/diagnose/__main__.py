@@ -30,6 +30,7 @@ from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig
 from empf.models import SpikingNetwork, build
 from empf.terminal import shown, steady_output
 from empf.training.config import Parser, training_of
+from empf.training.initial import begun
 
 FIXED = ("parameters", "gradients", "optimizer", "effective_weights")
 FIGURES = (".png", ".pdf", ".svg")
@@ -40,8 +41,9 @@ def load_model(run: Path, untrained: bool, device: str) -> SpikingNetwork:
     if not untrained:
         return runs.load(run, device)
     config = runs.read_config(run)
-    torch.manual_seed(training_of(config, run).seed)  # the weights with which the run began
-    return build(ModelConfig.from_dict(config["model"])).to(device)
+    train = training_of(config, run)
+    torch.manual_seed(train.seed)  # the weights with which the run began
+    return begun(build(ModelConfig.from_dict(config["model"])), train).to(device)
 
 
 def trained_by(run: Path) -> dict:

@@ -17,40 +17,26 @@ from empf.data.recordings import has_recordings
 from empf.data.sets import DATASETS, DataSpec, ImageSettings, parsed
 from empf.files import read_json
 from empf.kernels.neuron import ACTIVATIONS
-from empf.model_config import ARCHS, NEURONS, WEIGHTS, ModelConfig, check_types, field_types, settings_of
+from empf.model_config import (
+    ARCHS,
+    GRANULARITIES,
+    NEURONS,
+    SHORTCUTS,
+    WEIGHTS,
+    ModelConfig,
+    check_types,
+    field_types,
+    settings_of,
+)
 from empf.online import LEARNING
 from empf.terminal import shown
 from empf.training.growth import stages
+from empf.training.recipes import NAMED, begun_with, in_recipes
 
 OPTIMIZERS = ("sgd", "muon", "flip")
 SCHEDULES = ("cosine", "constant")
+LATENT, STEM = ("kaiming", "positive"), ("uniform", "normal")
 COMPRESSIONS = ("none", "bf16", "powersgd")
-
-# What differs from the defaults of TrainConfig (near the authors' recipe for CIFAR) unless given on the command line.
-RECIPES = {
-    "digits": dict(
-        width=0.25,
-        epochs=30,
-        lr=0.05,
-        warmup_epochs=2.0,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.0,
-        flip=False,
-        threads=1,  # as fast as two at this size, and no slower where others use the cores
-    ),
-    "imagenet1k": dict(arch="resnet34", workers=8),
-    "dvs-cifar10": dict(arch="vgg_snn", T=10, mixup=0.0, cutmix=0.0),
-}
-
-# The same in a short training of cifar10, cifar100 and images of one's own (bench/recipe.py): mixing images only pays
-# in a long one.
-SHORT_EPOCHS = 30
-SHORT = dict(optimizer="muon", lr=0.1, threshold=0.1, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
-
-
-OWN_EVENTS = dict(orientation="upright", flip=False)  # on top of the recipe of dvs-cifar10
-
 
 # The groups of --help, by their first field.
 GROUPS = {
@@ -82,6 +68,10 @@ class TrainConfig:
     config: str | None = setting(
         None, "which of several configurations of a data set; what ends in .yaml, .yml or .json is a file of settings"
     )
+    recipe: str = setting(
+        "default", "what flags change: settings that suit the data set; authors: theirs for CIFAR, as far as known",
+        ("default", *NAMED),
+    )  # fmt: skip
     hold_out: float | None = setting(
         None, "share of the training images kept apart to choose the best epoch; without a test split 0.1, tested on"
     )
@@ -103,6 +93,21 @@ class TrainConfig:
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
     threshold: float = setting(0.5, "firing threshold of every neuron before training, within (0, 1)")
     per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")
+    shortcut: str = setting(
+        "spikes", "what the 1x1 convolution of a shortcut reads: spikes, or the input current of its block", SHORTCUTS
+    )
+    granularity: str = setting(
+        "channel", "scale and threshold of ternary synapses: one for each output channel, or layer", GRANULARITIES
+    )
+    seca_bias: bool = setting(False, "the convolution of the channel attention has a bias")
+    latent_init: str = setting(
+        "kaiming", "latent weights before training: Kaiming uniform; positive: uniform in 0..0.001", LATENT
+    )
+    stem_init: str = setting(
+        "uniform",
+        "weights of the stem before training: Kaiming uniform; normal: Kaiming normal, over the fan-out",
+        STEM,
+    )
     init_from: str | None = setting(None, "run folder, weights or packed file, or OWNER/NAME of the Hub to start from")
     freeze: str | None = setting(None, "parameters that stay as they are: patterns of names, e.g. 'stem*,blocks.0.*'")
     learning: str = setting("random", "which steps are back-propagated", LEARNING)
@@ -119,6 +124,7 @@ class TrainConfig:
     )
     lr: float = setting(0.01, "peak learning rate")
     weight_decay: float = setting(5e-4, "on the weights of convolutions and linear layers")
+    decay_all: bool = setting(False, "weight decay on all parameters, also of norms, neurons and channel attention")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all")
     schedule: str = setting("cosine", "of the learning rate after warm-up: to 0 in all epochs, or constant", SCHEDULES)
     flip_rate: float = setting(0.03, "with --optimizer flip: share of a gradient in the momentum, 0..1")
@@ -289,10 +295,7 @@ def parser() -> argparse.ArgumentParser:
             group = p.add_argument_group(GROUPS[f.name])
         kind = next(t for t in field_types(TrainConfig, f.name) if t is not type(None))
         flag = "--" + f.name.replace("_", "-")
-        recipes = "".join(f"; {name}: {values[f.name]}" for name, values in RECIPES.items() if f.name in values)
-        if f.name in SHORT:
-            recipes += f"; cifar and own images, up to {SHORT_EPOCHS} epochs: {SHORT[f.name]}"
-        text = f.metadata["help"] + f" (default: {f.default}{recipes})"
+        text = f.metadata["help"] + f" (default: {f.default}{in_recipes(f.name, f.default)})"
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -365,14 +368,14 @@ def of_launcher(given: dict) -> dict:
 
 
 def from_flags(given: dict) -> TrainConfig:
-    """The configuration of a new run: defaults, then the recipe of the data set, then the given flags.
+    """The configuration of a new run: defaults, then the recipe, then the given flags.
 
     Warm-up takes a tenth of the epochs at most, unless it is given. ValueError where it would never end.
     """
     dataset = given.get("dataset", TrainConfig.dataset)
     kind = "dvs-cifar10" if Path(dataset).is_dir() and has_recordings(Path(dataset)) else dataset
-    short = kind not in (*RECIPES, "imagenet200") and given.get("epochs", TrainConfig.epochs) <= SHORT_EPOCHS
-    values = {**(SHORT if short else RECIPES.get(kind, {})), **({} if kind == dataset else OWN_EVENTS), **given}
+    recipe, epochs = (given.get(name, getattr(TrainConfig, name)) for name in ("recipe", "epochs"))
+    values = begun_with(recipe, kind, kind != dataset, epochs) | given
     if values.get("neuron") == "lif" and "threshold" not in given:
         values.pop("threshold", None)  # of the recipe; LIF has its own
     epochs, warm_up = (values.get(name, getattr(TrainConfig, name)) for name in ("epochs", "warmup_epochs"))

@@ -30,15 +30,22 @@ def without_effect(config: TrainConfig, processes: int, data: Data, model: nn.Mo
     in_memory, own_threshold = not isinstance(data, StreamSet), config.threshold != TrainConfig.threshold
     parallel = sum(getattr(module, "parallel", False) for module in model.modules())
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
+    idle = {f.name: config.optimizer != "flip" for f in fields(config) if f.name.startswith("flip_")}
+    idle = {name: holds and "without --optimizer flip" for name, holds in idle.items()} | {
+        "shortcut": config.arch == "vgg_snn" and "in a network without shortcuts",
+        "granularity": config.weights != "ternary" and "without --weights ternary",
+        "seca_bias": config.seca == 0 and "without --seca",
+        "latent_init": config.weights == "full" and "with --weights full",
+    }
     found = (
         {
             f"--{name.replace('_', '-')} {value}, as accelerate launch says": True
             for name, value in of_launcher(config.to_dict()).items()
         }
         | {
-            f"--{f.name.replace('_', '-')} does nothing without --optimizer flip": getattr(config, f.name) != f.default
-            for f in fields(config)
-            if f.name.startswith("flip_") and config.optimizer != "flip"
+            f"--{name.replace('_', '-')} does nothing {why}": why
+            and getattr(config, name) != getattr(TrainConfig, name)
+            for name, why in idle.items()
         }
         | {
             f"--sync-bn {alone}": config.sync_bn and processes == 1,

@@ -99,8 +99,9 @@ def flips_of(model: nn.Module, config: TrainConfig, notes: list[str]) -> Flips |
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on convolutions and linear layers only. With --optimizer muon, hidden
-    synapses get orthogonal updates at the same learning rate. What requires no gradient, and what flips, is left out.
+    """SGD with Nesterov momentum; weight decay on convolutions and linear layers, with --decay-all on everything. With
+    --optimizer muon, hidden synapses get orthogonal updates at the same learning rate. What requires no gradient, and
+    what flips, is left out.
 
     On a GPU torch updates all weights at once, if each gradient lies in memory as its weight does. Those of 1x1
     convolutions need not; so there `.grad` is made here, and `zero_grad(set_to_none=False)` keeps it.
@@ -116,7 +117,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     orthogonal = hidden if config.optimizer == "muon" else set()
     groups = [
         {"params": [p for p in learning if p in decayed - orthogonal], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in learning if p not in decayed], "weight_decay": config.weight_decay * config.decay_all},
     ]
     if not orthogonal:
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
