@@ -153,24 +153,25 @@ def neuron_cases() -> list[tuple]:
         x = _activation(T, dtype, last)
         p = torch.empty((T, 64) if per_channel else (T,), device="meta")
         name = f"{str(dtype)[6:]} T={T}" + " (T, C)" * per_channel + " channels_last" * last + " gain" * folded
-        name += f" {bits} bits" * (bits > 0) + " parallel" * parallel
+        name += " parallel" * parallel
         element, codes = POINTERS[dtype], backward is None
         types = dict.fromkeys("ACB", "i32") | {"stride_t": "i64", "current_ptr": element}
         types |= dict.fromkeys(("leak_ptr", "threshold_ptr"), "*fp32") | {"v_ptr": "*fp32" if has_v else None}
         types |= dict.fromkeys(("gain_ptr", "shift_ptr"), "*fp32" if folded else None)
-        flags = neuron._flags(x, p, p, bits, parallel)
+        flags = neuron._flags(x, p, p, parallel)
         _, tile, _ = tiling(x, per_channel, tile_elements(x, 1))
         more = {"spikes_ptr": "*u8" if codes else element, "v_out_ptr": "*fp32", "inv_step": "fp32", "step": "fp32"}
         options = {"targets": ("sm_90",)} if T in (1, neuron.MAX_STEPS) else {}
-        constants_of = flags | tile | {"CODES": codes}
-        cases.append((f"forward {name}", neuron_kernels._neuron_forward_kernel, types | more, constants_of, options))
+        constants_of = flags | {"BITS": bits} | tile | {"CODES": codes}
+        label = f"forward {name}" + f" {bits} bits" * (bits > 0)
+        cases.append((label, neuron_kernels._neuron_forward_kernel, types | more, constants_of, options))
         if codes:
             continue
         detach = backward == "online"
         _, tile, _ = tiling(x, per_channel, tile_elements(x, 4 if folded else 2))
         more = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element) | {"partial_ptr": "*fp32", "tiles": "i32"}
         more |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
-        more |= {"stride_dt": "i64", "s_max": "fp32"}
+        more |= {"stride_dt": "i64"}
         constants_of = flags | tile | {"DETACH": detach, "PARAMETERS": True}
         label = f"backward {name} {backward}"
         cases.append((label, neuron_kernels._neuron_backward_kernel, types | more, constants_of, options))
@@ -189,7 +190,7 @@ def norm_cases() -> list[tuple]:
         options = {"targets": ("sm_90",)} if T > 1 else {}
         x, element = _activation(T, dtype, last), POINTERS[dtype]
         name = f"{'mem_bn' if mem else 'bn'} {str(dtype)[6:]} T={T}" + " channels_last" * last
-        name += f" {bits} bits" * (bits > 0)
+        forward = name + f" {bits} bits" * (bits > 0)
         common = sizes | dict.fromkeys(("p_ptr", "mean_ptr", "var_ptr"), "*fp32") | {"eps": "fp32"}
         fire = common | dict.fromkeys(("v_ptr", "v_out_ptr"), "*fp32") | {"spikes_ptr": element}
         fire |= {"inv_step": "fp32", "step": "fp32"}
@@ -199,7 +200,7 @@ def norm_cases() -> list[tuple]:
             types |= {"current_ptr": element, "tiles": "i32", "t": "i32"}
             constants_of = tile | {"T": T, "BITS": bits}
             cases.append(
-                (f"step {name}", norm_kernels._mem_step_kernel, types, constants_of, options | {"odd": ("t",)})
+                (f"step {forward}", norm_kernels._mem_step_kernel, types, constants_of, options | {"odd": ("t",)})
             )
         else:
             _, tile, *_ = norm_kernels._statistics_tiles(x)
@@ -208,15 +209,15 @@ def norm_cases() -> list[tuple]:
             _, tile, *_ = norm_kernels._tiles(x, 1)
             types = fire | {"x_ptr": element, "stride_t": "i64"}
             constants_of = tile | {"T": T, "BITS": bits}
-            cases.append((f"fire {name}", norm_kernels._bn_fire_kernel, types, constants_of, options))
+            cases.append((f"fire {forward}", norm_kernels._bn_fire_kernel, types, constants_of, options))
         for apply in (False, True):
             _, tile, *_ = norm_kernels._tiles(x, 4)
             types = common | dict.fromkeys(("d_spikes_ptr", "x_ptr"), element)
-            types |= {"v_ptr": "*fp32", "partial_ptr": "*fp32", "tiles": "i32", "s_max": "fp32"}
+            types |= {"v_ptr": "*fp32", "partial_ptr": "*fp32", "tiles": "i32"}
             types |= {"means_ptr": "*fp32" if apply else None, "d_x_ptr": element if apply else None}
             types |= {"d_v_out_ptr": None if detach else "*fp32", "d_v_ptr": None if detach or not apply else "*fp32"}
             types |= {"stride_t": "i64", "stride_dt": "i64"}
-            constants_of = tile | {"T": T, "BITS": bits, "MEM": mem, "DETACH": detach, "APPLY": apply}
+            constants_of = tile | {"T": T, "MEM": mem, "DETACH": detach, "APPLY": apply}
             label = f"backward {name} {'apply' if apply else 'sums'}"
             cases.append(
                 (label, norm_kernels._norm_backward_kernel, types, constants_of, options | {"enable_fp_fusion": True})

@@ -104,7 +104,7 @@ class EMPFNeuron(StatefulNeuron):
         mem_bn: normalise the membrane potential, one batch norm per time step (statistics, gain and bias each (T, C)).
         parallel: no state, `s[t] = act(I[t] - threshold[t])`; all steps are one tensor operation.
         per_channel: leak, threshold, alpha, beta are (T, C) instead of (T,).
-        spike_bits: n-bit spikes `clip(floor(s / step + 1/2), 0, 2^n - 1) * step`, straight-through gradient.
+        spike_bits: n-bit spikes `clip(floor(s / step + 1/2), 0, 2^n - 1) * step`; they have the gradient of s.
         activation: relu | sigmoid | tanh | softplus | gelu.
         leak, threshold, alpha, beta: initial values. leak and threshold are sigmoids of a free parameter, so they stay
             in (0, 1); alpha and beta are free, and alpha = 1, beta = 0 is exactly the vanilla neuron.

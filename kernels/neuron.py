@@ -49,13 +49,13 @@ MAX_STEPS = 10  # steps per launch: they are unrolled and live in registers; lon
 def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
     """n-bit spikes: `Q(s) = clip(floor(s / step + 1/2), 0, 2^bits - 1) * step` (halves round up).
 
-    The gradient is straight-through: 1 for `0 <= s <= (2^bits - 1) * step`, 0 outside.
+    The gradient is straight-through: 1, also outside of the codes.
 
     >>> quantize_spikes(torch.tensor([0.1, 0.125, 9.0]), bits=4)
     tensor([0.0000, 0.2500, 3.7500])
     """
-    clipped = s.where((s >= 0) & (s <= (2**bits - 1) * step), 0.0)  # clamp has no gradient at its ends since torch 2.14
-    return spike_codes(s, bits, step) * step + (clipped - clipped.detach())  # the bracket is 0, with a gradient
+    finite = s.nan_to_num()  # an infinite s has the largest code: inf - inf would make it NaN
+    return spike_codes(s, bits, step) * step + (finite - finite.detach())  # the bracket is 0, with a gradient
 
 
 def spike_codes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
@@ -149,14 +149,13 @@ def neuron_update_ref(
     return stack_steps(spikes, current), v if return_v else None
 
 
-def _flags(current, leak, threshold, bits, parallel):
+def _flags(current, leak, threshold, parallel):
     """What both kernels are specialised for."""
     return {
         "T": len(current),
         "LEAK_C": leak is not None and leak.dim() == 2,
         "THRESHOLD_C": threshold.dim() == 2,
         "PARALLEL": parallel,
-        "BITS": bits,
     }
 
 
@@ -190,7 +189,7 @@ def _launch_forward(
         _neuron_forward_kernel[(tiles, channel_blocks(view, tile))](
             current, v, leak, threshold, gain, shift, spikes, v_out if return_v else None,
             *view, current.stride(0), 1 / step, step,
-            **tile, **_flags(current, leak, threshold, bits, parallel), CODES=codes, **LAUNCH,
+            **tile, **_flags(current, leak, threshold, parallel), BITS=bits, CODES=codes, **LAUNCH,
         )  # fmt: skip
     return spikes, v_out
 
@@ -215,8 +214,6 @@ def _neuron_backward(
     threshold: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
-    bits: int,
-    step: float,
     parallel: bool,
     detach: bool,
     parameters: bool,
@@ -224,7 +221,7 @@ def _neuron_backward(
     """(d_current, d_v, d_parameters): the last one (2 or 4, T, C), or (2, T, 1) where no parameter is per channel."""
     current = steps_dense(current)
     d_current, d_v, d_parameters = _neuron_backward_fake(
-        d_spikes, d_v_out, current, v, leak, threshold, gain, shift, bits, step, parallel, detach, parameters
+        d_spikes, d_v_out, current, v, leak, threshold, gain, shift, parallel, detach, parameters
     )
     d_spikes = lay_out_like(d_spikes, current)
     detach = detach or parallel
@@ -241,17 +238,14 @@ def _neuron_backward(
     with torch.cuda.device_of(current):
         _neuron_backward_kernel[(rows, blocks)](
             current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
-            *view, tiles, current.stride(0), d_spikes.stride(0), (2**bits - 1) * step,
-            **tile, **_flags(current, leak, threshold, bits, parallel),
-            DETACH=detach, PARAMETERS=parameters, **LAUNCH,
+            *view, tiles, current.stride(0), d_spikes.stride(0),
+            **tile, **_flags(current, leak, threshold, parallel), DETACH=detach, PARAMETERS=parameters, **LAUNCH,
         )  # fmt: skip
     return d_current, d_v, partial.sum(1) if parameters else d_parameters
 
 
 @_neuron_backward.register_fake
-def _neuron_backward_fake(
-    d_spikes, d_v_out, current, v, leak, threshold, gain, shift, bits, step, parallel, detach, parameters
-):
+def _neuron_backward_fake(d_spikes, d_v_out, current, v, leak, threshold, gain, shift, parallel, detach, parameters):
     d_current = empty_like_steps(current, current.dtype)
     carried = v is not None and not detach and not parallel
     d_v = empty_like_steps(current, torch.float32, one_step=True) if carried else current.new_empty(0)
@@ -262,7 +256,7 @@ def _neuron_backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    current, v, leak, threshold, gain, shift, ctx.bits, ctx.step, _, ctx.parallel, ctx.detach, _ = inputs
+    current, v, leak, threshold, gain, shift, *_, ctx.parallel, ctx.detach, _ = inputs
     ctx.save_for_backward(current, v, leak, threshold, gain, shift)
     ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
@@ -272,8 +266,8 @@ def _backward(ctx, d_spikes, d_v_out):
     d_spikes = empty_like_steps(current, current.dtype).zero_() if d_spikes is None else d_spikes
     needed = ctx.needs_input_grad[2:6]
     d_current, d_v, d_parameters = _neuron_backward(
-        d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.bits, ctx.step,
-        ctx.parallel, ctx.detach, any(needed),
+        d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.parallel, ctx.detach,
+        any(needed),
     )  # fmt: skip
     grads = [None] * 4
     for slot, (p, wanted) in enumerate(zip(parameters, needed, strict=True)):
@@ -433,7 +427,7 @@ def plain_neuron_backward(d_spikes: Tensor, current: Tensor, v: Tensor | None, p
     """Gradients of the current and of `p.tensors()` by the kernel, v being a constant; no gain and shift."""
     leak, threshold = None if p.parallel else p.leak.contiguous(), p.threshold.contiguous()
     d_current, _, d_p = _neuron_backward(
-        d_spikes, None, current, v, leak, threshold, None, None, p.bits or 0, p.step, p.parallel, True, True
+        d_spikes, None, current, v, leak, threshold, None, None, p.parallel, True, True
     )
     d_leak, d_threshold = (
         None if q is None else (d if q.dim() == 2 else d.sum(1)).to(q.dtype)

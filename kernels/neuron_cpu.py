@@ -232,20 +232,16 @@ def fire_backward(
     v: Tensor | None,
     leak: Tensor | None,
     threshold: Tensor,
-    top: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_mh, d_leak, d_threshold) of one step (N, C, ...) whose v is a constant; d_leak is that of a vanilla neuron.
 
-    s: the spikes before the quantiser, over which d_mh is written. No gradient above `top`. leak, threshold and their
+    s: the spikes before the quantiser, which is straight-through; d_mh is written over them. leak, threshold and their
     gradients: (1,) or (1, C).
     """
     d_mh = s
     d_threshold, d_leak = [], []
     for d_n, s_n, d_mh_n, v_n in pieces(d_spikes, s, d_mh, v):
-        above = None if top is None else s_n > top
         torch.ops.aten.threshold_backward.grad_input(d_n.to(s.dtype), s_n, 0, grad_input=d_mh_n)
-        if above is not None:
-            d_mh_n.masked_fill_(above, 0)
         d_threshold.append(total(d_mh_n, threshold))
         if v is not None:
             d_leak.append(total_product(d_mh_n, v_n, leak))
@@ -344,12 +340,11 @@ def backward(d_spikes: Tensor, kept: Kept, v: Tensor | None, p: NeuronParams, st
     s, x = kept
     dtype = d_spikes.dtype
     d_spikes = lay_out_like(d_spikes, s)
-    top = None if p.bits is None else (2**p.bits - 1) * p.step
     if p.alpha is not None:
-        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, p.threshold, top)
+        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, p.threshold)
         return mem_backward(d_mh[None], x, v, p, stats, d_threshold)
     leak, v = (None, None) if p.parallel else (p.leak, v)
-    d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, p.threshold, top)
+    d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, p.threshold)
     d_x = d_x[None].to(dtype)
     d_weight = d_bias = None
     if p.weight is not None:

@@ -147,8 +147,6 @@ def _norm_backward(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    bits: int,
-    step: float,
     mem: bool,
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +157,7 @@ def _norm_backward(
     d_v_out = None if detach or d_v_out is None else lay_out_like(d_v_out[None], x)[0]
     LAUNCHES["mem_bn_neuron_backward" if mem else "bn_neuron_backward"] += 1
     with torch.cuda.device_of(x):
-        d_x, d_v, d_leak, sums = launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem, detach)
+        d_x, d_v, d_leak, sums = launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach)
     sum_1, sum_hat = sums[:2]
     d_threshold = -sum_1 if detach else sums[2]
     if mem:
@@ -172,14 +170,14 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _norm_backward_fake(d_spikes, d_v_out, x, v, p, mean, var, eps, bits, step, mem, detach):
+def _norm_backward_fake(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach):
     carried = v is not None and not detach
     d_v = empty_like_steps(x, mean.dtype, one_step=True) if carried else x.new_empty(0)
     return empty_like_steps(x, x.dtype), d_v, torch.empty_like(p)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.bits, ctx.step, ctx.parallel, ctx.detach = inputs
+    *tensors, ctx.eps, _, _, ctx.parallel, ctx.detach = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
@@ -192,8 +190,7 @@ def _backward(ctx, d_spikes, d_v_out, *_):
         return *_through_time(d_spikes, d_v_out, (x, v, *parameters), ctx), None, None, None, None, None
     p = _stack(x, None if ctx.parallel else parameters[0], *parameters[1:])
     d_x, d_v, d_p = _norm_backward(
-        d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var,
-        ctx.eps, ctx.bits, ctx.step, mem, detach,
+        d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var, ctx.eps, mem, detach
     )  # fmt: skip
     grads = _unstack(d_p, parameters, ctx.parallel)
     grads = [g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[2:8], strict=True)]
@@ -205,9 +202,7 @@ def _through_time(d_spikes, d_v_out, tensors, ctx):
     """Through time Mem-BN has a reduction between any two steps: the definition once more, and its gradients."""
     with torch.enable_grad():
         leaves = [None if q is None else q.detach().requires_grad_() for q in tensors]
-        spikes, v_out, _, _ = mem_bn_neuron_ref(
-            *leaves, eps=ctx.eps, bits=ctx.bits or None, step=ctx.step, detach=False
-        )
+        spikes, v_out, _, _ = mem_bn_neuron_ref(*leaves, eps=ctx.eps, detach=False)  # a quantiser is straight-through
         outputs, d_outputs = ([spikes], [d_spikes]) if d_v_out is None else ([spikes, v_out], [d_spikes, d_v_out])
         found = torch.autograd.grad(outputs, [q for q in leaves if q is not None], d_outputs, allow_unused=True)
     found = iter(found)
@@ -297,7 +292,7 @@ def norm_neuron_backward(
     mem = p.alpha is not None
     stacked = _stack(x, None if p.parallel else p.leak, *p.tensors()[1:])
     v = None if p.parallel else v
-    d_x, _, d_p = _norm_backward(d_spikes, None, x, v, stacked, *stats, p.eps, p.bits or 0, p.step, mem, True)
+    d_x, _, d_p = _norm_backward(d_spikes, None, x, v, stacked, *stats, p.eps, mem, True)
     return d_x, *_unstack(d_p, p.tensors(), p.parallel)
 
 

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import empf
 from empf import layer
 from empf.diagnose.memory import Storages, saved_for_backward
-from empf.kernels import dispatch
+from empf.kernels import dispatch, neuron_cpu
 from empf.models import Block, Builder, ModelConfig
 from empf.neuron import EMPFNeuron
 
@@ -336,6 +336,26 @@ def test_on_kernels(kind, kernels_on, device):
     second = "mem_bn_neuron" if kind.get("neuron") else "bn_neuron"
     for name in (first, second, f"{second}_again", f"{first}_backward", f"{second}_backward"):
         assert launches[name] > 0, launches
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mem_bn", [False, True])
+@pytest.mark.parametrize("engine", ["definition", "cpu", "kernels"])
+def test_a_spike_above_the_largest_code_has_gradient_1(engine, mem_bn, kernels_on, device, monkeypatch):
+    """The quantiser passes gradients on unchanged (identity): the threshold alone stops them."""
+    calls, backward = [], neuron_cpu.backward
+    monkeypatch.setattr(neuron_cpu, "backward", lambda *args: calls.append(args) or backward(*args))
+    dispatch.set_backend("on" if engine == "kernels" else "off")
+    neuron = EMPFNeuron(1, 2, mem_bn=mem_bn, alpha=1.0, beta=0.0, spike_bits=1).to(device)  # mh = m, with Mem-BN too
+    current = torch.tensor([0.25, 0.53125, 0.625, 0.75, 1.0, 9.0], device=device)  # s = mh - 1/2, codes 0 and 1/4
+    current = current.view(1, 3, 2).requires_grad_()
+    with layer.enabled(engine != "definition"):
+        spikes = neuron(current)
+    assert spikes.flatten().tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25]
+    spikes.sum().backward()
+    assert current.grad.flatten().tolist() == [0, 1, 1, 1, 1, 1]
+    assert neuron.threshold_logit.grad.tolist() == [-5 / 4]  # the slope of the sigmoid at 0 is 1/4
+    assert (len(calls) == 1, len(kernels_on) > 0) == (engine == "cpu", engine == "kernels")
 
 
 @pytest.mark.kernel

@@ -153,7 +153,7 @@ def test_quantised_values_and_straight_through_gradient():
     spikes = neuron(current)
     assert spikes.flatten().tolist() == [0, 0, 0.25, 0.25, 0.5, 0.75, 0.75, 0.75]  # halves round up
     spikes.sum().backward()
-    assert current.grad.flatten().tolist() == [0, 1, 1, 1, 1, 1, 0, 0]  # 1 within the codes, 0 outside
+    assert current.grad.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 1]  # that of s: 0 below the threshold, 1 above
 
 
 # ---- facts about the gradient

@@ -188,11 +188,13 @@ def test_codes_and_halves_are_exact(kernels_on, device):
 
 
 def test_quantiser():
-    s = torch.tensor([0, 0.1249, 0.125, 0.374, 0.375, 3.75, 3.76, 9.0], requires_grad=True)
+    """Its gradient is the identity, also below 0 and above the largest code."""
+    s = torch.tensor([-1, 0, 0.1249, 0.125, 0.374, 0.375, 3.75, 3.76, 9.0], requires_grad=True)
     q = quantize_spikes(s, bits=4)
-    assert q.tolist() == [0, 0, 0.25, 0.25, 0.5, 3.75, 3.75, 3.75]
+    assert q.tolist() == [0, 0, 0, 0.25, 0.25, 0.5, 3.75, 3.75, 3.75]
     q.sum().backward()
-    assert s.grad.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert s.grad.tolist() == [1] * 9
+    assert quantize_spikes(torch.tensor([float("inf"), -float("inf")]), bits=4).tolist() == [3.75, 0]
 
 
 def test_layouts_are_kept_and_read_in_place(kernels_on, device):

@@ -48,8 +48,7 @@ class ByHand(nn.Module):
             self.v = m - s
         bits, self.t = getattr(self.neuron, "spike_bits", None), self.t + 1
         if bits is not None:
-            kept = s.clamp(max=(2**bits - 1) / 4)
-            s = (4 * kept + 0.5).floor().detach() / 4 + kept - kept.detach()
+            s = (4 * s + 0.5).floor().clamp(max=2**bits - 1).detach() / 4 + (s - s.detach())  # gradient: that of s
         return s[None]
 
 
