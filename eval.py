@@ -7,6 +7,7 @@ python eval.py runs/cifar100-resnet18 --figure classes.png      also draw the ac
 python eval.py runs/cifar100-resnet18 --pack net.safetensors    pack it, and check the logits of the packed network
 python eval.py net.safetensors                                  the same table of a packed network
 python eval.py net.safetensors --image cat.png                  its five most probable classes
+python eval.py cifar100-resnet18 --image cat.png                of a network that comes with the library
 python eval.py net.safetensors --stream recording.aedat         its prediction after each frame of a recording
 
 The file that --json writes stands for itself: it holds the machine, the code and the training of the run as well.
@@ -32,11 +33,12 @@ from empf import runs
 from empf.checks import check_device
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_test, make_batches
-from empf.data.sets import ImageSettings, StreamSet
+from empf.data.sets import DATASETS, ImageSettings, StreamSet
+from empf.deploy.hub import shipped
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack_to_file
 from empf.deploy.predict import follow_recording, top_classes
-from empf.evaluate import TOP, by_class, predictions
+from empf.evaluate import TOP, Mirrored, by_class, predictions
 from empf.figures import has_matplotlib, per_class
 from empf.files import check_result, write_result
 from empf.kernels import backend
@@ -51,11 +53,12 @@ SHOWN = 20  # classes in the table; the worst where there are more
 
 def evaluate(
     run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str,
-    out: Path | None, workers: int = 0, columns: dict | None = None,
+    out: Path | None, workers: int = 0, columns: dict | None = None, mirror: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that eval.py reports, as plain values, of a run, its weights or a packed file; `out`: pack it.
 
-    `columns`: names of columns, split and configuration of the data, where they are not those of the training.
+    `columns`: names of columns, split and configuration of the data, where they are not those of the training;
+    `mirror`: also count what the logits of an image and of its mirror image say together.
     """
     folder = runs.folder_of(run)
     if folder is None:
@@ -89,6 +92,13 @@ def evaluate(
         start = time.perf_counter()
         labels, predicted, near = (found.cpu() for found in predictions(model, batches))
         seconds = time.perf_counter() - start
+    both = None  # an image and its mirror image
+    if mirror:
+        if c.in_channels == 2 or dataset in DATASETS and not DATASETS[dataset].flip:
+            raise ValueError(f"--mirror is for images that mean the same mirrored, not for {dataset}: leave it out")
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            labels, seen, _ = (found.cpu() for found in predictions(Mirrored(model), batches))
+        both = [100 * count / len(test) for count in (seen == labels).sum(1).tolist()]
     classes, confused = by_class(labels, predicted[-1], test.class_names)
     counted = empf.spike_account(whole, islice(batches, count_batches))
     return {
@@ -100,6 +110,7 @@ def evaluate(
         "unread": len(test) - len(labels),  # they count as wrong
         "tested_on": test.split,
         "accuracy": [100 * c / len(test) for c in (predicted == labels).sum(1).tolist()],
+        "accuracy_with_mirror": both,
         "top5": 100 * near.sum().item() / len(test) if len(classes) > TOP else None,
         "classes": classes,
         "confused": confused,
@@ -162,6 +173,7 @@ def table(r: dict) -> str:
         *([("which are", r["tested_on"])] if r["tested_on"] else []),
         ("device, kernels", f"{r['device']}, {r['backend']}"),
         *((f"accuracy after step {t}", f"{a:.2f} %") for t, a in enumerate(r["accuracy"], 1)),
+        *([("with mirror images", f"{r['accuracy_with_mirror'][-1]:.2f} %")] if r["accuracy_with_mirror"] else []),
         *([("top-5 accuracy", f"{r['top5']:.2f} %")] if r["top5"] is not None else []),
         ("parameters, full precision", f"{r['params_full_mb']:.3f} MB"),
         ("parameters, stored", f"{r['params_mb']:.3f} MB"),
@@ -213,7 +225,11 @@ def files(r: dict) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description="Evaluate a training run or a packed network.", allow_abbrev=False)
-    p.add_argument("run", type=Path, help="run folder that train.py wrote, its best.safetensors, or packed file")
+    p.add_argument(
+        "run",
+        type=Path,
+        help="run folder that train.py wrote, its best.safetensors, packed file, or name of a network of the library",
+    )
     p.add_argument("--data", help="local folder of the data set, or of other data; default: where the run found it")
     for name in COLUMNS:
         flag = name.replace("_", "-")
@@ -228,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         "--figure", type=Path, metavar="OUT", help="draw accuracy per class and confusions (.png, .pdf, .svg)"
     )
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
+    p.add_argument("--mirror", action="store_true", help="also the accuracy of logits averaged with the mirror image's")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
     p.add_argument(
@@ -256,6 +273,7 @@ def answer(args: Namespace, command: str, given: list[str]) -> None:
     check_device(device, "--device")
     check_workers(args.workers)
     use_cpu(args.threads)
+    args.run = shipped(args.run)
     if args.image is not None or args.stream is not None:
         heeded = ("run", "device", "threads", "stream" if args.image is None else "image")
         if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in heeded]:
@@ -271,7 +289,7 @@ def answer(args: Namespace, command: str, given: list[str]) -> None:
         check_figure(args.figure)
         result = evaluate(
             args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers,
-            {name: value for name in COLUMNS if (value := getattr(args, name)) is not None},
+            {name: value for name in COLUMNS if (value := getattr(args, name)) is not None}, args.mirror,
         )  # fmt: skip
         if args.json is not None:  # first: it is kept where nobody reads what is printed
             written = {"command": command, **without_places(result)}

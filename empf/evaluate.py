@@ -101,6 +101,20 @@ def correct_per_step(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]])
     return scores(model, batches)[:-1].long()
 
 
+class Mirrored(nn.Module):
+    """A network whose logits of an image are the mean of those of the image and of its mirror image (N, C, H, W)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, N, classes); the network ends at time T as after one call."""
+        first = self.model(x.flip(-1))
+        reset(self.model)
+        return (first + self.model(x)) / 2
+
+
 def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (N,), the prediction after each step (T, N), and after the last one whether it is among the first five."""
     found = []

@@ -182,3 +182,19 @@ def test_names_cannot_command_the_terminal(packed, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and {line.split("%  ")[1] for line in lines} <= {"?[2J", "a?b", "?", "猫 é"}
     assert [shown(name) for name in net.origin.classes[:4]] == ["?[2J", "a?b", "?", "猫 é"]
+
+
+def test_a_network_of_the_library_is_evaluated_by_its_name(tmp_path, capsys):
+    """Its accuracy is that of its model card, and `--image` names its classes."""
+    run_eval("digits-resnet18", "--json", tmp_path / "digits.json")
+    found = json.loads((tmp_path / "digits.json").read_text())
+    assert found["accuracy"] == pytest.approx(empf.from_pretrained("digits-resnet18").origin.accuracy)
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    run_eval("digits-resnet18", "--image", tmp_path / "digit.png")
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_mirrored_digits_are_refused():
+    with pytest.raises(SystemExit, match="--mirror is for images that mean the same mirrored, not for digits"):
+        run_eval("digits-resnet18", "--mirror")

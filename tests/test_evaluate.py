@@ -6,7 +6,7 @@ from own_networks import PlainNorms
 from torch import nn
 
 import empf
-from empf.evaluate import by_class, correct_per_step, predictions, scores
+from empf.evaluate import Mirrored, by_class, correct_per_step, predictions, scores
 
 
 def network(neuron: str = "mem_bn") -> empf.SpikingNetwork:
@@ -147,3 +147,17 @@ def test_predictions_and_what_they_are_taken_for():
     assert [c["accuracy"] for c in classes] == [0, None, 100] and [c["images"] for c in classes] == [2, 0, 1]
     assert confused == [{"class": "a", "taken_for": "b", "images": 2, "share": 100}]
     assert by_class(labels, labels, ["a", "b", "c"])[1] == []
+
+
+def test_an_image_and_its_mirror_image_are_judged_together():
+    model, x = network().eval(), torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        each = []
+        for images in (x, x.flip(-1)):
+            empf.reset(model)
+            each.append(model(images))
+        wanted = (each[0] + each[1]) / 2
+    assert not torch.allclose(each[0], each[1])
+    labels, seen, _ = predictions(Mirrored(model), [(x, torch.arange(6) % 3)])
+    assert torch.equal(seen, wanted.cumsum(0).argmax(-1))
+    assert predictions(Mirrored(model), [(x.flip(-1), labels)])[1].equal(seen)

@@ -222,3 +222,34 @@ def test_nothing_of_the_hub_is_imported_before_it_is_needed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules, sentence = done.stdout.splitlines()
     assert modules == "[]" and sentence.startswith("there is no folder or file no/such, and the Hub gives no such")
+
+
+def test_networks_that_come_with_the_library_need_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)  # an absolute path in the library, not one below the present folder
+    for folder in hub.NETWORKS.iterdir():
+        net = from_pretrained(folder.name)
+        assert isinstance(net, PackedModel) and len(net.origin.classes) == net.config.num_classes
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.eval_results[0].metric_value == pytest.approx(net.origin.accuracy[-1], abs=1e-4)
+        assert json.loads((folder / "config.json").read_text())["packed"] == net.config.to_dict()
+        with pytest.raises(ValueError, match="which is packed"):
+            SpikingNetwork.from_pretrained(folder.name)
+
+
+def test_what_lies_here_goes_before_a_network_of_the_library(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, _ = trained()
+    model.save_pretrained("digits-resnet18")
+    assert type(from_pretrained("digits-resnet18")) is type(model)
+    assert hub.shipped("here/digits-resnet18") == Path("here/digits-resnet18")
+    assert hub.shipped("..") == Path("..") and hub.shipped("no-such") == Path("no-such")
+
+
+def test_a_name_that_is_wrong_is_told_which_are_there(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub.hf, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match="check the name; .*digits-resnet18.* come with the library"):
+        from_pretrained("digits-resnet81")

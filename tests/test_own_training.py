@@ -172,3 +172,9 @@ def test_pictures_that_cannot_be_read_count_as_wrong_and_are_counted(photos, tmp
     right = sum(c["accuracy"] * c["images"] for c in found["classes"]) / 100
     assert (found["images"], found["unread"], [c["images"] for c in found["classes"]]) == (15, 1, [4, 5, 5])
     assert found["accuracy"][-1] == pytest.approx(100 * right / 15)
+
+
+def test_mirror_images_are_counted_beside_the_accuracy(photos, capsys):
+    found = evaluated(capsys, photos / "run", "--mirror")
+    assert len(found["accuracy_with_mirror"]) == len(found["accuracy"])
+    assert evaluated(capsys, photos / "run")["accuracy_with_mirror"] is None

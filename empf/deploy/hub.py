@@ -29,6 +29,7 @@ from empf.runs import FORMAT, folder_of, load
 
 PAPER = "https://arxiv.org/abs/2410.07547"
 PACKED_FILE = "packed.safetensors"
+NETWORKS = Path(__file__).parents[1] / "networks"  # a packed folder each, with its model card
 
 
 def save_pretrained(net: SpikingNetwork | PackedModel, folder: str | Path) -> None:
@@ -96,14 +97,15 @@ def from_pretrained(
     local_files_only: bool = False,
 ) -> SpikingNetwork | PackedModel:
     """The network of a folder that `save_pretrained` or training wrote, of a file of weights in it, of a packed file,
-    or of a repository on the Hub (there as huggingface_hub).
+    of one of the networks that come with the library, or of a repository on the Hub (there as huggingface_hub).
 
     Raises FileNotFoundError or ValueError with one sentence where the folder holds none, or a damaged one.
 
     >>> empf.resnet18(in_channels=1, image_size=8, width=0.125).save_pretrained("folder")
     >>> net = empf.from_pretrained("folder")
+    >>> net = empf.from_pretrained("digits-resnet18")
     """
-    folder = Path(name)
+    folder = shipped(name)
     if folder.is_file():
         return load_packed(folder, device) if folder_of(folder) is None else load(folder, device)
     if not folder.is_dir():
@@ -114,6 +116,15 @@ def from_pretrained(
         folder = download(str(name), options)
     packed = folder / PACKED_FILE
     return load_packed(packed, device) if packed.is_file() else load(folder, device)
+
+
+def shipped(name: str | Path) -> Path:
+    """The packed file of the network of that name which comes with the library; any other path as it is.
+
+    What lies there under the same name goes first.
+    """
+    file = NETWORKS / Path(name).name / PACKED_FILE
+    return file if str(name) == Path(name).name and not Path(name).exists() and file.is_file() else Path(name)
 
 
 def download(repo_id: str, options: dict) -> Path:
@@ -128,9 +139,10 @@ def download(repo_id: str, options: dict) -> Path:
         with suppress(EntryNotFoundError):
             hf.hf_hub_download(repo_id, "metrics.jsonl", **options)
     except (OSError, ValueError, EntryNotFoundError) as error:
+        known = ", ".join(sorted(folder.name for folder in NETWORKS.iterdir()))
         raise FileNotFoundError(
             f"there is no folder or file {repo_id}, and the Hub gives no such network ({one_line(error)}): check the "
-            "name"
+            f"name; {known} come with the library"
         ) from error
     return folder
 
