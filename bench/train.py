@@ -109,7 +109,8 @@ def check_gradients(setting: Setting) -> dict:
     """The comparison of `compare` in float64 and as timed. Raises ValueError where it is more than rounding.
 
     A spike at its threshold to rounding switches its gradient, and there are many of them: so the bound of what is
-    timed is 1 %, or twice what rounding does to `random` itself.
+    timed is 1 %, or twice what rounding does to `random` itself, for two results may err in opposite directions. In
+    bf16 that is a fourth of the gradient of a network that has learned nothing; a whole one would say nothing.
     """
     plain = replace(setting, compile=False, cuda_graph=False)
     loop = Loop(replace(plain, bf16=False), torch.float64)
@@ -117,7 +118,9 @@ def check_gradients(setting: Setting) -> dict:
     loop = Loop(plain)
     batch = draw(loop, setting.batch_size)
     timed, own = compare(loop, batch), rounding(loop, batch)
-    for distances, bound in ((exact, 1e-9), (timed, min(0.3, max(1e-2, 2 * own)))):
+    if not own < 1:
+        raise ValueError(f"rounding alone changes the gradients of random by {own:.1e} of their size: nothing timed")
+    for distances, bound in ((exact, 1e-9), (timed, max(1e-2, 2 * own))):
         for variant, distance in distances.items():
             if not distance < bound:
                 raise ValueError(

@@ -135,6 +135,26 @@ def test_gradients_that_are_wrong_are_not_timed(monkeypatch):
         bench.check_gradients(setting)
 
 
+def test_the_bound_is_that_of_measured_rounding(monkeypatch):
+    """bf16 changes a quarter of the gradient of a network that has learned nothing, and two variants differ by more."""
+    setting = Setting(width=0.0625, T=2, batch_size=4)
+    plain = bench.compare
+
+    def apart(loop, batch):
+        return plain(loop, batch) | ({} if loop.dtype == torch.float64 else {"kept": 0.37})
+
+    monkeypatch.setattr(bench, "compare", apart)
+    monkeypatch.setattr(bench, "rounding", lambda *_: 0.25)
+    assert bench.check_gradients(setting)["as timed"]["kept"] == 0.37
+    monkeypatch.setattr(bench, "rounding", lambda *_: 0.18)
+    with pytest.raises(ValueError, match="gradients of kept are 3.7e-01 .* more than 3.6e-01"):
+        bench.check_gradients(setting)
+    for useless in (1.5, float("nan")):
+        monkeypatch.setattr(bench, "rounding", lambda *_, own=useless: own)
+        with pytest.raises(ValueError, match="rounding alone changes"):
+            bench.check_gradients(setting)
+
+
 def test_the_flags_of_a_setting_give_the_setting(monkeypatch):
     found = []
     monkeypatch.setattr(bench, "peak_alone", lambda setting, variant: found.append((setting, variant)) or 7)
