@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .neuron import NeuronParams, quantize_spikes, spike_codes
 from .steps import empty_like_steps, is_channels_last, lay_out_like
 
@@ -78,11 +79,21 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def compiled(x: Tensor, out: Tensor, more: Sequence[tuple], *, per_channel: bool) -> bool:
+    """Is there code of `native` for a current x (k, N, C, ...), what is added to it and what comes out?"""
+    alike = all(y.dtype == x.dtype and y.shape == x.shape and y[0].stride() == x[0].stride() for y, _, _ in more)
+    return alike and out[0].stride() == x[0].stride() and native.runs(x, per_channel)
+
+
 @torch.no_grad()
 def normalise(y: Tensor, gain: Tensor, shift: Tensor, rest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """gain * y + shift (+ rest), y (k, N, C, ...), gain, shift (k, C); `out` may be `rest`."""
     in_place = out is not None and out is rest
     out = empty_like_steps(y, y.dtype) if out is None else out
+    more = () if rest is None else ((rest, None, None),)
+    if compiled(y, out, more, per_channel=True) and out.dtype == y.dtype:
+        nothing, current = (None,) * 4, native.table((gain, shift), len(y))
+        return native.fire(y, None, nothing, potential=False, current=current, more=more, out=out)[0]
     # a type below that of gain and shift is rounded to in a copy: torch's operations would do it number by number
     direct = not in_place and out.dtype == torch.promote_types(y.dtype, gain.dtype)
     for t, step in enumerate(y):
@@ -125,19 +136,26 @@ def fire(
     """k steps of a neuron: (spikes, v after the last step).
 
     gain, shift: the current is gain * x + shift. leak None: a parallel neuron, without v.
-    out: where the spikes of one step go, in fp32 at least. Then v is not computed, and terms (x, gain, shift) may come
+    out: where the spikes of one step go. Then v is not computed, and terms (x, gain, shift) may come
     with `more`.
     """
     dtype = working_dtype(x)
     spikes = empty_like_steps(x, x.dtype) if out is None else out
+    v, potential = None if leak is None else v, leak is not None and out is None
+    channels = threshold.shape[1] if threshold.dim() == 2 else 1 if gain is None else x.shape[2]
+    if compiled(x, spikes, more, per_channel=channels > 1):
+        tables = native.table((leak, threshold, gain, shift), len(x), channels)
+        terms = [(y, *native.table((g, h), 1)) for y, g, h in more]
+        return native.fire(
+            x, v, (*tables[:2], None, None), potential=potential, current=tables[2:], more=terms, bits=bits, step=step,
+            out=spikes,
+        )  # fmt: skip
 
     def lanes(p):
         return repeat(None) if p is None else [lane(q.to(dtype), x[0]) for q in p]
 
     of_steps = zip(lanes(leak), lanes(threshold), repeat(None), repeat(None), lanes(gain), lanes(shift), strict=False)
     more = [(y[0], lane(g[0], x[0]), lane(h[0], x[0])) for y, g, h in more]
-    v = None if leak is None else v
-    potential = leak is not None and out is None
     v = fire_steps(x, v, list(of_steps), spikes, potential=potential, bits=bits, step=step, more=more)
     return spikes, v
 
@@ -238,10 +256,16 @@ def fire_backward(
     s: the spikes before the quantiser, which is straight-through; d_mh is written over them. leak, threshold and their
     gradients: (1,) or (1, C).
     """
+    d_spikes, channels = d_spikes.to(s.dtype), threshold.shape[1] if threshold.dim() == 2 else 1
+    ready = native.runs(s[None], channels > 1) and d_spikes.stride() == s.stride()
+    if ready and (v is None or (v.dtype, v.stride()) == (torch.float32, s.stride())):
+        of_threshold, of_leak = native.fire_backward(d_spikes, s, v, channels).to(threshold.dtype)[:, None]
+        of_threshold, of_leak = (d.view(threshold.shape) for d in (-of_threshold, of_leak))
+        return s, None if leak is None else of_leak, of_threshold
     d_mh = s
     d_threshold, d_leak = [], []
     for d_n, s_n, d_mh_n, v_n in pieces(d_spikes, s, d_mh, v):
-        torch.ops.aten.threshold_backward.grad_input(d_n.to(s.dtype), s_n, 0, grad_input=d_mh_n)
+        torch.ops.aten.threshold_backward.grad_input(d_n, s_n, 0, grad_input=d_mh_n)
         d_threshold.append(total(d_mh_n, threshold))
         if v is not None:
             d_leak.append(total_product(d_mh_n, v_n, leak))
@@ -260,8 +284,9 @@ def leak_gradient(d_m: Tensor, v: Tensor | None, leak: Tensor) -> Tensor:
 
 
 def total(d: Tensor, p: Tensor) -> Tensor:
-    """The sum of (N, C, ...) in the shape (1,) or (1, C) of the parameter."""
-    return d.sum([i for i in range(d.dim()) if i != 1] if p.dim() == 2 else None).unsqueeze(0)
+    """The sum of (N, C, ...) in the shape (1,) or (1, C) of the parameter, in fp32 at least."""
+    over = [i for i in range(d.dim()) if i != 1] if p.dim() == 2 else None
+    return d.sum(over, dtype=working_dtype(d)).unsqueeze(0)
 
 
 def total_product(d: Tensor, v: Tensor, p: Tensor) -> Tensor:
@@ -315,7 +340,7 @@ def forward(x: Tensor, v: Tensor | None, p: NeuronParams, running: Running | Non
 
 @torch.no_grad()
 def again(terms: Sequence[Term], v: Tensor | None, p: NeuronParams, stats: Stats | None) -> tuple[Tensor, Kept]:
-    """`neuron_again` on a CPU. Keeps the spikes before the quantiser, in fp32 at least, and for Mem-BN the current."""
+    """`neuron_again` on a CPU. Keeps the spikes (n-bit: before they are rounded) and for Mem-BN the current."""
     dtype, of_terms = working_dtype(terms[0].y), terms[0].y.dtype
     leak, v, current = (None, None, None) if p.parallel else (p.leak, v, None)
     if p.alpha is not None:
@@ -330,6 +355,7 @@ def again(terms: Sequence[Term], v: Tensor | None, p: NeuronParams, stats: Stats
     elif of_terms != dtype:  # the current had been written in its own type
         terms = [Term(total_of(terms))]
     (x, gain, shift), *more = terms
+    dtype = of_terms if p.bits is None else dtype  # rounding leaves what is above 0 there
     raw, _ = fire(x, v, leak, p.threshold, gain=gain, shift=shift, more=more, out=empty_like_steps(x, dtype))
     return quantised(raw, p, of_terms), (raw, terms[0].y if p.weight is not None else None)
 

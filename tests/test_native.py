@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import empf
-from empf.deploy import native
+from empf.kernels import native
 from empf.kernels.neuron import NeuronParams, neuron_steps
 from empf.kernels.neuron_cpu import rounded
 from empf.kernels.steps import is_channels_last
@@ -47,7 +47,9 @@ def check(x, parameters, parallel, bits, v=None):
     with torch.no_grad():
         assert native.runs(x, any(p is not None and p.dim() == 2 for p in parameters))
         laid_out = native.table(parameters, len(x))
-        found, found_v = native.fire(x, v, laid_out, potential=not parallel, bits=bits, step=0.25)
+        found, found_v = native.fire(
+            x, v, laid_out, potential=not parallel, bits=bits, step=0.25, codes=bits is not None
+        )
     if bits is None:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     else:

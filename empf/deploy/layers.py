@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from empf.deploy import cpu_conv, native
+from empf.deploy import cpu_conv
 from empf.deploy.cpu_conv import CodeConv, FloatConv
 from empf.deploy.lazy import Product, Spikes, plain
-from empf.kernels import backend
+from empf.kernels import backend, native
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron
 from empf.kernels.matmul import binary_matmul
@@ -161,7 +161,9 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         """(spikes or codes, v) of (k, N, C, ...) without kernels."""
         dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
         if self.fusible and native.runs(x, self.per_channel):
-            rounding = {} if self.spike_bits is None else {"bits": self.spike_bits, "step": self.spike_step}
+            rounding = (
+                {} if self.spike_bits is None else {"bits": self.spike_bits, "step": self.spike_step, "codes": True}
+            )
             spikes, v = native.fire(x, self.v, self.laid_out(steps, None), potential=self.stays(steps), **rounding)
             return spikes if rounding else spikes.to(dtype), v
         # in an exported graph, writing into slices would become a scatter per step
