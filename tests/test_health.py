@@ -122,7 +122,7 @@ def test_a_planted_fault_is_named(learner, name):
     "network",
     [
         {}, {"weights": "ternary", "neuron": "mem_bn", "width": 0.125}, {"weights": "full"}, {"neuron": "lif"},
-        {"parallel": 1.0, "seca": 2, "spike_bits": 2}, {"arch": "resnet19", "activation": "gelu"},
+        {"parallel": 1.0, "seca": 2, "spike_bits": 4}, {"arch": "resnet19", "activation": "gelu"},
     ],
     ids=str,
 )  # fmt: skip
