@@ -35,11 +35,11 @@ from empf import runs
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.data.sets import ImageSet
-from empf.deploy import native
 from empf.deploy.layers import PackedNeuron
 from empf.deploy.lazy import Spikes
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.files import write_result
+from empf.kernels import native
 from empf.machine import installed
 from empf.models import ModelConfig, build
 from empf.neuron import StatefulNeuron

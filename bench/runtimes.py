@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 from bench import deploy
 from bench.deploy import ONNX_RUNTIME
 from bench.machine import machine
-from empf.deploy import native
 from empf.figures import plain_log, pyplot, save_figure
+from empf.kernels import native
 from empf.machine import installed
 from empf.models import ModelConfig
 

@@ -142,10 +142,11 @@ def fire(
     dtype = working_dtype(x)
     spikes = empty_like_steps(x, x.dtype) if out is None else out
     v, potential = None if leak is None else v, leak is not None and out is None
-    channels = threshold.shape[1] if threshold.dim() == 2 else 1 if gain is None else x.shape[2]
+    own = threshold.dim() == 2 or gain is not None or any(g is not None for _, g, _ in more)
+    channels = x.shape[2] if own else 1
     if compiled(x, spikes, more, per_channel=channels > 1):
         tables = native.table((leak, threshold, gain, shift), len(x), channels)
-        terms = [(y, *native.table((g, h), 1)) for y, g, h in more]
+        terms = [(y, *native.table((g, h), 1, channels)) for y, g, h in more]
         return native.fire(
             x, v, (*tables[:2], None, None), potential=potential, current=tables[2:], more=terms, bits=bits, step=step,
             out=spikes,
