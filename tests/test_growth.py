@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from train_tools import run_train
+from train_tools import resume, run_train
 
 import empf
 from empf.runs import read_metrics
@@ -124,3 +124,11 @@ def test_a_run_that_ends_small_tests_equal_steps(tmp_path):
     state = empf.load(run).state_dict()
     thresholds = [p for name, p in state.items() if name.endswith("threshold_logit")]
     assert thresholds and all(torch.equal(p, p[:1].expand_as(p)) for p in thresholds)
+
+
+def test_a_run_that_grew_does_not_go_on_with_small_images(tmp_path):
+    """Its stages are shares of the epochs: of more epochs they would begin anew."""
+    run = tmp_path / "run"
+    run_train("--output-dir", run, "--epochs", "1", "--grow", "4:1:0.9", "--schedule", "constant")
+    with pytest.raises(SystemExit, match="its images and steps grow in shares of them"):
+        resume(run, "--epochs", "3")

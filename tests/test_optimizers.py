@@ -125,3 +125,17 @@ def test_hidden_convolutions_get_it_and_nothing_else(weights):
     assert groups[0.95] == hidden and len(hidden) == 19
     assert sorted(n for g in optimizer.param_groups for n in map(names.get, g["params"])) == sorted(names.values())
     assert type(make_optimizer(model, TrainConfig(optimizer="sgd"))) is torch.optim.SGD
+
+
+def test_with_bf16_the_products_of_muon_are_in_bf16(monkeypatch):
+    """Of training in fp32 on a CPU they are not; the direction is that of fp32 up to rounding."""
+    g, seen = torch.randn(16, 64), []
+    fp32, bf16 = orthogonal(g), orthogonal(g, bf16=True)
+    assert bf16.dtype == g.dtype and 0 < (bf16 - fp32).norm() / fp32.norm() < 0.05
+    monkeypatch.setattr("empf.training.optimizers.orthogonal", lambda g, bf16: (seen.append(bf16), g)[1])
+    for precision in ("bf16", "no"):
+        model = empf.BinaryLinear(8, 4)
+        optimizer = make_optimizer(model, TrainConfig(optimizer="muon", mixed_precision=precision))
+        model(torch.randn(2, 8)).sum().backward()
+        optimizer.step()
+    assert seen == [True, None]

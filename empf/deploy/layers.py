@@ -161,11 +161,12 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         """(spikes or codes, v) of (k, N, C, ...) without kernels."""
         dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
         if self.fusible and native.runs(x, self.per_channel):
-            rounding = (
-                {} if self.spike_bits is None else {"bits": self.spike_bits, "step": self.spike_step, "codes": True}
-            )
-            spikes, v = native.fire(x, self.v, self.laid_out(steps, None), potential=self.stays(steps), **rounding)
-            return spikes if rounding else spikes.to(dtype), v
+            coded = self.spike_bits is not None
+            spikes, v = native.fire(
+                x, self.v, self.laid_out(steps, None), potential=self.stays(steps), bits=self.spike_bits,
+                step=self.spike_step, codes=coded,
+            )  # fmt: skip
+            return spikes if coded else spikes.to(dtype), v
         # in an exported graph, writing into slices would become a scatter per step
         if self.fusible and not torch.compiler.is_exporting():
             v, spikes = None if self.parallel else self.v, empty_like_steps(x, torch.float32)

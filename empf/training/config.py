@@ -401,6 +401,11 @@ def for_resume(stored: dict, given: dict) -> TrainConfig:
                 f"the run was started with epochs = {stored['epochs']}, not {more}: its learning rate falls to 0 in "
                 "them; start a new run with --init-from, or next time with --schedule constant, which can go on"
             )
+        if stored.get("grow"):
+            raise ValueError(
+                f"the run was started with epochs = {stored['epochs']}, not {more}: its images and steps grow in "
+                "shares of them; start a new run with --init-from, or next time without --grow"
+            )
         stored = {**stored, "epochs": more}
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != stored.get(name):
