@@ -53,7 +53,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 DEFAULT = {
     "neuron": "empf", "weights": "binary", "parallel": 0.0, "seca": 0, "activation": "relu", "spike_bits": None, "T": 4,
-    "learning": "random", "steps_per_batch": 1,
+    "spike_gradient": "identity", "learning": "random", "steps_per_batch": 1,
 }  # fmt: skip
 
 # Table -> variant -> what differs from the default. A variant may stand in several tables; it is run once.
@@ -80,7 +80,9 @@ TABLES = {
         "all parallel": {"parallel": 1.0},
         "Mem-BN, half parallel": {"neuron": "mem_bn", "parallel": 0.5},
         "4-bit spikes": {"spike_bits": 4},
+        "4-bit spikes, clipped gradient": {"spike_bits": 4, "spike_gradient": "clipped"},
         "4-bit spikes, half parallel": {"spike_bits": 4, "parallel": 0.5},
+        "4-bit, half parallel, clipped": {"spike_bits": 4, "parallel": 0.5, "spike_gradient": "clipped"},
     },
     "channel attention": {
         "none": {},

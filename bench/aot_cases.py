@@ -171,9 +171,9 @@ def neuron_cases() -> list[tuple]:
         _, tile, _ = tiling(x, per_channel, tile_elements(x, 4 if folded else 2))
         more = dict.fromkeys(("d_spikes_ptr", "d_current_ptr"), element) | {"partial_ptr": "*fp32", "tiles": "i32"}
         more |= dict.fromkeys(("d_v_out_ptr", "d_v_ptr"), None if detach else "*fp32")
-        more |= {"stride_dt": "i64"}
+        more |= {"stride_dt": "i64", "top": "fp32" if bits else None}
         constants_of = flags | tile | {"DETACH": detach, "PARAMETERS": True}
-        label = f"backward {name} {backward}"
+        label = f"backward {name} {backward}" + " clipped" * (bits > 0)
         cases.append((label, neuron_kernels._neuron_backward_kernel, types | more, constants_of, options))
     return cases
 
@@ -216,9 +216,9 @@ def norm_cases() -> list[tuple]:
             types |= {"v_ptr": "*fp32", "partial_ptr": "*fp32", "tiles": "i32"}
             types |= {"means_ptr": "*fp32" if apply else None, "d_x_ptr": element if apply else None}
             types |= {"d_v_out_ptr": None if detach else "*fp32", "d_v_ptr": None if detach or not apply else "*fp32"}
-            types |= {"stride_t": "i64", "stride_dt": "i64"}
+            types |= {"stride_t": "i64", "stride_dt": "i64", "top": "fp32" if bits else None}
             constants_of = tile | {"T": T, "MEM": mem, "DETACH": detach, "APPLY": apply}
-            label = f"backward {name} {'apply' if apply else 'sums'}"
+            label = f"backward {name} {'apply' if apply else 'sums'}" + " clipped" * (bits > 0)
             cases.append(
                 (label, norm_kernels._norm_backward_kernel, types, constants_of, options | {"enable_fp_fusion": True})
             )

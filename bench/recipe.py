@@ -2,6 +2,7 @@
 
 python bench/recipe.py screen --data FOLDER            every variant below that is missing (resumable; --minutes N)
 python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 3 seeds (--epochs N)
+python bench/recipe.py confirm --data FOLDER --only short       what 20 minutes bring, or one of the choices below
 python bench/recipe.py report                          the tables
 
 screen: CIFAR-100 averaged to 16x16 pixels, 20,000 training images, ResNet-18 x0.25, T = 4, binary, 4 epochs (or
@@ -28,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this file is run as a script
 
 import empf
-from bench.ablation import in_layout, shrink
+from bench.ablation import against, in_layout, shrink
 from bench.machine import machine
 from bench.record import train
 from empf.data.batches import Batches
@@ -37,7 +38,7 @@ from empf.data.sets import ImageSet
 from empf.evaluate import correct_per_step
 from empf.files import write_atomic
 from empf.neuron import EMPFNeuron, logit
-from empf.runs import read_metrics
+from empf.runs import read_config, read_metrics
 from empf.synapse import QuantizedWeight
 from empf.training.config import Parser, TrainConfig
 from empf.training.optimizers import learning_rate, make_optimizer
@@ -45,7 +46,6 @@ from train import updates
 
 OUT = Path(__file__).parent / "results" / "recipe"
 IMAGE_SIZE, IMAGES = 16, 20_000
-EPOCHS = 3  # to confirm: those of the first small run
 
 # What the first small CIFAR-100 run of this repository was trained with.
 OLD = dict(
@@ -56,7 +56,32 @@ OLD = dict(
 NEW = dict(threshold=0.1, optimizer="muon", crop=False)
 LONG = dict(lr=0.01, mixup=0.8, cutmix=1.0, label_smoothing=0.1)  # what train.py has for 300 epochs
 
-RECIPES = {"long": {**OLD, **LONG}, "old": OLD, "new": {**OLD, **NEW}}  # to confirm
+# Twenty minutes on two cores, and what choices are compared with: small images first, tested once, at the end.
+GROWN = {
+    "dataset": "cifar100", "batch_size": 64, "optimizer": "muon", "lr": 0.1, "threshold": 0.1, "mixup": 0.0,
+    "cutmix": 0.0, "label_smoothing": 0.1, "mixed_precision": "bf16",
+}  # fmt: skip
+SHORT = {**GROWN, "width": 0.5, "grow": "20:1:0.34,24:1:0.25,28:1:0.16,32:1:0.16", "epochs": 12, "test_every": 12}
+BASE = {**GROWN, "width": 0.25, "grow": "16:4:0.4,24:4:0.3", "epochs": 10, "test_every": 10}
+
+# Choice -> what differs from BASE, and what it is compared with.
+CHOICES = {
+    "shortcut current": ({"shortcut": "current"}, "base"),
+    "decay of everything": ({"decay_all": True}, "base"),
+    "latent weights from 0..0.001": ({"latent_init": "positive"}, "base"),
+    "label smoothing 0.19": ({"label_smoothing": 0.19}, "base"),
+    "two random steps": ({"steps_per_batch": 2}, "base"),
+    "Mem-BN": ({"neuron": "mem_bn"}, "base"),
+    "4-bit spikes": ({"spike_bits": 4}, "base"),
+    "4-bit spikes, clipped gradient": ({"spike_bits": 4, "spike_gradient": "clipped"}, "4-bit spikes"),
+    "ternary": ({"weights": "ternary"}, "base"),
+    "ternary, of each layer": ({"weights": "ternary", "granularity": "layer"}, "ternary"),
+    "SECA-II": ({"seca": 2}, "base"),
+    "SECA-II with bias": ({"seca": 2, "seca_bias": True}, "SECA-II"),
+}
+
+FIRST = {name: {**OLD, "epochs": 3, **changes} for name, changes in (("long", LONG), ("old", {}), ("new", NEW))}
+RECIPES = FIRST | {"short": SHORT, "base": BASE} | {name: BASE | changes for name, (changes, _) in CHOICES.items()}
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
 VARIANTS: dict[str, dict] = {
@@ -235,9 +260,10 @@ def screen_all(out: Path, data: str | None, names: list[str], number: int, seeds
 
 
 def confirm_all(
-    out: Path, data: str | None, names: list[str], change: dict, seeds: list[int], runs: Path, until: float
-) -> None:
-    """Train with train.py what is missing, seed by seed, with the `epochs` and `threads` of `change`.
+    out: Path, data: str | None, names: list[str], change: dict, seeds: list[int], runs: Path, until: float,
+    processes: int,
+) -> None:  # fmt: skip
+    """Train with train.py what is missing, seed by seed, with `change`.
 
     A run that time stops continues with the next call.
     """
@@ -246,20 +272,21 @@ def confirm_all(
             flags = {**RECIPES[name], **change, "seed": seed}
             if any(r["recipe"] == name and r["flags"] == flags for r in read(out / "confirm.jsonl")):
                 continue
-            run = runs / f"recipe-{name}-{change['epochs']}-{seed}"
+            run = runs / f"recipe-{name.replace(' ', '-')}-{flags['epochs']}-{seed}"
             left = until - time.monotonic()
-            if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left):
+            if left <= 0 or not train(run, flags, data, None if math.isinf(left) else left, processes):
                 print("time is over; the same command continues")
                 return
             history = read_metrics(run)
             result = {
                 "recipe": name, "flags": flags, "seed": seed, "accuracy": history[-1]["accuracy"],
                 "minutes": round(sum(e["seconds"] for e in history) / 60, 1),
-                "epochs": [{k: e[k] for k in ("loss", "train_accuracy", "accuracy", "seconds")} for e in history],
-            } | machine()  # fmt: skip
+                "processes": processes,
+                "epochs": [{k: e.get(k) for k in ("loss", "train_accuracy", "accuracy", "seconds")} for e in history],
+            } | machine() | {"commit": read_config(run)["git_commit"]}  # fmt: skip
             add(out / "confirm.jsonl", result)
             print(
-                f"{name:10s} {change['epochs']} epochs, seed {seed}  {result['accuracy'][-1]:.2f} %  "
+                f"{name:10s} {flags['epochs']} epochs, seed {seed}  {result['accuracy'][-1]:.2f} %  "
                 f"{result['minutes']:.0f} min", flush=True,
             )  # fmt: skip
 
@@ -275,6 +302,22 @@ def cost(rows: list[dict], old: list[dict]) -> str:
         days.setdefault(r["date"][:10], []).append(r["cpu_seconds"])
     known = [r["cpu_seconds"] / statistics.mean(days[day]) for r in rows if (day := r["date"][:10]) in days]
     return f"{statistics.mean(known):.2f}" if known else ""
+
+
+def choices(confirmed: list[dict]) -> list[str]:
+    """The table of `CHOICES`: differences of runs with the same seed."""
+    found = {name: {r["seed"]: r["accuracy"][-1] for r in confirmed if r["recipe"] == name} for name in RECIPES}
+    lines = [
+        "", "## Choices", "",
+        "10 epochs of all images. Difference: mean and 95 % interval (t-distribution) of runs with the same seed.", "",
+        "| choice | accuracy | against | difference | n |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, (_, other) in CHOICES.items():
+        n, mean, half = against(found[name], found[other])
+        if n:
+            interval = f"{mean:+.2f}" + f" [{mean - half:+.2f}, {mean + half:+.2f}]" * (n > 1)
+            lines.append(f"| {name} | {spread([*found[name].values()])} | {other} | {interval} | {n} |")
+    return lines
 
 
 def report(out: Path) -> str:
@@ -306,7 +349,8 @@ def report(out: Path) -> str:
                 f"| {name} | {spread(accuracy[name])} | {gain} | {cost(found[name], old)} | {len(found[name])} |"
             )
     lines += [
-        "", "## Confirmed: all of CIFAR-100", "", "| epochs | recipe | seeds | accuracy | threads | minutes |",
+        "", "## Confirmed: all of CIFAR-100", "",
+        "| epochs | recipe | seeds | accuracy | processes x threads | minutes |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     confirmed = read(out / "confirm.jsonl")
@@ -315,13 +359,15 @@ def report(out: Path) -> str:
             rows = [r for r in confirmed if r["recipe"] == name and r["flags"]["epochs"] == number]
             if rows:
                 seeds, accuracy = ", ".join(str(r["seed"]) for r in rows), spread([r["accuracy"][-1] for r in rows])
-                threads, minutes = (", ".join(str(v) for v in values) for values in (
-                    [r["flags"]["threads"] for r in rows], [round(r["minutes"]) for r in rows]
-                ))  # fmt: skip
+                used = [(r.get("processes", 1), r["flags"]["threads"] or r["cores"] // r["processes"]) for r in rows]
+                threads = ", ".join(f"{processes} x {each}" for processes, each in used)
+                minutes = ", ".join(str(round(r["minutes"])) for r in rows)
                 lines.append(f"| {number} | {name} | {seeds} | {accuracy} | {threads} | {minutes} |")
     if not confirmed:
         lines[-2:] = ["Not run yet."]
-    lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in RECIPES.items()), ""]
+    lines += choices(confirmed)
+    named = {name: CHOICES[name][0] if name in CHOICES else flags for name, flags in RECIPES.items()}
+    lines += ["", *(f"{name}: `{json.dumps(flags)}`" for name, flags in named.items()), ""]
     return "\n".join(lines)
 
 
@@ -329,16 +375,19 @@ def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("what", choices=("screen", "confirm", "report"))
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all)")
-    p.add_argument("--epochs", type=int, help=f"default: {OLD['epochs']} to screen, {EPOCHS} to confirm")
-    p.add_argument("--threads", type=int, default=1, help="to confirm (default: 1)")
+    p.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all, or the first three)"
+    )
+    p.add_argument("--epochs", type=int, help=f"default: {OLD['epochs']} to screen, as the recipe has it to confirm")
+    p.add_argument("--threads", type=int, default=1, help="of each process, to confirm (default: 1)")
+    p.add_argument("--processes", type=int, default=1, help="to confirm (default: 1)")
     p.add_argument("--seeds", nargs="+", type=int, help="default: 0 to screen, 0 1 2 to confirm")
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs of train.py (default: runs)")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     args = p.parse_args(argv)
     known = VARIANTS if args.what == "screen" else RECIPES
-    names = args.only or list(known)
+    names = args.only or list(VARIANTS if args.what == "screen" else FIRST)
     if unknown := sorted(set(names) - set(known)):
         p.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     until = time.monotonic() + 60 * args.minutes
@@ -347,8 +396,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)
             screen_all(args.out, args.data, names, args.epochs or OLD["epochs"], args.seeds or [0], until)
         elif args.what == "confirm":
-            change = {"epochs": args.epochs or EPOCHS, "threads": args.threads}
-            confirm_all(args.out, args.data, names, change, args.seeds or [0, 1, 2], args.runs, until)
+            change = {"threads": args.threads} | ({"epochs": args.epochs} if args.epochs else {})
+            confirm_all(args.out, args.data, names, change, args.seeds or [0, 1, 2], args.runs, until, args.processes)
         else:
             text = report(args.out)
             write_atomic(args.out / "report.md", text.encode())

@@ -365,7 +365,7 @@ def fire_into(
         stats, terms = None if on_kernels(x) else current.stats(), (Term(x.detach()),)
     else:
         x, stats, terms = current.value, None, current.terms()
-    options = {name: getattr(p, name) for name in ("bits", "step", "parallel", "detach", "eps")}
+    options = {name: getattr(p, name) for name in ("bits", "step", "parallel", "detach", "eps", "clipped")}
     layer = Layer(terms, v, running, stats, options, pool, synapses, observer)
     v, *outputs = SpikingLayerFn.apply(layer, x, *p.tensors(), *(s.learned() for s in synapses))
     if current.pending:

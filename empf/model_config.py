@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TypeVar, get_args, get_type_hints
 
-from empf.kernels.neuron import ACTIVATIONS
+from empf.kernels.neuron import ACTIVATIONS, SPIKE_GRADIENTS
 from empf.terminal import shown
 
 ARCHS = ("resnet18", "resnet19", "resnet34", "vgg_snn")
@@ -17,8 +17,8 @@ SHORTCUTS, GRANULARITIES = ("spikes", "current"), ("channel", "layer")
 WIDEST = 64.0
 LARGEST = {"num_classes": 10**6, "in_channels": 1024, "image_size": 4096, "T": 4096}
 Settings = TypeVar("Settings")  # ModelConfig or TrainConfig
-LATER = ("shortcut", "granularity", "seca_bias")
-NOT_FOR_LIF = ("parallel", "spike_bits", "activation", "threshold", "per_channel")
+LATER = ("shortcut", "granularity", "seca_bias", "spike_gradient")
+NOT_FOR_LIF = ("parallel", "spike_bits", "spike_gradient", "activation", "threshold", "per_channel")
 
 
 hints = cache(get_type_hints)
@@ -57,6 +57,7 @@ class ModelConfig:
         parallel: share of parallel neurons, 0..1; at 0.5 the second neuron of each block is parallel.
         seca: channel attention, 0 (none), 1 (SECA-I) or 2 (SECA-II).
         spike_bits: n-bit spikes, None (floating point) or 1..8.
+        spike_gradient: that of n-bit spikes: identity | clipped, which is 0 above the largest code.
         activation: relu | sigmoid | tanh | softplus | gelu.
         threshold: of every neuron before training, within (0, 1); LIF has its own.
         per_channel: leak, threshold, alpha and beta are learned for each channel, not for each layer.
@@ -87,6 +88,7 @@ class ModelConfig:
     shortcut: str = "spikes"
     granularity: str = "channel"
     seca_bias: bool = False
+    spike_gradient: str = "identity"
 
     def __post_init__(self):
         if isinstance(self.image_size, list | tuple):  # JSON has lists; a square has one name
@@ -97,7 +99,8 @@ class ModelConfig:
         check_types(self)
         choices = {
             "arch": ARCHS, "weights": WEIGHTS, "neuron": NEURONS, "seca": (0, 1, 2), "activation": tuple(ACTIVATIONS),
-            "spike_bits": (None, *range(1, 9)), "shortcut": SHORTCUTS, "granularity": GRANULARITIES,
+            "spike_bits": (None, *range(1, 9)), "spike_gradient": SPIKE_GRADIENTS, "shortcut": SHORTCUTS,
+            "granularity": GRANULARITIES,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -115,6 +118,8 @@ class ModelConfig:
             raise ValueError(f"width must be positive and at most {WIDEST:g}, got {self.width}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie in (0, 1), got {self.threshold}")
+        if self.spike_gradient == "clipped" and self.spike_bits is None and self.neuron != "lif":
+            raise ValueError("spike_gradient clipped is for n-bit spikes: give spike_bits, or leave it out")
         unfit = [n for n in NOT_FOR_LIF if getattr(self, n) != getattr(type(self), n)]
         if self.neuron == "lif" and unfit:
             raise ValueError(f"the LIF baseline has binary spikes and constants: it takes no {' or '.join(unfit)}")

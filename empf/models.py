@@ -54,7 +54,8 @@ class Builder:
         parallel = int((i + 1) * c.parallel) > int(i * c.parallel)  # evenly spread; at 0.5 every second one
         return EMPFNeuron(
             c.T, channels, mem_bn=c.neuron == "mem_bn" and not parallel, parallel=parallel,
-            spike_bits=c.spike_bits, activation=c.activation, threshold=c.threshold, per_channel=c.per_channel,
+            spike_bits=c.spike_bits, spike_gradient=c.spike_gradient, activation=c.activation, threshold=c.threshold,
+            per_channel=c.per_channel,
         )  # fmt: skip
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Module:

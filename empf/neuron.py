@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from empf.checks import FLOATS, MOST_STEPS, tensor
 from empf.kernels.dispatch import transformed
-from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, on_kernels, plain_neuron
+from empf.kernels.neuron import ACTIVATIONS, SPIKE_GRADIENTS, NeuronParams, neuron_steps, on_kernels, plain_neuron
 from empf.kernels.neuron_cpu import mem_folded, move, per_channel, working_dtype
 from empf.kernels.neuron_engine import Running, neuron_forward
 from empf.kernels.norm_neuron import norm_neuron
@@ -104,7 +104,8 @@ class EMPFNeuron(StatefulNeuron):
         mem_bn: normalise the membrane potential, one batch norm per time step (statistics, gain and bias each (T, C)).
         parallel: no state, `s[t] = act(I[t] - threshold[t])`; all steps are one tensor operation.
         per_channel: leak, threshold, alpha, beta are (T, C) instead of (T,).
-        spike_bits: n-bit spikes `clip(floor(s / step + 1/2), 0, 2^n - 1) * step`; they have the gradient of s.
+        spike_bits: n-bit spikes `clip(floor(s / step + 1/2), 0, 2^n - 1) * step`.
+        spike_gradient: theirs. identity: that of s; clipped: the same, but 0 above the largest code.
         activation: relu | sigmoid | tanh | softplus | gelu.
         leak, threshold, alpha, beta: initial values. leak and threshold are sigmoids of a free parameter, so they stay
             in (0, 1); alpha and beta are free, and alpha = 1, beta = 0 is exactly the vanilla neuron.
@@ -112,15 +113,19 @@ class EMPFNeuron(StatefulNeuron):
 
     def __init__(
         self, T: int | None, channels: int | None = None, *, mem_bn: bool = False, parallel: bool = False,
-        per_channel: bool = False, spike_bits: int | None = None, spike_step: float = 0.25, activation: str = "relu",
-        leak: float = 0.5, threshold: float = 0.5, alpha: float = 0.5, beta: float = 0.5, eps: float = 1e-5,
-        momentum: float = 0.1,
+        per_channel: bool = False, spike_bits: int | None = None, spike_step: float = 0.25,
+        spike_gradient: str = "identity", activation: str = "relu", leak: float = 0.5, threshold: float = 0.5,
+        alpha: float = 0.5, beta: float = 0.5, eps: float = 1e-5, momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__(T)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if spike_gradient not in SPIKE_GRADIENTS:
+            raise ValueError(f"spike_gradient must be one of {', '.join(SPIKE_GRADIENTS)}, got {spike_gradient!r}")
         if spike_bits not in (None, *range(1, 9)):
             raise ValueError(f"spike_bits must be None or 1..8, got {spike_bits}")
+        if spike_gradient == "clipped" and spike_bits is None:
+            raise ValueError("spike_gradient clipped is for n-bit spikes: give spike_bits, or leave it out")
         if (mem_bn or per_channel) and channels is None:
             raise ValueError("mem_bn and per_channel need channels")
         if channels is not None and (type(channels) is not int or channels < 1):
@@ -133,7 +138,8 @@ class EMPFNeuron(StatefulNeuron):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
         self.parallel, self.mem_bn = parallel, mem_bn
-        self.spike_bits, self.spike_step, self.activation = spike_bits, spike_step, activation
+        self.spike_bits, self.spike_step, self.spike_gradient = spike_bits, spike_step, spike_gradient
+        self.activation = activation
         self.eps, self.momentum = eps, momentum
         self.channels = channels
         shape = (T or 1, channels) if per_channel else (T or 1,)
@@ -193,7 +199,8 @@ class EMPFNeuron(StatefulNeuron):
         leak = None if self.parallel else self.of_steps(self.leak_logit, steps).sigmoid()
         p = NeuronParams(
             leak, self.of_steps(self.threshold_logit, steps).sigmoid(),
-            bits=self.spike_bits, step=self.spike_step, parallel=self.parallel, detach=self.online, eps=self.eps,
+            bits=self.spike_bits, step=self.spike_step, clipped=self.spike_gradient == "clipped",
+            parallel=self.parallel, detach=self.online, eps=self.eps,
         )  # fmt: skip
         running = None
         if self.batch_stats:

@@ -127,16 +127,17 @@ template <int X, int OUT> void fire_all(const Layer &a, int threads) {
 
 struct Gradient {
     const void *d;        // (n) of the spikes
-    void *s;              // (n) the spikes; d where they are above 0, else 0, is written over them
+    void *s;              // (n) the spikes; d where they are above 0 and not above top, else 0, is written over them
     const float *v;       // (n) or null
     double *sums;         // (2, period), added to: of what is written, and of it times v
     long n, period;
+    float top;
     int type;             // of d and s
 };
 
 template <class V, int TYPE> inline void masked(const Gradient &a, long i, float *sums) {
     const V zero = {}, s = load<V>(a.s, i, TYPE), d = load<V>(a.d, i, TYPE);
-    const V kept = s <= zero ? zero : d;
+    const V above = s > zero + a.top ? zero : d, kept = s <= zero ? zero : above;
     store<V>(kept, a.s, i, TYPE);
     const V sum = load<V>(sums) + kept;
     std::memcpy(sums, &sum, sizeof sum);

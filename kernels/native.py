@@ -53,7 +53,7 @@ class Layer(ctypes.Structure):
 class Gradient(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("d", "s", "v", "sums")),
-        *((name, ctypes.c_long) for name in ("n", "period")), ("type", ctypes.c_int),
+        *((name, ctypes.c_long) for name in ("n", "period")), ("top", ctypes.c_float), ("type", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -156,14 +156,16 @@ def fire(
     return out, v_out
 
 
-def fire_backward(d: Tensor, s: Tensor, v: Tensor | None, channels: int) -> Tensor:
-    """The gradient d of the spikes s, one step (N, C, ...), is written over s where that is above 0, and 0 elsewhere.
+def fire_backward(d: Tensor, s: Tensor, v: Tensor | None, channels: int, top: float | None) -> Tensor:
+    """The gradient d of the spikes s, one step (N, C, ...), is written over s where that is above 0, and 0 elsewhere;
+    with `top` also 0 where s is above that.
 
     Returns the sums of it, and of it times v (0 without), float64 (2, channels); with `channels` 1 over all. d and
     s are of one type and layout, v is fp32 of that layout.
     """
     period = math.lcm(channels, library().lanes())
     sums = torch.zeros(2, period, dtype=torch.float64)
-    layer = Gradient(at(d), at(s), at(v), at(sums), s.numel(), period, TYPES[s.dtype])
+    top = math.inf if top is None else top
+    layer = Gradient(at(d), at(s), at(v), at(sums), s.numel(), period, top, TYPES[s.dtype])
     library().neuron_backward(ctypes.byref(layer), threads(s.numel()))
     return sums.view(2, -1, channels).sum(1)

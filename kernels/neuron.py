@@ -43,19 +43,28 @@ ACTIVATIONS = {
     "gelu": F.gelu,
 }
 
+SPIKE_GRADIENTS = ("identity", "clipped")  # of n-bit spikes
+
 MAX_STEPS = 10  # steps per launch: they are unrolled and live in registers; longer sequences are cut evenly
 
 
-def quantize_spikes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
+def quantize_spikes(s: Tensor, bits: int, step: float = 0.25, clipped: bool = False) -> Tensor:
     """n-bit spikes: `Q(s) = clip(floor(s / step + 1/2), 0, 2^bits - 1) * step` (halves round up).
 
-    The gradient is straight-through: 1, also outside of the codes.
+    The gradient is straight-through: 1, also outside of the codes; `clipped`: 0 below 0 and above the largest code.
 
     >>> quantize_spikes(torch.tensor([0.1, 0.125, 9.0]), bits=4)
     tensor([0.0000, 0.2500, 3.7500])
     """
-    finite = s.nan_to_num()  # an infinite s has the largest code: inf - inf would make it NaN
-    return spike_codes(s, bits, step) * step + (finite - finite.detach())  # the bracket is 0, with a gradient
+    learned = s.nan_to_num()  # an infinite s has the largest code: inf - inf would make it NaN
+    if clipped:
+        learned = learned.where((s >= 0) & (s <= largest(bits, step)), 0.0)
+    return spike_codes(s, bits, step) * step + (learned - learned.detach())  # the bracket is 0, with a gradient
+
+
+def largest(bits: int, step: float) -> float:
+    """The largest n-bit spike."""
+    return (2**bits - 1) * step
 
 
 def spike_codes(s: Tensor, bits: int, step: float = 0.25) -> Tensor:
@@ -68,7 +77,7 @@ class NeuronParams(NamedTuple):
 
     weight, bias: batch norm with the statistics of each step, of the current (C,) or, with alpha and beta, of the
     potential (k, C). gain, shift: that of the potential as it is folded for inference. detach: v of the step before is
-    a constant (online learning).
+    a constant (online learning). clipped: n-bit spikes above the largest code pass no gradient on.
     """
 
     leak: Tensor | None  # (k,) or (k, C), as threshold, alpha and beta
@@ -84,6 +93,12 @@ class NeuronParams(NamedTuple):
     parallel: bool = False
     detach: bool = True
     eps: float = 1e-5
+    clipped: bool = False
+
+    @property
+    def top(self) -> float | None:
+        """Spikes above it pass no gradient on; None: all of them do."""
+        return largest(self.bits, self.step) if self.bits and self.clipped else None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """leak, threshold, alpha, beta, weight, bias: those that learn."""
@@ -128,7 +143,7 @@ def neuron_steps(
         if codes:
             s = spike_codes(s, p.bits, p.step).to(torch.uint8)
         elif p.bits is not None:
-            s = quantize_spikes(s, p.bits, p.step)
+            s = quantize_spikes(s, p.bits, p.step, p.clipped)
         spikes.append(s if codes else s.to(out_dtype))
     if p.parallel:
         return spikes, v
@@ -137,14 +152,15 @@ def neuron_steps(
 
 def neuron_update_ref(
     current, v, leak, threshold, *, gain=None, shift=None, bits=None, step=0.25, codes=False, parallel=False,
-    detach=True, return_v=True,
+    detach=True, return_v=True, clipped=False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Definition of `neuron_update`: `neuron_steps`, stacked.
 
     >>> neuron_update_ref(torch.ones(2, 1, 1), None, torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5]))[0].flatten()
     tensor([0.5000, 0.7500])
     """
-    p = NeuronParams(leak, threshold, gain=gain, shift=shift, bits=bits, step=step, parallel=parallel, detach=detach)
+    options = {"bits": bits, "step": step, "parallel": parallel, "detach": detach, "clipped": clipped}
+    p = NeuronParams(leak, threshold, gain=gain, shift=shift, **options)
     spikes, v = neuron_steps(current, v, p, codes=codes)
     return stack_steps(spikes, current), v if return_v else None
 
@@ -176,11 +192,12 @@ def _launch_forward(
     parallel: bool,
     detach: bool,
     return_v: bool,
+    top: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(spikes, v), v empty where it is not wanted."""
     current = steps_dense(current)
     spikes, v_out = _neuron_forward_fake(
-        current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v
+        current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v, top
     )
     v = None if v is None or parallel else lay_out_like(v[None], current)
     view, tile, tiles = tiling(current, _per_channel(leak, threshold, gain), tile_elements(current, 1))
@@ -198,7 +215,7 @@ _neuron_forward = torch.library.custom_op(f"{OPS}::neuron_update", _launch_forwa
 
 
 @_neuron_forward.register_fake
-def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v):
+def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, codes, parallel, detach, return_v, top):
     spikes = empty_like_steps(current, torch.uint8 if codes else current.dtype)
     v_out = empty_like_steps(current, torch.float32, one_step=True) if return_v else current.new_empty(0)
     return spikes, v_out
@@ -214,6 +231,7 @@ def _neuron_backward(
     threshold: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    top: float | None,
     parallel: bool,
     detach: bool,
     parameters: bool,
@@ -221,7 +239,7 @@ def _neuron_backward(
     """(d_current, d_v, d_parameters): the last one (2 or 4, T, C), or (2, T, 1) where no parameter is per channel."""
     current = steps_dense(current)
     d_current, d_v, d_parameters = _neuron_backward_fake(
-        d_spikes, d_v_out, current, v, leak, threshold, gain, shift, parallel, detach, parameters
+        d_spikes, d_v_out, current, v, leak, threshold, gain, shift, top, parallel, detach, parameters
     )
     d_spikes = lay_out_like(d_spikes, current)
     detach = detach or parallel
@@ -238,14 +256,16 @@ def _neuron_backward(
     with torch.cuda.device_of(current):
         _neuron_backward_kernel[(rows, blocks)](
             current, d_spikes, v, d_v_out, leak, threshold, gain, shift, d_current, d_v, partial,
-            *view, tiles, current.stride(0), d_spikes.stride(0),
+            *view, tiles, current.stride(0), d_spikes.stride(0), top,
             **tile, **_flags(current, leak, threshold, parallel), DETACH=detach, PARAMETERS=parameters, **LAUNCH,
         )  # fmt: skip
     return d_current, d_v, partial.sum(1) if parameters else d_parameters
 
 
 @_neuron_backward.register_fake
-def _neuron_backward_fake(d_spikes, d_v_out, current, v, leak, threshold, gain, shift, parallel, detach, parameters):
+def _neuron_backward_fake(
+    d_spikes, d_v_out, current, v, leak, threshold, gain, shift, top, parallel, detach, parameters
+):
     d_current = empty_like_steps(current, current.dtype)
     carried = v is not None and not detach and not parallel
     d_v = empty_like_steps(current, torch.float32, one_step=True) if carried else current.new_empty(0)
@@ -256,7 +276,7 @@ def _neuron_backward_fake(d_spikes, d_v_out, current, v, leak, threshold, gain, 
 
 
 def _setup_context(ctx, inputs, output):
-    current, v, leak, threshold, gain, shift, *_, ctx.parallel, ctx.detach, _ = inputs
+    current, v, leak, threshold, gain, shift, *_, ctx.parallel, ctx.detach, _, ctx.top = inputs
     ctx.save_for_backward(current, v, leak, threshold, gain, shift)
     ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
@@ -266,8 +286,8 @@ def _backward(ctx, d_spikes, d_v_out):
     d_spikes = empty_like_steps(current, current.dtype).zero_() if d_spikes is None else d_spikes
     needed = ctx.needs_input_grad[2:6]
     d_current, d_v, d_parameters = _neuron_backward(
-        d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.parallel, ctx.detach,
-        any(needed),
+        d_spikes, None if ctx.detach or ctx.parallel else d_v_out, current, v, *parameters, ctx.top, ctx.parallel,
+        ctx.detach, any(needed),
     )  # fmt: skip
     grads = [None] * 4
     for slot, (p, wanted) in enumerate(zip(parameters, needed, strict=True)):
@@ -275,7 +295,7 @@ def _backward(ctx, d_spikes, d_v_out):
             d_p = d_parameters[slot]  # T C
             grads[slot] = (d_p if p.dim() == 2 else d_p.sum(1)).to(p.dtype)
     carried = ctx.needs_input_grad[1] and not ctx.detach and not ctx.parallel
-    return d_current, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None, None
+    return d_current, d_v.to(v.dtype) if carried else None, *grads, *[None] * 7
 
 
 _neuron_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -353,6 +373,7 @@ def neuron_update(
     parallel: bool = False,
     detach: bool = True,
     return_v: bool = True,
+    clipped: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """T steps of a spiking neuron with floating-point spikes: (spikes, v after the last step).
 
@@ -368,6 +389,7 @@ def neuron_update(
     detach: v of the step before is a constant in each step (online learning), and so is the v returned. With False the
         gradient flows through time, also into v.
     return_v: with False v is not written, which saves 4 bytes per position, and None is returned for it.
+    clipped: with `bits`, spikes above the largest code pass no gradient on; without it, they do (`quantize_spikes`).
 
     Gradients of first order for current, v, leak, threshold, gain and shift; the kernel recomputes what it needs from
     current and v. More than 10 steps take several launches of at most 10. Raises ValueError where shapes, dtypes,
@@ -384,8 +406,10 @@ def neuron_update(
         current.shape, current.device, v, leak, threshold, gain=gain, shift=shift, bits=bits, step=step, codes=codes,
         parallel=parallel,
     )  # fmt: skip
-    options = {"gain": gain, "shift": shift, "bits": bits, "step": step, "parallel": parallel, "detach": detach}
-    return plain_neuron(current, v, NeuronParams(leak, threshold, **options), codes, return_v)
+    p = NeuronParams(
+        leak, threshold, gain=gain, shift=shift, bits=bits, step=step, parallel=parallel, detach=detach, clipped=clipped
+    )
+    return plain_neuron(current, v, p, codes, return_v)
 
 
 def plain_neuron(
@@ -403,7 +427,8 @@ def plain_neuron(
     tensors = [q.detach() if q is not None and codes else q for q in (current, v, leak, threshold, gain, shift)]
     wants_grad = torch.is_grad_enabled() and any(q is not None and q.requires_grad for q in tensors)
     run = _neuron_forward if wants_grad or torch.compiler.is_compiling() else _launch_forward  # the operator costs time
-    spikes, v_out = run(*tensors, p.bits or 0, float(p.step), codes, p.parallel, p.detach, return_v and not p.parallel)
+    of_v = p.parallel, p.detach, return_v and not p.parallel
+    spikes, v_out = run(*tensors, p.bits or 0, float(p.step), codes, *of_v, p.top)
     if p.parallel or not return_v:
         return spikes, v if return_v else None
     return spikes, v_out.detach() if p.detach else v_out
@@ -427,7 +452,7 @@ def plain_neuron_backward(d_spikes: Tensor, current: Tensor, v: Tensor | None, p
     """Gradients of the current and of `p.tensors()` by the kernel, v being a constant; no gain and shift."""
     leak, threshold = None if p.parallel else p.leak.contiguous(), p.threshold.contiguous()
     d_current, _, d_p = _neuron_backward(
-        d_spikes, None, current, v, leak, threshold, None, None, p.parallel, True, True
+        d_spikes, None, current, v, leak, threshold, None, None, p.top, p.parallel, True, True
     )
     d_leak, d_threshold = (
         None if q is None else (d if q.dim() == 2 else d.sum(1)).to(q.dtype)

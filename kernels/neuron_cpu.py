@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .neuron import NeuronParams, quantize_spikes, spike_codes
+from .neuron import NeuronParams, spike_codes
 from .steps import empty_like_steps, is_channels_last, lay_out_like
 
 Stats = tuple[Tensor, Tensor]  # mean and biased variance, each (k, C)
@@ -251,22 +251,26 @@ def fire_backward(
     v: Tensor | None,
     leak: Tensor | None,
     threshold: Tensor,
+    top: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_mh, d_leak, d_threshold) of one step (N, C, ...) whose v is a constant; d_leak is that of a vanilla neuron.
 
-    s: the spikes before the quantiser, which is straight-through; d_mh is written over them. leak, threshold and their
-    gradients: (1,) or (1, C).
+    s: the spikes before the quantiser, which is straight-through, above `top` with gradient 0; d_mh is written over
+    them. leak, threshold and their gradients: (1,) or (1, C).
     """
     d_spikes, channels = d_spikes.to(s.dtype), threshold.shape[1] if threshold.dim() == 2 else 1
     ready = native.runs(s[None], channels > 1) and d_spikes.stride() == s.stride()
     if ready and (v is None or (v.dtype, v.stride()) == (torch.float32, s.stride())):
-        of_threshold, of_leak = native.fire_backward(d_spikes, s, v, channels).to(threshold.dtype)[:, None]
+        of_threshold, of_leak = native.fire_backward(d_spikes, s, v, channels, top).to(threshold.dtype)[:, None]
         of_threshold, of_leak = (d.view(threshold.shape) for d in (-of_threshold, of_leak))
         return s, None if leak is None else of_leak, of_threshold
     d_mh = s
     d_threshold, d_leak = [], []
     for d_n, s_n, d_mh_n, v_n in pieces(d_spikes, s, d_mh, v):
+        above = None if top is None else s_n > top
         torch.ops.aten.threshold_backward.grad_input(d_n, s_n, 0, grad_input=d_mh_n)
+        if above is not None:
+            d_mh_n.masked_fill_(above, 0)
         d_threshold.append(total(d_mh_n, threshold))
         if v is not None:
             d_leak.append(total_product(d_mh_n, v_n, leak))
@@ -309,7 +313,7 @@ def total_of(terms: Sequence[Term]) -> Tensor:
 
 
 def quantised(raw: Tensor, p: NeuronParams, dtype: torch.dtype) -> Tensor:
-    return (raw if p.bits is None else quantize_spikes(raw, p.bits, p.step)).to(dtype)
+    return (raw if p.bits is None else spike_codes(raw, p.bits, p.step) * p.step).to(dtype)
 
 
 @torch.no_grad()
@@ -368,10 +372,10 @@ def backward(d_spikes: Tensor, kept: Kept, v: Tensor | None, p: NeuronParams, st
     dtype = d_spikes.dtype
     d_spikes = lay_out_like(d_spikes, s)
     if p.alpha is not None:
-        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, p.threshold)
+        d_mh, _, d_threshold = fire_backward(d_spikes[0], s[0], None, None, p.threshold, p.top)
         return mem_backward(d_mh[None], x, v, p, stats, d_threshold)
     leak, v = (None, None) if p.parallel else (p.leak, v)
-    d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, p.threshold)
+    d_x, d_leak, d_threshold = fire_backward(d_spikes[0], s[0], v, leak, p.threshold, p.top)
     d_x = d_x[None].to(dtype)
     d_weight = d_bias = None
     if p.weight is not None:

@@ -62,14 +62,15 @@ def _neuron_forward_kernel(
 def _neuron_backward_kernel(
     current_ptr, d_spikes_ptr, v_ptr, d_v_out_ptr, leak_ptr, threshold_ptr, gain_ptr, shift_ptr,
     d_current_ptr, d_v_ptr, partial_ptr,
-    A, C, B, tiles, stride_t, stride_dt,
+    A, C, B, tiles, stride_t, stride_dt, top,
     T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     LEAK_C: tl.constexpr, THRESHOLD_C: tl.constexpr, PARALLEL: tl.constexpr,
     DETACH: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """Reads current and d_spikes once, recomputes m, mh, v in registers, writes d_current once.
 
-    The quantiser is straight-through: what it does to the spikes is not needed here.
+    The quantiser is straight-through: what it does to the spikes is not needed here. top: above it their gradient is
+    0, or None.
     """
     FOLDED: tl.constexpr = gain_ptr is not None
     size = tl.cast(A, tl.int64) * C * B
@@ -113,6 +114,8 @@ def _neuron_backward_kernel(
                 leak = _parameter(leak_ptr, t, channel, C, LEAK_C)
             on = mhs[t] > threshold
             d_s = d_spikes[t].to(tl.float32)
+            if top is not None:
+                d_s = tl.where(mhs[t] - threshold <= top, d_s, 0.0)
             d_mh = tl.where(on, d_s, d_v)
             d_m = d_mh
             if FOLDED:

@@ -191,7 +191,7 @@ def _mem_step_kernel(
 @triton.jit
 def _norm_backward_kernel(
     d_spikes_ptr, d_v_out_ptr, x_ptr, v_ptr, p_ptr, mean_ptr, var_ptr, means_ptr, d_x_ptr, d_v_ptr, partial_ptr,
-    A, C, B, tiles, stride_t, stride_dt, eps,
+    A, C, B, tiles, stride_t, stride_dt, eps, top,
     T: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     MEM: tl.constexpr, DETACH: tl.constexpr, APPLY: tl.constexpr,
 ):  # fmt: skip
@@ -199,6 +199,7 @@ def _norm_backward_kernel(
 
     APPLY False: sums of d_mh, d_mh * normalised input (and of d_threshold where it is not the negative of the first).
     APPLY True: with their means over the batch, d_x, and the sums of d_leak.
+    top: spikes above it pass no gradient on, or None.
     """
     size = tl.cast(A, tl.int64) * C * B
     P: tl.constexpr = 1 if APPLY else (2 if DETACH else 3)
@@ -241,6 +242,8 @@ def _norm_backward_kernel(
             leak = _row(p_ptr, 0, t, channel, C, T)
             s = mhs[t] - _row(p_ptr, 1, t, channel, C, T)
             d_s = d_spikes[t].to(tl.float32)
+            if top is not None:
+                d_s = tl.where(s <= top, d_s, 0.0)
             d_mh = tl.where(s > 0, d_s, d_v)
             v = v_start
             if t > 0:
@@ -340,7 +343,7 @@ def launch_mem_bn(current, v, p, eps, bits, step, stats=None):
     return spikes, v_out, mean, var
 
 
-def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach):
+def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, top, mem, detach):
     """(d_x, d_v or None, d_leak (T, C), sums (2 or 3, T, C)), the sums as described in the kernel."""
     T, _, C = x.shape[:3]
     d_x = empty_like_steps(x, x.dtype)
@@ -351,7 +354,7 @@ def launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach):
         partial = x.new_empty((slots, rows, T, C), dtype=torch.float32)
         _norm_backward_kernel[(rows, blocks)](
             d_spikes, d_v_out, x, v, p, mean, var, means, d_x if apply else None, d_v if apply else None, partial,
-            *view, tiles, x.stride(0), d_spikes.stride(0), eps, T=T, **tile, MEM=mem, DETACH=detach, APPLY=apply,
+            *view, tiles, x.stride(0), d_spikes.stride(0), eps, top, T=T, **tile, MEM=mem, DETACH=detach, APPLY=apply,
             enable_fp_fusion=True,  # nothing is rounded to codes here, and without it registers spill
         )  # fmt: skip
         result.append(partial.sum(1))

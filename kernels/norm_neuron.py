@@ -30,7 +30,20 @@ def _against_steps(p: Tensor, x: Tensor) -> Tensor:
 
 
 def bn_neuron_ref(
-    x, v, leak, threshold, weight, bias, *, eps=1e-5, bits=None, step=0.25, parallel=False, detach=True, stats=None
+    x,
+    v,
+    leak,
+    threshold,
+    weight,
+    bias,
+    *,
+    eps=1e-5,
+    bits=None,
+    step=0.25,
+    parallel=False,
+    detach=True,
+    stats=None,
+    clipped=False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Definition of `bn_neuron`, in fp32 (fp64 for an fp64 x).
 
@@ -44,13 +57,27 @@ def bn_neuron_ref(
     mean, var = _moments(y, [d for d in range(1, x.dim()) if d != 2]) if stats is None else stats  # T C
     scale = weight.to(dtype) * torch.rsqrt(var + eps)
     current = (y - _against_steps(mean, x)) * _against_steps(scale, x) + _against_steps(bias.to(dtype), x)
-    p = NeuronParams(leak, threshold, bits=bits, step=step, parallel=parallel, detach=detach)
+    p = NeuronParams(leak, threshold, bits=bits, step=step, parallel=parallel, detach=detach, clipped=clipped)
     spikes, v = neuron_steps(current, v, p)
     return stack_steps(spikes, x).to(x.dtype), v, mean.detach(), var.detach()
 
 
 def mem_bn_neuron_ref(
-    current, v, leak, threshold, alpha, beta, weight, bias, *, eps=1e-5, bits=None, step=0.25, detach=True, stats=None
+    current,
+    v,
+    leak,
+    threshold,
+    alpha,
+    beta,
+    weight,
+    bias,
+    *,
+    eps=1e-5,
+    bits=None,
+    step=0.25,
+    detach=True,
+    stats=None,
+    clipped=False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of `mem_bn_neuron`, in fp32 (fp64 for an fp64 current).
 
@@ -72,7 +99,7 @@ def mem_bn_neuron_ref(
         normed = weight_t * (m - mean.view_as(weight_t)) * torch.rsqrt(var.view_as(weight_t) + eps) + bias_t
         return alpha_t * m + beta_t * normed
 
-    p = NeuronParams(leak, threshold, bits=bits, step=step, detach=detach)
+    p = NeuronParams(leak, threshold, bits=bits, step=step, detach=detach, clipped=clipped)
     spikes, v = neuron_steps(current, v, p, normalize=normalize)
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
     return stack_steps(spikes, current), v, means, variances
@@ -111,6 +138,7 @@ def _norm_forward(
     step: float,
     parallel: bool,
     detach: bool,
+    top: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(spikes, v, mean, var); with alpha and beta Mem-BN, without them the normalisation comes before the neuron."""
     return _forward(x, v, (leak, threshold, alpha, beta, weight, bias), eps, bits, step, parallel)
@@ -130,7 +158,7 @@ def _forward(x, v, parameters, eps, bits, step, parallel, stats=None):
 
 
 @_norm_forward.register_fake
-def _norm_forward_fake(x, v, leak, threshold, alpha, beta, weight, bias, eps, bits, step, parallel, detach):
+def _norm_forward_fake(x, v, leak, threshold, alpha, beta, weight, bias, eps, bits, step, parallel, detach, top):
     dtype = torch.promote_types(x.dtype, torch.float32)
     v_out = x.new_empty(0) if parallel else empty_like_steps(x, dtype, one_step=True)
     mean, var = (x.new_empty((len(x), x.shape[2]), dtype=dtype) for _ in range(2))
@@ -147,6 +175,7 @@ def _norm_backward(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    top: float | None,
     mem: bool,
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +186,7 @@ def _norm_backward(
     d_v_out = None if detach or d_v_out is None else lay_out_like(d_v_out[None], x)[0]
     LAUNCHES["mem_bn_neuron_backward" if mem else "bn_neuron_backward"] += 1
     with torch.cuda.device_of(x):
-        d_x, d_v, d_leak, sums = launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach)
+        d_x, d_v, d_leak, sums = launch_backward(d_spikes, d_v_out, x, v, p, mean, var, eps, top, mem, detach)
     sum_1, sum_hat = sums[:2]
     d_threshold = -sum_1 if detach else sums[2]
     if mem:
@@ -170,14 +199,14 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _norm_backward_fake(d_spikes, d_v_out, x, v, p, mean, var, eps, mem, detach):
+def _norm_backward_fake(d_spikes, d_v_out, x, v, p, mean, var, eps, top, mem, detach):
     carried = v is not None and not detach
     d_v = empty_like_steps(x, mean.dtype, one_step=True) if carried else x.new_empty(0)
     return empty_like_steps(x, x.dtype), d_v, torch.empty_like(p)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, _, _, ctx.parallel, ctx.detach = inputs
+    *tensors, ctx.eps, ctx.bits, ctx.step, ctx.parallel, ctx.detach, ctx.top = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)  # v, most of the time without a gradient, would get one of zeros
 
@@ -187,22 +216,24 @@ def _backward(ctx, d_spikes, d_v_out, *_):
     mem, detach = parameters[2] is not None, ctx.detach or ctx.parallel
     d_spikes = empty_like_steps(x, x.dtype).zero_() if d_spikes is None else d_spikes
     if mem and not detach:
-        return *_through_time(d_spikes, d_v_out, (x, v, *parameters), ctx), None, None, None, None, None
+        return *_through_time(d_spikes, d_v_out, (x, v, *parameters), ctx), *[None] * 6
     p = _stack(x, None if ctx.parallel else parameters[0], *parameters[1:])
     d_x, d_v, d_p = _norm_backward(
-        d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var, ctx.eps, mem, detach
+        d_spikes, None if detach else d_v_out, x, None if ctx.parallel else v, p, mean, var, ctx.eps, ctx.top, mem,
+        detach,
     )  # fmt: skip
     grads = _unstack(d_p, parameters, ctx.parallel)
     grads = [g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[2:8], strict=True)]
     carried = ctx.needs_input_grad[1] and not detach
-    return d_x, d_v.to(v.dtype) if carried else None, *grads, None, None, None, None, None
+    return d_x, d_v.to(v.dtype) if carried else None, *grads, *[None] * 6
 
 
 def _through_time(d_spikes, d_v_out, tensors, ctx):
     """Through time Mem-BN has a reduction between any two steps: the definition once more, and its gradients."""
     with torch.enable_grad():
         leaves = [None if q is None else q.detach().requires_grad_() for q in tensors]
-        spikes, v_out, _, _ = mem_bn_neuron_ref(*leaves, eps=ctx.eps, detach=False)  # a quantiser is straight-through
+        options = {"bits": ctx.bits or None, "step": ctx.step, "clipped": ctx.top is not None}
+        spikes, v_out, _, _ = mem_bn_neuron_ref(*leaves, eps=ctx.eps, detach=False, **options)
         outputs, d_outputs = ([spikes], [d_spikes]) if d_v_out is None else ([spikes, v_out], [d_spikes, d_v_out])
         found = torch.autograd.grad(outputs, [q for q in leaves if q is not None], d_outputs, allow_unused=True)
     found = iter(found)
@@ -251,14 +282,15 @@ def norm_neuron(
     """
     mem = p.alpha is not None
     if not on_kernels(x) or x.numel() == 0:
-        options = {"eps": p.eps, "bits": p.bits, "step": p.step, "detach": p.detach, "stats": stats}
+        options = {name: getattr(p, name) for name in ("eps", "bits", "step", "detach", "clipped")} | {"stats": stats}
         if mem:
             return mem_bn_neuron_ref(x, v, *p.tensors(), **options)
         return bn_neuron_ref(x, v, p.leak, p.threshold, p.weight, p.bias, parallel=p.parallel, **options)
     if len(x) > MAX_STEPS:
         return _in_pieces(x, v, p, stats)
     if stats is None:
-        outputs = _norm_forward(x, v, *p.tensors(), float(p.eps), p.bits or 0, float(p.step), p.parallel, p.detach)
+        options = float(p.eps), p.bits or 0, float(p.step), p.parallel, p.detach, p.top
+        outputs = _norm_forward(x, v, *p.tensors(), *options)
     else:
         stats = [s.to(torch.float32).contiguous() for s in stats]  # kernels take their pointers
         outputs = _forward(x, v, p.tensors(), float(p.eps), p.bits or 0, float(p.step), p.parallel, stats)
@@ -292,7 +324,7 @@ def norm_neuron_backward(
     mem = p.alpha is not None
     stacked = _stack(x, None if p.parallel else p.leak, *p.tensors()[1:])
     v = None if p.parallel else v
-    d_x, _, d_p = _norm_backward(d_spikes, None, x, v, stacked, *stats, p.eps, mem, True)
+    d_x, _, d_p = _norm_backward(d_spikes, None, x, v, stacked, *stats, p.eps, p.top, mem, True)
     return d_x, *_unstack(d_p, p.tensors(), p.parallel)
 
 
@@ -310,6 +342,7 @@ def bn_neuron(
     parallel: bool = False,
     detach: bool = True,
     stats: tuple[Tensor, Tensor] | None = None,
+    clipped: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Batch normalisation with the statistics of each step, then `neuron_update`: (spikes, v, mean, var).
 
@@ -330,7 +363,7 @@ def bn_neuron(
     """
     step = number(step, "step")
     _check_norm(x, v, leak, threshold, weight, bias, eps, bits, step, parallel, tuple(x.shape[2:3]))
-    p = NeuronParams(leak, threshold, None, None, weight, bias, None, None, bits, step, parallel, detach, eps)
+    p = NeuronParams(leak, threshold, None, None, weight, bias, None, None, bits, step, parallel, detach, eps, clipped)
     return _with_stats(x, v, p, stats)
 
 
@@ -349,6 +382,7 @@ def mem_bn_neuron(
     step: float = 0.25,
     detach: bool = True,
     stats: tuple[Tensor, Tensor] | None = None,
+    clipped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Neuron whose membrane potential is batch-normalised in each step (Mem-BN): (spikes, v, mean, var).
 
@@ -372,7 +406,7 @@ def mem_bn_neuron(
     _check_norm(
         current, v, leak, threshold, weight, bias, eps, bits, step, False, (T, C), alpha=alpha, beta=beta
     )  # fmt: skip
-    p = NeuronParams(leak, threshold, alpha, beta, weight, bias, None, None, bits, step, False, detach, eps)
+    p = NeuronParams(leak, threshold, alpha, beta, weight, bias, None, None, bits, step, False, detach, eps, clipped)
     return _with_stats(current, v, p, stats)
 
 

@@ -234,7 +234,7 @@ def fuzz_neuron(draw: Draw) -> None:
     current = draw.integers(-32, 64, t, n, c, *rest).to(draw.choice(FLOATS)) / 16
     v = draw.laid_out(draw.integers(-8, 9, n, c, *rest).float() / 8) if draw.random() < 0.5 else None
     parameters, options = _neuron(draw, t, c)
-    options["detach"] = draw.random() < 0.5
+    options |= {"detach": draw.random() < 0.5, "clipped": draw.random() < 0.5}
     current = draw.laid_out(current)
     differentiable = not options["codes"] and not options["parallel"]
     wide = [None if p is None else p.detach().double() for p in (current, v, *parameters)]
@@ -265,11 +265,13 @@ def fuzz_neuron(draw: Draw) -> None:
 def fuzz_quantizer(draw: Draw) -> None:
     bits, step = draw.choice((1, 2, 3, 4, 8)), draw.choice((0.25, 0.5, 1.0))
     s = draw.laid_out(draw.integers(-40, 400, draw.randint(1, 50)).float() / 8).requires_grad_()
-    q = quantize_spikes(s, bits, step)
+    clipped = draw.choice((False, True))
+    q = quantize_spikes(s, bits, step, clipped)
     want = (s.detach().double() / step + 0.5).floor().clamp(0, 2**bits - 1) * step
     equal(q.detach(), want)
     q.sum().backward()
-    equal(s.grad, torch.ones_like(s).double(), "gradient")
+    inside = (s >= 0) & (s <= (2**bits - 1) * step)
+    equal(s.grad, (inside if clipped else torch.ones_like(s)).double(), "gradient")
 
 
 def fuzz_conv_neuron(draw: Draw) -> None:

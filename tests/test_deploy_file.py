@@ -20,6 +20,7 @@ from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel, load_packed, pack
 from empf.kernels.pack import PackedWeight, signs
 from empf.kernels.pack import pack as pack_weight
+from empf.model_config import LATER
 
 SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -169,7 +170,7 @@ def test_a_file_of_an_older_version(example, tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     path.write_bytes(example[1])
     packed = load_packed(path)
-    older = {n: v for n, v in packed.config.to_dict().items() if n not in ("shortcut", "granularity", "seca_bias")}
+    older = {n: v for n, v in packed.config.to_dict().items() if n not in LATER}
     with monkeypatch.context() as then:
         then.setattr(type(packed.config), "to_dict", lambda config: older)
         then.setattr(type(packed.config), "for_checksum", lambda config: older)

@@ -122,6 +122,7 @@ def test_a_planted_fault_is_named(learner, name):
     "network",
     [
         {}, {"weights": "ternary", "neuron": "mem_bn", "width": 0.125}, {"weights": "full"}, {"neuron": "lif"},
+        {"parallel": 1.0, "seca": 2, "spike_bits": 2, "spike_gradient": "clipped"},
         {"parallel": 1.0, "seca": 2, "spike_bits": 4}, {"arch": "resnet19", "activation": "gelu"},
     ],
     ids=str,
@@ -173,13 +174,18 @@ def test_the_values_are_what_they_are_called(learner):
 
 
 @pytest.mark.parametrize(
-    "bits, remedy",
-    [(1, "more --spike-bits than 1"), (2, "more --spike-bits than 2"), (4, "a lower --lr"), (None, "--lr")],
-)
-def test_the_remedy_for_a_lost_threshold_fits(learner, bits, remedy):
-    warnings = learner(exploding_threshold, spike_bits=bits)[1]["warnings"]
+    "bits, gradient, remedy",
+    [
+        (1, "identity", "more --spike-bits than 1 or --spike-gradient clipped"),
+        (2, "clipped", "more --spike-bits than 2"),
+        (4, "identity", "a lower --lr or more --warmup-epochs"),
+        (None, "identity", "a lower --lr or more --warmup-epochs"),
+    ],
+)  # fmt: skip
+def test_the_remedy_for_a_lost_threshold_fits(learner, bits, gradient, remedy):
+    warnings = learner(exploding_threshold, spike_bits=bits, spike_gradient=gradient)[1]["warnings"]
     (lost,) = [w for w in warnings if w.startswith("blocks.1.conv2.neuron: its threshold")]
-    assert remedy in lost
+    assert lost.endswith(f": start again with {remedy}")
 
 
 def test_command_lists_all_warnings(tmp_path, capsys):

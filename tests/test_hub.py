@@ -16,6 +16,7 @@ from empf.deploy import hub
 from empf.deploy.hub import from_pretrained, model_card
 from empf.deploy.origin import Origin
 from empf.deploy.pack import PackedModel, load_packed, pack
+from empf.model_config import ModelConfig
 from empf.models import SpikingNetwork
 from empf.runs import load, save_config, save_results
 
@@ -232,7 +233,8 @@ def test_networks_that_come_with_the_library_need_no_network(monkeypatch, tmp_pa
         assert isinstance(net, PackedModel) and len(net.origin.classes) == net.config.num_classes
         card = ModelCard.load(folder / "README.md")
         assert card.data.eval_results[0].metric_value == pytest.approx(net.origin.accuracy[-1], abs=1e-4)
-        assert json.loads((folder / "config.json").read_text())["packed"] == net.config.to_dict()
+        about = json.loads((folder / "config.json").read_text())
+        assert ModelConfig.from_dict(about["packed"]) == net.config
         with pytest.raises(ValueError, match="which is packed"):
             SpikingNetwork.from_pretrained(folder.name)
 

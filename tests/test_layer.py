@@ -17,6 +17,7 @@ KINDS = [
     dict(neuron="mem_bn"),
     dict(parallel=0.5),
     dict(spike_bits=4),
+    dict(spike_bits=2, spike_gradient="clipped"),
     dict(neuron="mem_bn", parallel=0.5, spike_bits=2, weights="ternary"),
     dict(seca=2, weights="ternary"),
     dict(activation="softplus"),
@@ -341,20 +342,23 @@ def test_on_kernels(kind, kernels_on, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("mem_bn", [False, True])
 @pytest.mark.parametrize("engine", ["definition", "cpu", "kernels"])
-def test_a_spike_above_the_largest_code_has_gradient_1(engine, mem_bn, kernels_on, device, monkeypatch):
-    """The quantiser passes gradients on unchanged (identity): the threshold alone stops them."""
+@pytest.mark.parametrize("gradient", ["identity", "clipped"])
+def test_gradient_of_a_spike_above_the_largest_code(engine, mem_bn, gradient, kernels_on, device, monkeypatch):
+    """The quantiser passes gradients on unchanged, the threshold alone stops them; clipped, the largest code too."""
     calls, backward = [], neuron_cpu.backward
     monkeypatch.setattr(neuron_cpu, "backward", lambda *args: calls.append(args) or backward(*args))
     dispatch.set_backend("on" if engine == "kernels" else "off")
-    neuron = EMPFNeuron(1, 2, mem_bn=mem_bn, alpha=1.0, beta=0.0, spike_bits=1).to(device)  # mh = m, with Mem-BN too
+    options = {"mem_bn": mem_bn, "alpha": 1.0, "beta": 0.0}  # mh = m, with Mem-BN too
+    neuron = EMPFNeuron(1, 2, **options, spike_bits=1, spike_gradient=gradient).to(device)
     current = torch.tensor([0.25, 0.53125, 0.625, 0.75, 1.0, 9.0], device=device)  # s = mh - 1/2, codes 0 and 1/4
     current = current.view(1, 3, 2).requires_grad_()
     with layer.enabled(engine != "definition"):
         spikes = neuron(current)
     assert spikes.flatten().tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25]
     spikes.sum().backward()
-    assert current.grad.flatten().tolist() == [0, 1, 1, 1, 1, 1]
-    assert neuron.threshold_logit.grad.tolist() == [-5 / 4]  # the slope of the sigmoid at 0 is 1/4
+    kept = [0, 1, 1, 1, 0, 0] if gradient == "clipped" else [0, 1, 1, 1, 1, 1]
+    assert current.grad.flatten().tolist() == kept
+    assert neuron.threshold_logit.grad.tolist() == [-sum(kept) / 4]  # the slope of the sigmoid at 0 is 1/4
     assert (len(calls) == 1, len(kernels_on) > 0) == (engine == "cpu", engine == "kernels")
 
 

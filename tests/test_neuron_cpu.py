@@ -137,15 +137,16 @@ def test_a_norm_is_a_gain_and_a_shift(engine, dtype, in_place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("own", [(1,), (1, 24)], ids=["of a layer", "of each channel"])
 @pytest.mark.parametrize("state", [True, False])
-def test_the_gradient_passes_where_it_fired(engine, dtype, own, state):
+@pytest.mark.parametrize("top", [None, 0.75])
+def test_the_gradient_passes_where_it_fired(engine, dtype, own, state, top):
     torch.manual_seed(0)
     d, s = (images(1, 5, 37, 41, 24, dtype=dtype)[0] for _ in range(2))
     s, leak, threshold = s.relu(), torch.rand(own), torch.rand(own)
     v = torch.randn(5, 37, 41, 24).movedim(-1, 1) if state else None
-    wanted = torch.where(s > 0, d, 0)
+    wanted = torch.where((s > 0) & (s <= (top or torch.inf)), d, 0)
     of_leak = total(wanted.double() * v.double(), leak) if state else torch.zeros(own)
     of_threshold = -total(wanted.double(), threshold)
-    d_m, d_leak, d_threshold = fire_backward(d, s, v, leak, threshold)
+    d_m, d_leak, d_threshold = fire_backward(d, s, v, leak, threshold, top)
     assert torch.equal(d_m, wanted) and d_leak.shape == d_threshold.shape == own
     for found, right in ((d_leak, of_leak), (d_threshold, of_threshold)):
         assert found.dtype == torch.float32
@@ -159,5 +160,5 @@ def test_compiled_sums_are_the_same_with_any_number_of_threads(monkeypatch):
     for threads in (1, 2, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with torch.no_grad():
-            found.append(native.fire_backward(d, s.clone(), v, 24))
+            found.append(native.fire_backward(d, s.clone(), v, 24, None))
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])

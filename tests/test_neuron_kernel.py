@@ -168,10 +168,11 @@ def test_more_steps_than_a_launch_holds(kernels_on, device):
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 @pytest.mark.parametrize("step", [0.25, 0.1])
-def test_quantised(bits, step, kernels_on, device):
+@pytest.mark.parametrize("clipped", [False, True])
+def test_quantised(bits, step, clipped, kernels_on, device):
     x = inputs(3, (2, 5, 7), device=device)
     x["current"] = (x["current"].detach() * 40 * step).requires_grad_()  # far over the top code for 1 bit
-    check(x, kernels_on, bits=bits, step=step, detach=False)
+    check(x, kernels_on, bits=bits, step=step, clipped=clipped, detach=False)
 
 
 def test_codes_and_halves_are_exact(kernels_on, device):
@@ -188,12 +189,15 @@ def test_codes_and_halves_are_exact(kernels_on, device):
 
 
 def test_quantiser():
-    """Its gradient is the identity, also below 0 and above the largest code."""
+    """Its gradient is the identity, also below 0 and above the largest code, where the clipped one is 0."""
     s = torch.tensor([-1, 0, 0.1249, 0.125, 0.374, 0.375, 3.75, 3.76, 9.0], requires_grad=True)
     q = quantize_spikes(s, bits=4)
     assert q.tolist() == [0, 0, 0, 0.25, 0.25, 0.5, 3.75, 3.75, 3.75]
     q.sum().backward()
     assert s.grad.tolist() == [1] * 9
+    clipped, s.grad = quantize_spikes(s, bits=4, clipped=True), None
+    clipped.sum().backward()
+    assert torch.equal(clipped, q) and s.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]
     assert quantize_spikes(torch.tensor([float("inf"), -float("inf")]), bits=4).tolist() == [3.75, 0]
 
 
@@ -301,10 +305,11 @@ def test_operators_are_registered_properly(kernels_on, device):
     from empf.kernels.neuron import _neuron_forward
 
     x = inputs(2, (2, 3, 4), device=device)
-    args = (*x.values(), 0, 0.25, False, False, False, True)
-    torch.library.opcheck(
-        _neuron_forward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    )
+    for quantiser in ((0, None), (2, 0.75)):  # bits, top
+        args = (*x.values(), quantiser[0], 0.25, False, False, False, True, quantiser[1])
+        torch.library.opcheck(
+            _neuron_forward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        )
 
 
 def test_float64_and_empty_batches_use_the_definition(kernels_on, device):

@@ -72,6 +72,10 @@ def test_a_number_of_steps_that_is_none(T):
         EMPFNeuron(2, -3)
     with pytest.raises(ValueError, match="spike_bits must be None or 1..8, got 2.5"):
         EMPFNeuron(2, 3, spike_bits=2.5)
+    with pytest.raises(ValueError, match="clipped is for n-bit spikes"):
+        EMPFNeuron(2, 3, spike_gradient="clipped")
+    with pytest.raises(ValueError, match="spike_gradient must be one of identity, clipped, got None"):
+        EMPFNeuron(2, 3, spike_bits=2, spike_gradient=None)
     for neuron in (EMPFNeuron(2, 3), LIFNeuron(2)):
         with pytest.raises(TypeError, match="a layer takes a tensor of currents, time first, got NoneType"):
             neuron(None)

@@ -31,7 +31,9 @@ def test_every_variant_is_a_setting_or_a_tweak():
         assert set(changes) <= set(TrainConfig.__dataclass_fields__) | set(recipe.TWEAKS) | apart
         TrainConfig(**{**recipe.OLD, **{k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}})
     for flags in recipe.RECIPES.values():
-        assert TrainConfig(**{**flags, "epochs": recipe.EPOCHS}).dataset == "cifar100"
+        assert TrainConfig(**flags).dataset == "cifar100"
+    for changes, other in recipe.CHOICES.values():
+        assert TrainConfig(**recipe.BASE | changes) != TrainConfig(**recipe.RECIPES[other])
 
 
 CHANGES = [{"latent_scale": 3.0}, {"residual_gain": 0.0}, {"leak": 0.2}, {"adam": 1e-3}, {"later": 9.0}]
@@ -103,8 +105,9 @@ def test_cost_is_compared_within_a_day():
 def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     called = []
     history = [{"loss": 1.0, "train_accuracy": 2.0, "accuracy": [3.0, 4.0], "seconds": 60.0}]
-    monkeypatch.setattr(recipe, "train", lambda run, flags, data, seconds: called.append((run.name, flags)) or True)
+    monkeypatch.setattr(recipe, "train", lambda run, flags, *_: called.append((run.name, flags)) or True)
     monkeypatch.setattr(recipe, "read_metrics", lambda run: history)
+    monkeypatch.setattr(recipe, "read_config", lambda run: {"git_commit": "abc"})
     for _ in range(2):
         where = ["--out", str(tmp_path), "--runs", str(tmp_path)]
         recipe.main(["confirm", "--only", "old", "--epochs", "7", "--threads", "2", "--seeds", "0", "5", *where])
@@ -112,6 +115,24 @@ def test_a_recipe_is_confirmed_by_train(tmp_path, monkeypatch):
     assert (called[1][1]["seed"], called[1][1]["epochs"], called[1][1]["threads"]) == (5, 7, 2)
     rows = [json.loads(line) for line in (tmp_path / "confirm.jsonl").read_text().splitlines()]
     assert [(r["seed"], r["accuracy"], r["minutes"]) for r in rows] == [(0, [3.0, 4.0], 1.0), (5, [3.0, 4.0], 1.0)]
+    assert {r["commit"] for r in rows} == {"abc"}
+
+
+def test_choices_are_compared_by_seed():
+    accuracy = {
+        "base": {0: 50.0, 1: 52.0, 2: 54.0}, "ternary": {0: 51.0, 1: 53.5, 2: 55.0},
+        "ternary, of each layer": {0: 50.5}, "SECA-II with bias": {0: 60.0},
+    }  # fmt: skip
+    runs = [
+        {"recipe": name, "seed": seed, "accuracy": [0.0, value]}
+        for name, seeds in accuracy.items() for seed, value in seeds.items()
+    ]  # fmt: skip
+    rows = [line for line in recipe.choices(runs) if line.startswith("| ") and "accuracy" not in line]
+    half = 4.303 * 0.2887 / 3**0.5  # t and standard deviation of 1, 1.5, 1
+    assert rows == [
+        f"| ternary | 53.17 +- 2.02 | base | +1.17 [{7 / 6 - half:+.2f}, {7 / 6 + half:+.2f}] | 3 |",
+        "| ternary, of each layer | 50.50 | ternary | -0.50 | 1 |",
+    ]
 
 
 def test_wrong_calls_get_one_sentence(tmp_path, capsys):

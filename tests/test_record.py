@@ -16,6 +16,7 @@ import eval as eval_script
 import train
 from bench import record
 from empf.training import config as settings
+from empf.training.recipes import NAMED
 
 SLEEP = """
 import pathlib, signal, sys, time
@@ -83,7 +84,7 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
     """The scripts run in this process; the first slice ends after one update."""
     called = []
 
-    def call(script, *arguments, seconds=None):
+    def call(script, *arguments, seconds=None, processes=1):
         called.append(script)
         with undisturbed():
             train.main([*arguments, *(["--max-steps", "1", "--threads", "1"] if called == ["train.py"] else [])])
@@ -128,6 +129,11 @@ def test_all_of_it_in_slices(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(record.RECIPE, "seca")  # what a recipe does not name is the default
     with pytest.raises(SystemExit, match=r"was started with other settings \({'seca': 2}\)"):
         record.main(command)
+
+
+def test_the_recipe_is_that_of_the_authors():
+    authors = NAMED["authors"] | {"mixed_precision": record.RECIPE["mixed_precision"]}
+    assert record.RECIPE.items() >= authors.items() and record.RECIPE["shortcut"] == "current"
 
 
 def test_the_recipe_is_made_of_flags_of_train():

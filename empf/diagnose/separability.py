@@ -4,7 +4,8 @@ neurons     each spiking neuron is given the currents that it sees in the networ
                 F[t, t'] = d s[t] / d I[t'],   t' <= t
             F[t, t] is ds/dm. Theory for EM-PF: with on[t] = [mh[t] > threshold] and g the gain of Mem-BN (else 1),
                 F[t, t'] = on[t] g[t] * prod_{j = t' .. t-1} leak[j+1] (1 - on[j]) g[j]
-            so ds/dm is 0 or g, whatever m is, and nothing crosses a spike; n-bit spikes have the gradient of s.
+            so ds/dm is 0 or g, whatever m is, and nothing crosses a spike; n-bit spikes have the gradient of s. Where
+            it is clipped, the first on[t] is 0 above the largest code too, those of the reset are not.
             The online factors are taken twice: all steps in one call, and one call for each, which is what trains.
             Mem-BN: the statistics are those of the batch, taken as constants; then mh = g m + h, and a neuron is a
             function of its own current alone. ds/dm is given in units of g, to a multiple of 2^-20: the neuron and
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from empf.diagnose.gradients import compare_gradients
 from empf.evaluate import restored
+from empf.kernels.neuron import largest
 from empf.neuron import StatefulNeuron, per_channel
 from empf.online import reset, time_steps
 
@@ -74,21 +76,26 @@ def record_currents(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 class Trajectory:
     """What a neuron does with its currents: a tensor per step, (N, C, ...) or broadcasting to it.
 
-    `near`: in this step or before, m was so close to the threshold that rounding decides the side; these are left out
-    of what is compared with the theory.
+    `near`: in this step or before, m was so close to a switching point (the threshold, or the largest code where the
+    gradient is clipped) that rounding decides the side; these are left out of what is compared with the theory.
     """
 
     x: list[Tensor]  # mh - threshold
     gain: list[Tensor]  # mh = gain * m + shift
     leak: list[Tensor]
     near: list[Tensor]
+    top: float  # spikes above it pass no gradient on
 
     def on(self, t: int) -> Tensor:
         return self.x[t] > 0
 
+    def region(self, t: int) -> Tensor:
+        """0 silent (below the threshold), 1 linear (s = mh - threshold), 2 clipped."""
+        return self.on(t).int() + (self.x[t] > self.top).int()
+
     def predicted(self, t: int) -> list[Tensor]:
         """F[t, 0..t] by the theory."""
-        product = self.on(t) * self.gain[t]
+        product = (self.region(t) == 1) * self.gain[t]
         row = [product]
         for j in reversed(range(t)):
             product = product * self.leak[j + 1] * ~self.on(j) * self.gain[j]
@@ -101,7 +108,8 @@ def follow(neuron: StatefulNeuron, current: Tensor) -> Trajectory:
     """Run the neuron over `current` (T, N, C, ...). Mem-BN is left with the statistics of this batch, frozen."""
     dims = current.dim() - 1
     mem_bn, parallel = getattr(neuron, "mem_bn", False), getattr(neuron, "parallel", False)
-    path = Trajectory([], [], [], [])
+    bits = neuron.spike_bits if getattr(neuron, "spike_gradient", None) == "clipped" else None
+    path = Trajectory([], [], [], [], float("inf") if bits is None else largest(bits, neuron.spike_step))
     batch = [d for d in range(dims) if d != 1]
     near = torch.zeros_like(current[0], dtype=torch.bool)
     if mem_bn:
@@ -117,7 +125,7 @@ def follow(neuron: StatefulNeuron, current: Tensor) -> Trajectory:
             gain, shift = (per_channel(p[t], dims) for p in neuron.folded_norm())
         x = gain * m + shift - theta
         rounding = 8 * torch.finfo(m.dtype).eps * ((gain * m).abs() + shift.abs() + theta)
-        near = near | (x.abs() <= rounding)
+        near = near | (x.abs() <= rounding) | ((x - path.top).abs() <= rounding)
         path.x.append(x), path.gain.append(gain), path.leak.append(leak), path.near.append(near)
         neuron(current[t : t + 1])
     neuron.reset()
@@ -139,11 +147,11 @@ def factors(neuron: StatefulNeuron, current: Tensor, online: bool, one_by_one: b
     neuron.reset()
 
 
-def spread(values: Tensor, on: Tensor, sure: Tensor) -> float:
-    """Largest difference of `values` on one side of the threshold: exactly 0 for a step function of m - threshold."""
+def spread(values: Tensor, region: Tensor, sure: Tensor) -> float:
+    """Largest difference of `values` within one region: exactly 0 for a step function of m - threshold."""
     widest = 0.0
-    for side in (on, ~on):
-        if (inside := values[sure & side]).numel():
+    for r in range(3):
+        if (inside := values[sure & (region == r)]).numel():
             widest = max(widest, float(inside.max() - inside.min()))
     return widest
 
@@ -196,7 +204,7 @@ def measure_neuron(neuron: StatefulNeuron, current: Tensor) -> tuple[list[dict],
             "step": t + 1,
             "above_threshold": float(path.on(t).double().mean()),
             "ds_dm": distribution(ds_dm[sure], path.x[t][sure]),
-            "dependence": max(spread(values, path.on(t), sure) for values in slopes),
+            "dependence": max(spread(values, path.region(t), sure) for values in slopes),
             "gain": [float(path.gain[t].min()), float(path.gain[t].max())],
             "factors": [
                 {

@@ -16,7 +16,7 @@ from empf.data.event_frames import BINS, RESIZES, SPLITS, EventSettings
 from empf.data.recordings import has_recordings
 from empf.data.sets import DATASETS, DataSpec, ImageSettings, parsed
 from empf.files import read_json
-from empf.kernels.neuron import ACTIVATIONS
+from empf.kernels.neuron import ACTIVATIONS, SPIKE_GRADIENTS
 from empf.model_config import (
     ARCHS,
     GRANULARITIES,
@@ -90,6 +90,9 @@ class TrainConfig:
     parallel: float = setting(0.0, "share of parallel neurons, 0..1")
     seca: int = setting(0, "channel attention", (0, 1, 2))
     spike_bits: int | None = setting(None, "n-bit spikes, 1..8; without it spikes are floating point")
+    spike_gradient: str = setting(
+        "identity", "of n-bit spikes above the largest code: passed on as below it (identity), or 0", SPIKE_GRADIENTS
+    )
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
     threshold: float = setting(0.5, "firing threshold of every neuron before training, within (0, 1)")
     per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")

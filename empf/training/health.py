@@ -183,8 +183,11 @@ class Health:
 
     def remedy(self, otherwise: str) -> str:
         """What to try; `otherwise`: where it is not for want of spike bits."""
-        found = [n.spike_bits for n in self.neurons.values() if getattr(n, "spike_bits", None)]
-        return f"more --spike-bits than {min(found)}" if found and min(found) <= FEW_BITS else otherwise
+        few = [n for n in self.neurons.values() if (getattr(n, "spike_bits", None) or 32) <= FEW_BITS]
+        if not few:
+            return otherwise
+        clip = " or --spike-gradient clipped" * any(n.spike_gradient != "clipped" for n in few)
+        return f"more --spike-bits than {min(n.spike_bits for n in few)}{clip}"
 
     def gradient_warnings(self, gradient: dict[str, float]) -> Iterator[str]:
         largest = max(gradient.values(), default=0.0)
