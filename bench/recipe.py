@@ -1,7 +1,7 @@
 """Which settings of training help at equal cost: many of them in a short training, the best ones in a longer one.
 
 python bench/recipe.py screen --data FOLDER            every variant below that is missing (resumable; --minutes N)
-python bench/recipe.py confirm --data FOLDER           the old and the new recipe: ResNet-18 x0.25, 3 seeds (--epochs N)
+python bench/recipe.py confirm --data FOLDER           old and new recipe (also in bf16), x0.25, 3 seeds
 python bench/recipe.py confirm --data FOLDER --only short       what 20 minutes bring, or one of the choices below
 python bench/recipe.py report                          the tables
 
@@ -81,6 +81,7 @@ CHOICES = {
 }
 
 FIRST = {name: {**OLD, "epochs": 3, **changes} for name, changes in (("long", LONG), ("old", {}), ("new", NEW))}
+FIRST["new, bf16"] = FIRST["new"] | {"mixed_precision": "bf16"}
 RECIPES = FIRST | {"short": SHORT, "base": BASE} | {name: BASE | changes for name, (changes, _) in CHOICES.items()}
 
 # Name -> what differs from OLD: fields of TrainConfig, or tweaks (below).
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("what", choices=("screen", "confirm", "report"))
     p.add_argument("--data", help="local folder with CIFAR-100 instead of the Hugging Face Hub")
     p.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all, or the first three)"
+        "--only", nargs="+", metavar="NAME", help="these variants or recipes (default: all, or the first four)"
     )
     p.add_argument("--epochs", type=int, help=f"default: {OLD['epochs']} to screen, as the recipe has it to confirm")
     p.add_argument("--threads", type=int, default=1, help="of each process, to confirm (default: 1)")
