@@ -4,9 +4,9 @@
     python bench/deploy.py --device cuda              the same on a GPU, with bf16 activations
     python bench/deploy.py --equality --data FOLDER   logits of small trained networks on real CIFAR-100 images
 
-The packed network is compared with `model.eval()`, with the same network with full-precision weights and, where it is
-installed, with ONNX Runtime on the exported file. Memory is that of a fresh process for each; times are taken in turns
-in one process, so that their ratios hold on a busy machine too.
+The packed network is compared with `model.eval()`, with the same network with full-precision weights and, where they
+are installed, with ONNX Runtime and OpenVINO on the exported file. Memory is that of a fresh process for each; times
+are taken in turns in one process, so that their ratios hold on a busy machine too.
 Writes bench/results/deploy-cpu.json, deploy-cuda.json, deploy-equality.json.
 """
 
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,13 +47,16 @@ from empf.neuron import StatefulNeuron
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 64)
-ONNX_RUNTIME = "ONNX Runtime"
+ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
+RUNTIMES = {ONNX_RUNTIME: "onnxruntime", OPENVINO: "openvino"}  # who runs the exported file: its package
+QUIET = 0.05  # seconds after which the threads that another one left behind have stopped looking for work
 
 
 def contenders(device: str) -> tuple[str, ...]:
     """Who is measured; the first is the packed network."""
-    other = device == "cpu" and all(map(installed, ("onnx", "onnxscript", "onnxruntime")))
-    return ("packed", "model", "full precision") + (ONNX_RUNTIME,) * other
+    exported = device == "cpu" and all(map(installed, ("onnx", "onnxscript")))
+    runtimes = (name for name, package in RUNTIMES.items() if exported and installed(package))
+    return ("packed", "model", "full precision", *runtimes)
 
 
 class Session(nn.Module):
@@ -70,6 +74,33 @@ class Session(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
+
+
+class Compiled(nn.Module):
+    """An exported file in OpenVINO, as Session, compiled for each shape when it comes: faster than for a free one.
+
+    It is asked to be as accurate as the others are: left to itself it takes bf16 where the processor has that.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        import openvino
+
+        self.core = openvino.Core()
+        self.core.set_property("CPU", {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
+            "EXECUTION_MODE_HINT": "ACCURACY",
+        })  # fmt: skip
+        self.path, self.compiled = path, {}
+        *_, channels, size, _ = self.core.read_model(path).inputs[0].partial_shape
+        self.config = SimpleNamespace(in_channels=channels.get_length(), image_size=size.get_length())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.compiled:
+            network = self.core.read_model(self.path)
+            network.reshape(list(x.shape))
+            self.compiled[x.shape] = self.core.compile_model(network, "CPU")
+        return torch.from_numpy(self.compiled[x.shape](x.numpy(), share_outputs=False)[0])
 
 
 @torch.inference_mode()
@@ -100,17 +131,17 @@ def prepare(folder: Path, config: ModelConfig, names: tuple[str, ...]) -> dict[s
     paths["packed"] = folder / "packed.safetensors"
     packed = pack(runs.load(paths["model"]))
     packed.save(paths["packed"])
-    if ONNX_RUNTIME in names:
-        paths[ONNX_RUNTIME] = folder / "net.onnx"
-        empf.export_onnx(packed, paths[ONNX_RUNTIME])
+    if runtimes := [name for name in RUNTIMES if name in names]:
+        paths |= dict.fromkeys(runtimes, folder / "net.onnx")
+        empf.export_onnx(packed, folder / "net.onnx")
     return paths
 
 
 def load_contender(name: str, path: Path, device: str) -> nn.Module:
     if name == "packed":
         return load_packed(path, device)
-    if name == ONNX_RUNTIME:
-        return Session(path)
+    if name in RUNTIMES:
+        return {ONNX_RUNTIME: Session, OPENVINO: Compiled}[name](path)
     model = runs.load(path, device)
     return model.to(memory_format=torch.channels_last) if device == "cuda" else model  # its fastest layout
 
@@ -120,8 +151,13 @@ def size(path: Path) -> int:
 
 
 def measure_alone(name: str, path: Path, device: str, threads: int, batches=BATCHES) -> dict:
-    """In a fresh process: milliseconds to load, and with the first call; peak memory of each batch size, in MB."""
+    """In a fresh process: milliseconds to load, and with the first call; peak memory of each batch size, in MB.
+
+    What is imported first is not part of them.
+    """
     torch.set_num_threads(threads)
+    if name in RUNTIMES:
+        import_module(RUNTIMES[name])
     peak = (lambda: torch.cuda.max_memory_allocated() / 1e6) if device == "cuda" else resident_peak
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # Linux: what importing took for a while does not count as a peak
@@ -151,13 +187,18 @@ def in_fresh_process(*arguments: str) -> dict:
 
 
 def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) -> dict:
-    """Milliseconds per call of each network, taken in turns, and the ratios within each round."""
+    """Milliseconds per call of each network, taken in turns, and the ratios within each round.
+
+    In its turn each waits until the others are quiet and is called twice; the second call counts, as in a stream.
+    """
     c = next(iter(nets.values())).config
     x = torch.randn(n, c.in_channels, c.image_size, c.image_size, device=device)
     times: dict[str, list[float]] = {name: [] for name in nets}
-    for turn in range(rounds + 2):  # two to warm up
+    for turn in range(rounds):
         names = list(nets) if turn % 2 else list(nets)[::-1]
         for name in names:
+            time.sleep(QUIET)
+            run(nets[name], x)
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -165,7 +206,6 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
-    times = {name: values[2:] for name, values in times.items()}
     ratios = {
         name: spread([other / ours for other, ours in zip(times[name], times["packed"], strict=True)])
         for name in nets
@@ -199,8 +239,8 @@ def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches
     result["relative_difference"] = difference(found, wanted)
     if config.spike_bits is None and device == "cpu" and result["relative_difference"] > 1e-4:
         raise SystemExit(f"error: the packed logits differ by {result['relative_difference']:.1e}, nothing was timed")
-    if ONNX_RUNTIME in names:
-        result["onnx_relative_difference"] = difference(run(nets[ONNX_RUNTIME], x), found)
+    for name in (name for name in RUNTIMES if name in names):
+        result.setdefault("difference_of", {})[name] = difference(run(nets[name], x), found)
     result["batch"] = {str(n): measure_times(nets, device, n, max(3, rounds // (1 + n // 16))) for n in batches}
     return result
 

@@ -3,6 +3,7 @@
     python bench/scaling.py             ResNet-18 and ResNet-34 on 1 to 1,024 GPUs; bench/results/scaling.json
     python bench/scaling.py --flops 2e14 --network 25 --sync-bn
     python bench/scaling.py --check     one and two CPU processes: counted bytes, measured efficiency
+    python bench/scaling.py --cores     one CPU process of two threads against two of one: images/s by width and type
 
 Counted, on torch's meta device: operations of convolutions and matrix products of an update with one random step (mean
 over t*), and after which of them each gradient is complete. Exchanged by data-parallel training: the gradient of every
@@ -23,7 +24,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads leave a busy machine alone
@@ -40,7 +43,8 @@ from bench.cluster import READ_EVERY, SCALARS, Links, buckets, count, predict, s
 from bench.machine import machine, spread
 from empf.files import write_result
 from empf.models import ModelConfig, build
-from empf.training.config import Parser
+from empf.training.config import Parser, TrainConfig
+from empf.training.optimizers import make_optimizer
 
 NETWORKS = {  # name -> configuration, images per GPU
     "resnet18": (ModelConfig(arch="resnet18", num_classes=100, image_size=32), 64),
@@ -205,19 +209,79 @@ def worker(width: float, batch_size: int, rounds: int) -> None:
     dist.destroy_process_group()
 
 
+def cores_worker(width: float, kind: str, batch_size: int, rounds: int) -> None:
+    """One of two processes: both train on halves of batches, then the first alone with two threads on whole ones."""
+    dist.init_process_group("gloo")
+    rank, p = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    config = ModelConfig(num_classes=100, width=width, T=2, image_size=32)
+    settings = TrainConfig(optimizer="muon", mixed_precision="no" if kind == "fp32" else "bf16")
+    images = {"processes": batch_size // p, "threads": batch_size}
+
+    def contender(name: str):
+        net = build(config).to(memory_format=torch.channels_last).train()
+        optimizer = make_optimizer(net, settings)
+        if name == "processes":
+            net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+        x = torch.randn(images[name], 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        target = torch.arange(images[name]) % config.num_classes
+        torch.set_num_threads(1 if name == "processes" else p)
+        rounded = torch.autocast("cpu", torch.bfloat16) if kind == "bf16" else nullcontext()
+
+        def update(t: int) -> None:
+            with rounded:
+                empf.online_backward(net, x, target, F.cross_entropy, steps=[t])
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return update
+
+    trained = {name: contender(name) for name in images if name == "processes" or rank == 0}
+    times: dict[str, list[float]] = {name: [] for name in images}
+    for turn in range(rounds + 1):  # one to warm up
+        for name in list(images)[:: 1 if turn % 2 else -1]:
+            torch.set_num_threads(1 if name == "processes" else p)
+            dist.barrier()
+            start = time.perf_counter()
+            for t in range(1, config.T + 1) if name in trained else ():
+                trained[name](t)
+            times[name].append((time.perf_counter() - start) / config.T)
+            dist.barrier()
+    if rank == 0:
+        print(json.dumps({name: seconds[1:] for name, seconds in times.items()}))
+    dist.destroy_process_group()
+
+
+def cores(width: float, kind: str, batch_size: int, rounds: int) -> dict:
+    """images/s of training with joined batches of `batch_size`, in the environment that train.py has."""
+    options = ["--cores", "--widths", str(width), "--types", kind, "--images", str(batch_size)]
+    seconds = launch(options, rounds, GOMP_SPINCOUNT="1000")
+    return {
+        "width": width, "type": kind, "batch_size": batch_size, "rounds": rounds,
+        "images_per_s": {name: spread((batch_size / s for s in part), 2) for name, part in seconds.items()},
+        "processes_over_threads": spread(
+            a / b for a, b in zip(seconds["threads"], seconds["processes"], strict=True)
+        ),
+    }  # fmt: skip
+
+
+def launch(options: list[str], rounds: int, **env: str) -> dict:
+    """What the first of two processes of this file prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command += ["--worker", *options, "--rounds", str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    if done.returncode:
+        raise ValueError(f"the two processes failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def check(width: float, batch_size: int, rounds: int) -> dict:
     """Counted against predicted bytes, measured against predicted efficiency: one and two CPU processes of one thread.
 
     alone: one process works without exchange, the other waits; training alone: it trains as data-parallel training with
     one process does; beside: both work, without exchange; exchanging: both train together.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    options = ["--worker", "--width", str(width), "--images", str(batch_size), "--rounds", str(rounds)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise ValueError(f"the two processes failed: {done.stderr.strip()[-500:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = launch(["--width", str(width), "--images", str(batch_size)], rounds)
     work = count(ModelConfig(width=width, T=2, image_size=32), batch_size)
     seconds = found["seconds"]
     beside = statistics.median(seconds["beside"])
@@ -264,20 +328,32 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--latency", type=float, default=Links.latency, help="seconds per hop (default: %(default)g)")
     p.add_argument("--sync-bn", action="store_true", help="with synchronised batch norms")
     p.add_argument("--check", action="store_true", help="compare with one and two CPU processes")
-    p.add_argument("--rounds", type=int, default=7, help="of --check (default: %(default)s)")
+    p.add_argument("--cores", action="store_true", help="one CPU process of two threads against two processes")
+    p.add_argument("--widths", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="of --cores (0.25 0.5 1)")
+    p.add_argument("--types", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of --cores (both)")
+    p.add_argument("--rounds", type=int, default=7, help="of --check and --cores (default: %(default)s)")
     p.add_argument("--width", type=float, default=0.5, help="of the network of --check (default: %(default)s)")
-    p.add_argument("--images", type=int, default=16, help="per process in --check (default: %(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="default: scaling.json, scaling-check.json in results/")
+    p.add_argument("--images", type=int, help="per process in --check (16), in the joined batch of --cores (64)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: scaling*.json in bench/results/")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.worker:
-        worker(args.width, args.images, args.rounds)
+        if args.cores:
+            cores_worker(args.widths[0], args.types[0], args.images, args.rounds)
+        else:
+            worker(args.width, args.images, args.rounds)
         return
     results = Path(__file__).parent / "results"
     try:
         if args.check:
-            result, out = check(args.width, args.images, args.rounds), results / "scaling-check.json"
+            result, out = check(args.width, args.images or 16, args.rounds), results / "scaling-check.json"
             print(json.dumps(result, indent=1))
+        elif args.cores:
+            result, out = {"machine": machine(), "cells": []}, results / "scaling-cores.json"
+            for width, kind in product(args.widths, args.types):
+                result["cells"].append(cores(width, kind, args.images or 64, args.rounds))
+                print(json.dumps(result["cells"][-1]), flush=True)
+                write_result(args.json or out, json.dumps(result, indent=1) + "\n")
         else:
             links = Links(args.flops, args.node, args.network, args.per_node, args.latency)
             result, out = study(links, args.sync_bn), results / "scaling.json"

@@ -11,11 +11,13 @@ import torch
 from deploy_tools import logits, shallow, trained
 
 import empf
+from bench.deploy import Compiled
 from empf.deploy import onnx as empf_onnx
 from empf.deploy.onnx import export_onnx
 from empf.deploy.origin import Origin
 from empf.deploy.pack import pack
 from empf.deploy.predict import top_classes
+from empf.machine import installed
 from empf.synapse import QuantizedWeight
 
 
@@ -42,6 +44,9 @@ def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, 
         wanted = logits(packed, part)
         assert found.shape == wanted.shape
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        if installed("openvino"):
+            found = Compiled(tmp_path / "net.onnx")(part)
+            assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     graph = onnx.load(tmp_path / "net.onnx").graph
     operators = {node.op_type for node in graph.node}
     largest = {"binary": 8, "ternary": 5}[packed.net.config.weights]
@@ -54,6 +59,26 @@ def test_onnxruntime_gives_the_logits_of_the_packed_network(settings, tmp_path, 
     assert json.loads(session.get_modelmeta().custom_metadata_map["origin"])["classes"] == list("abcdefghij")
     if packed.config.arch != "vgg_snn":
         check_the_program_for_pictures(packed, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("kernel, pad, stride, slices", [(1, 0, 2, 1), (1, 0, 1, 0), (3, 1, 2, 0)])
+def test_strides_of_small_kernels_become_slices(kernel, pad, stride, slices):
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    floats = onnx.TensorProto.FLOAT
+    options = dict(kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4)
+    x, weight = torch.randn(2, 3, 5, 6), torch.randn(4, 3, kernel, kernel)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["y"], **options)], "net",
+        [onnx.helper.make_tensor_value_info("x", floats, ["N", 3, 5, 6])],
+        [onnx.helper.make_tensor_value_info("y", floats, None)], [onnx.numpy_helper.from_array(weight.numpy(), "w")],
+    )  # fmt: skip
+    empf_onnx.slice_strides(graph)
+    assert [node.op_type for node in graph.node] == ["Slice"] * slices + ["Conv"]
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert torch.allclose(found, torch.conv2d(x, weight, stride=stride, padding=pad), atol=1e-5)
 
 
 @pytest.mark.parametrize("arch, channels, dims", [("vgg_snn", 1, 4), ("vgg_snn", 2, 5), ("resnet18", 2, 5)])

@@ -116,3 +116,16 @@ def test_two_processes_exchange_the_predicted_bytes():
     one, two = r["efficiency"]["1"], r["efficiency"]["2"]
     assert one["predicted"] == 1 > two["predicted"] > 0 and r["processes"] == 2
     assert all(e["measured"]["median"] > 0 for e in (one, two)) and min(r["images_per_s"].values()) > 0
+
+
+def test_two_processes_against_two_threads(tmp_path, capsys):
+    """Each cell is written as it comes; a ratio is that of the same round."""
+    file = tmp_path / "cores.json"
+    flags = ["--widths", "0.0625", "--types", "bf16", "--images", "4", "--rounds", "1", "--json", str(file)]
+    scaling.main(["--cores", *flags])
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert {"width": 0.0625, "type": "bf16", "batch_size": 4}.items() <= cell.items()
+    speed = {name: found["median"] for name, found in cell["images_per_s"].items()}
+    ratio = cell["processes_over_threads"]["median"]
+    assert ratio == pytest.approx(speed["processes"] / speed["threads"], rel=0.01)
+    assert json.loads(capsys.readouterr().out) == cell

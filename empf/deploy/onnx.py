@@ -83,6 +83,7 @@ def export_onnx(packed: PackedModel, path: str | Path, x: Tensor | None = None) 
             dynamic_shapes=({batch: torch.export.Dim("N", min=1)},),
         )  # fmt: skip
     proto = program.model_proto
+    slice_strides(proto.graph)
     compact(proto.graph)
     proto.metadata_props.add(key="origin", value=json.dumps(asdict(packed.origin)))
     write_atomic(Path(path), proto.SerializeToString())
@@ -100,6 +101,26 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(before)
+
+
+def slice_strides(graph) -> None:
+    """Let convolutions of 1x1 with a stride read a slice: OpenVINO (2026.4) mistakes the shapes behind such strides."""
+    from onnx import helper, numpy_helper
+
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        options = {option.name: option.ints for option in node.attribute}
+        if node.op_type == "Conv" and max(options["kernel_shape"]) == 1 < max(options["strides"]):
+            strides, found = options["strides"], f"{node.output[0]}.slice"
+            dims = len(strides)
+            cut = {"start": [0] * dims, "end": [2**31 - 1] * dims, "axes": range(2, 2 + dims), "steps": strides}
+            values = [numpy_helper.from_array(np.array(value), f"{found}.{name}") for name, value in cut.items()]
+            graph.initializer.extend(values)
+            graph.node.append(helper.make_node("Slice", [node.input[0], *(value.name for value in values)], [found]))
+            node.input[0] = found
+            strides[:] = [1] * dims
+        graph.node.append(node)
 
 
 def compact(graph) -> None:
