@@ -91,13 +91,13 @@ class Compiled(nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
             "EXECUTION_MODE_HINT": "ACCURACY",
         })  # fmt: skip
-        self.path, self.compiled = path, {}
-        *_, channels, size, _ = self.core.read_model(path).inputs[0].partial_shape
+        self.network, self.compiled = self.core.read_model(path), {}
+        *_, channels, size, _ = self.network.inputs[0].partial_shape
         self.config = SimpleNamespace(in_channels=channels.get_length(), image_size=size.get_length())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape not in self.compiled:
-            network = self.core.read_model(self.path)
+            network = self.network.clone()
             network.reshape(list(x.shape))
             self.compiled[x.shape] = self.core.compile_model(network, "CPU")
         return torch.from_numpy(self.compiled[x.shape](x.numpy(), share_outputs=False)[0])
