@@ -1,14 +1,15 @@
 """Where state matters: four neurons on sequences, online and through time, read at the last step and in the sum.
 
     python bench/state.py              all runs that are missing (resumable; --minutes N): pip install aeon
+    python bench/state.py --updates 1500 --only "digits by rows"        longer, with the settings chosen in short runs
     python bench/state.py --report     tables and a plot of the differences from the results
 
 The sequences: `bench/sequences.py`. The network: two spiking layers, the synapses between them 1 bit each; on frames
 they are convolutions.
 
-Learning: online with one random step per batch; through time with the losses of all steps, which are on average what
-online learning minimises; through time with the loss of the mean logits (`stbp` of train.py). A parallel neuron has on
-average the same gradient in the first two: what it loses online is the noise of one step. All runs of a task have the
+Learning: online with one random step per batch, or with every step; through time with the losses of all steps, which
+differs from `every step` in nothing but the gradient that crosses steps; through time with the loss of the mean logits
+(`stbp` of train.py). All runs of a task have the
 same number of updates and, for a seed, the same batches and initial weights. Learning rate and (initial) leak are
 chosen for each task, neuron and learning by the mean of both accuracies on a fifth of the training data, with another
 seed; test data play no part.
@@ -48,7 +49,10 @@ NEURONS: dict[str, Callable[[int, int, float], nn.Module]] = {  # LIF keeps its 
     "parallel": lambda T, channels, leak: empf.EMPFNeuron(T, parallel=True),
     "LIF": lambda T, channels, leak: empf.LIFNeuron(T, leak=leak),
 }
-LEARNING = {"random": "online, one step", "losses": "through time", "stbp": "through time, mean logits"}
+LEARNING = {
+    "random": "online, one step", "every": "online, every step",
+    "losses": "through time", "stbp": "through time, mean logits",
+}  # fmt: skip
 REFERENCE, READ = ("vanilla", "random"), ("last", "sum")
 
 
@@ -93,15 +97,17 @@ def backward(net: nn.Module, x: Tensor, y: Tensor, learning: str, seed: int, ite
     empf.set_online(net, True)
 
 
-def train(sets: tuple[Split, Split], neuron: str, learning: str, lr: float, leak: float, seed: int) -> dict:
+def train(
+    sets: tuple[Split, Split], neuron: str, learning: str, updates: int, seed: int, lr: float, leak: float
+) -> dict[str, float]:
     """One run: % of the second set that is right at the last step and in the sum of all steps, CPU seconds."""
     (x, y), test = sets
     begin = time.process_time()
     torch.manual_seed(seed)
     net = Net(len(x), tuple(x.shape[2:]), int(y.max()) + 1, neuron, leak)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=UPDATES)
-    for iteration in range(UPDATES):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates)
+    for iteration in range(updates):
         rows = torch.randperm(len(y))[:BATCH]
         backward(net, x[:, rows], y[rows], learning, seed, iteration)
         optimizer.step()
@@ -109,66 +115,78 @@ def train(sets: tuple[Split, Split], neuron: str, learning: str, lr: float, leak
         schedule.step()
     seconds = time.process_time() - begin
     empf.calibrate(net, x.split(250, 1))
-    ((logits, labels),) = answers(net, [test])
-    right = torch.stack([logits[-1], logits.sum(0)]).argmax(-1) == labels
-    return dict(zip(READ, (100 * right.double().mean(1)).tolist(), strict=True)) | {"cpu_seconds": round(seconds, 2)}
+    ((logits, _),) = answers(net, [test])
+    empf.reset(net.train())
+    with torch.no_grad():  # a batch norm has then statistics of its own for each step, as in training
+        by_step = net(test[0])
+    right = [
+        100 * (y.argmax(-1) == test[1]).double().mean().item() for z in (logits, by_step) for y in (z[-1], z.sum(0))
+    ]
+    names = (*READ, *(f"{name}_by_step" for name in READ))
+    return dict(zip(names, right, strict=True)) | {"cpu_seconds": round(seconds, 2)}
 
 
-def jobs(task: str, out: Path) -> Iterator[dict]:
-    """The runs of a task: those by which settings are chosen, then the seeds, with the best settings."""
-    kinds = [{"task": task, "neuron": n, "learning": how, "updates": UPDATES} for n in NEURONS for how in LEARNING]
+def jobs(task: str, out: Path, updates: int) -> Iterator[dict]:
+    """The runs of a task: short ones by which settings are chosen, then the seeds, with the best settings."""
+    kinds = [{"task": task, "neuron": neuron, "learning": how} for neuron in NEURONS for how in LEARNING]
     for kind in kinds:
         for lr in LRS:
             for leak in LEAKS if kind["neuron"] != "parallel" else LEAKS[:1]:
-                yield kind | {"held_out": True, "seed": CHOOSING, "lr": lr, "leak": leak}
+                yield kind | {"updates": UPDATES, "held_out": True, "seed": CHOOSING, "lr": lr, "leak": leak}
     for seed in range(SEEDS):
         for kind in kinds:
             tried = [r for r in read(out) if r["held_out"] and kind.items() <= r.items()]
             best = max(tried, key=lambda r: r["last"] + r["sum"])
-            yield kind | {"held_out": False, "seed": seed, "lr": best["lr"], "leak": best["leak"]}
+            settings = {"lr": best["lr"], "leak": best["leak"]}
+            yield kind | {"updates": updates, "held_out": False, "seed": seed, **settings}
 
 
-def run(out: Path, tasks: list[str], minutes: float) -> None:
+def run(out: Path, tasks: list[str], updates: int, minutes: float) -> None:
     """All missing runs, until the time is over."""
     out.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + 60 * minutes
     for task in tasks:
         sets = TASKS[task]()
-        for key in jobs(task, out):
+        for key in jobs(task, out, updates):
             if any(key.items() <= r.items() for r in read(out)):
                 continue
             if time.monotonic() > stop:
                 print("time is over; the same command continues")
                 return
-            how = {name: key[name] for name in ("neuron", "learning", "lr", "leak", "seed")}
+            how = {name: key[name] for name in ("neuron", "learning", "updates", "seed", "lr", "leak")}
             result = train(held_out(*sets[0]) if key["held_out"] else sets, **how)
             append(out, key | result | machine())
             print(*key.values(), *(f"{name} {value:.2f}" for name, value in result.items()), flush=True)
 
 
 class Kind:
-    """The runs of a task, neuron and learning on test data; `last` and `sum`: accuracy by seed."""
+    """The runs of a neuron and a way of learning; `accuracy`: last and sum, by seed."""
 
-    def __init__(self, runs: list[dict], task: str, neuron: str, learning: str):
-        key = {"task": task, "neuron": neuron, "learning": learning, "held_out": False}
-        self.runs = [r for r in runs if key.items() <= r.items()]
-        self.accuracy = {name: {r["seed"]: r[name] for r in self.runs} for name in READ}
+    def __init__(self, runs: list[dict]):
+        self.runs = runs
+        self.accuracy = {name: {r["seed"]: r[name] for r in runs} for name in READ}
 
     def mean(self, name: str) -> float:
-        return statistics.mean(self.accuracy[name].values())
+        return statistics.mean(r[name] for r in self.runs)
+
+    def both(self, name: str) -> str:
+        own = f" ({self.mean(f'{name}_by_step'):.1f})" if f"{name}_by_step" in self.runs[0] else ""
+        return f"{self.mean(name):.1f}{own}"
 
     def less(self, other: "Kind", name: str) -> str:
         n, mean, half = against(self.accuracy[name], other.accuracy[name])
         return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]" if n > 1 and self is not other else ""
 
 
-def kinds_of(runs: list[dict]) -> dict[str, dict[tuple[str, str], Kind]]:
-    """task -> (neuron, learning) -> its runs, of the tasks that have been run with the reference and what there is."""
+def kinds_of(runs: list[dict]) -> dict[tuple[str, int], dict[tuple[str, str], Kind]]:
+    """(task, updates) -> (neuron, learning) -> its runs on test data, where the reference has been run."""
     found = {}
-    for task in TASKS:
-        kinds = {(n, how): Kind(runs, task, n, how) for n in NEURONS for how in LEARNING}
+    for task, updates in sorted({(r["task"], r["updates"]) for r in runs}, key=lambda t: (list(TASKS).index(t[0]), t)):
+        of = [r for r in runs if (r["task"], r["updates"], r["held_out"]) == (task, updates, False)]
+        names = [(n, how) for n in NEURONS for how in LEARNING]
+        kinds = {name: Kind([r for r in of if (r["neuron"], r["learning"]) == name]) for name in names}
         if kinds[REFERENCE].runs:
-            found[task] = {names: kind for names, kind in kinds.items() if kind.runs}
+            found[task, updates] = {name: kind for name, kind in kinds.items() if kind.runs}
     return found
 
 
@@ -177,23 +195,25 @@ def tables(runs: list[dict]) -> str:
     commits = Counter(r["commit"] or "unknown" for r in runs)
     lines = [
         "# Where state matters", "",
-        f"{UPDATES} updates of {BATCH} sequences, AdamW, {SEEDS} seeds. Accuracy: mean % of the test sequences by the "
+        f"Updates of {BATCH} sequences, AdamW, {SEEDS} seeds. Accuracy: mean % of the test sequences by the "
         "logits of the last step, and by those of all steps, summed. Differences: mean and 95 % interval "
         "(t-distribution) of runs with the same seed. An interval that holds 0 shows no difference; each stands for "
-        f"itself: among many, one in twenty is wrong. Chosen on held-out training data (seed {CHOOSING}): lr of "
-        f"{', '.join(map(str, LRS))}, (first) leak of {', '.join(map(str, LEAKS))}.", "",
+        "itself: among many, one in twenty is wrong. In parentheses: each step of the "
+        "test data normalised with its own statistics, as in training. Chosen on held-out training data in "
+        f"{UPDATES} updates (seed {CHOOSING}): lr of {', '.join(map(str, LRS))}, (first) leak of "
+        f"{', '.join(map(str, LEAKS))}.", "",
         f"Code: {', '.join(f'{commit} ({count} runs)' for commit, count in commits.items())}. "
         "`python bench/state.py && python bench/state.py --report`", "",
     ]  # fmt: skip
-    for task, kinds in kinds_of(runs).items():
+    for (task, updates), kinds in kinds_of(runs).items():
         lines += [
-            f"## {task}", "",
+            f"## {task}, {updates} updates", "",
             "| neuron | learning | last | sum | last: less vanilla online | sum | last: less itself through time "
             "| sum | lr | leak | CPU s |", "|--" * 11 + "|",
         ]  # fmt: skip
         for (neuron, learning), kind in kinds.items():
             others = [kinds[REFERENCE], kinds.get((neuron, "losses"), kind)]
-            cells = [neuron, LEARNING[learning], *(f"{kind.mean(name):.1f}" for name in READ)]
+            cells = [neuron, LEARNING[learning], *map(kind.both, READ)]
             cells += [kind.less(other, name) for other in others for name in READ]
             cells += [kind.runs[0]["lr"], kind.runs[0]["leak"] if neuron != "parallel" else ""]
             seconds = statistics.mean(r["cpu_seconds"] for r in kind.runs)
@@ -204,7 +224,8 @@ def tables(runs: list[dict]) -> str:
 
 def plot(runs: list[dict], file: Path) -> None:
     """A panel for each task: differences to the reference, run by run, their mean and interval."""
-    tasks, names = kinds_of(runs), [(neuron, how) for neuron in NEURONS for how in LEARNING]
+    tasks = {task: kinds for (task, updates), kinds in kinds_of(runs).items() if updates == UPDATES}
+    names = [(neuron, how) for neuron in NEURONS for how in LEARNING]
     shape = (-(-len(tasks) // 3), min(3, len(tasks)))
     with pyplot() as plt:
         size = (WIDTH, 0.6 + 2.8 * shape[0])
@@ -225,9 +246,11 @@ def plot(runs: list[dict], file: Path) -> None:
                 ax.axhline(y - 0.5, color=GREY, linewidth=0.3)
         axes[0, 0].set_yticks(range(len(names)), [f"{n}, {LEARNING[how]}" for n, how in names])
         axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-        figure.supxlabel("difference of the test accuracy to vanilla, online, one step (points)")
-        figure.suptitle(f"{SEEDS} pairs of runs with the same seed (grey), mean and 95 % interval")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+        figure.suptitle(
+            "Difference of the test accuracy to vanilla, online, one step (points)\n"
+            f"{SEEDS} pairs of runs with the same seed (grey), mean and 95 % interval"
+        )
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save_figure(plt, figure, file)
 
 
@@ -246,12 +269,13 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="these tasks", metavar="TASK")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    p.add_argument("--updates", type=int, default=UPDATES, help=f"of the runs on test data (default: {UPDATES})")
     p.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     p.add_argument("--report", action="store_true", help="write report.md and report.png from the results")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        report(args.out) if args.report else run(args.out, args.only, args.minutes)
+        report(args.out) if args.report else run(args.out, args.only, args.updates, args.minutes)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

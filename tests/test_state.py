@@ -87,11 +87,11 @@ def test_through_time_differs_from_every_step_in_the_gradient_that_crosses_steps
 def test_a_run_depends_on_its_seed_alone(few):
     results = []
     for seed in (0, 0, 1):
-        results.append(state.train(one_task(), "vanilla", "random", 0.01, 0.5, seed))
+        results.append(state.train(one_task(), "vanilla", "random", 2, seed, 0.01, 0.5))
         torch.rand(3)  # what was drawn before makes no difference
     for result in results:
         assert result.pop("cpu_seconds") >= 0
-    assert results[0] == results[1] and set(results[0]) == {"last", "sum"}
+    assert results[0] == results[1] and set(results[0]) == {"last", "sum", "last_by_step", "sum_by_step"}
 
 
 def test_study(tmp_path, few, monkeypatch, capsys):
@@ -133,27 +133,28 @@ def test_the_best_settings_are_those_of_both_readings(tmp_path, few):
     for lr, last, total in ((0.01, 90.0, 10.0), (0.02, 60.0, 60.0), (0.03, 10.0, 90.0)):
         state.append(tmp_path, result("random", 100, last, total, held_out=True, lr=lr))
     state.append(tmp_path, result("random", 0, 100.0, 100.0, lr=0.05))
-    jobs = state.jobs("random", tmp_path)
-    first = next(job for job in jobs if not job["held_out"])
-    assert first["lr"] == 0.02 and first["seed"] == 0
+    for updates in (2, 7):
+        jobs = state.jobs("random", tmp_path, updates)
+        first = next(job for job in jobs if not job["held_out"])
+        assert first["lr"] == 0.02 and first["seed"] == 0 and first["updates"] == updates
 
 
 def test_report(tmp_path, few, capsys):
     with pytest.raises(SystemExit, match="run the study first"):
         state.main(["--report", "--out", str(tmp_path)])
+    state.append(tmp_path, result("random", 0, 70.0, 70.0) | {"updates": 7})  # another table
     for seed, (online, through) in enumerate([(20.0, 21.0), (30.0, 33.0)]):
         state.append(tmp_path, result("random", seed, online, 50.0))
-        state.append(tmp_path, result("losses", seed, through, 50.0, lr=0.02))
+        own = {"last_by_step": through + 5, "sum_by_step": 60.0}
+        state.append(tmp_path, result("losses", seed, through, 50.0, lr=0.02) | own)
     state.append(tmp_path, result("random", 100, 99.0, 99.0, held_out=True))  # is not in the table
     state.main(["--report", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     # differences 1, 3: standard deviation 1.414, 12.706 * 1.414 / sqrt(2) = 12.7
-    losses = (
-        "| vanilla | through time | 27.0 | 50.0 | +2.0 [-10.7, +14.7] | +0.0 [+0.0, +0.0] |  |  | 0.02 | 0.5 | 2.0 |"
-    )
-    assert losses in text
+    losses = "| vanilla | through time | 27.0 (32.0) | 50.0 (60.0) | +2.0 [-10.7, +14.7] | +0.0 [+0.0, +0.0] |  |  |"
+    assert losses + " 0.02 | 0.5 | 2.0 |" in text
     assert "| vanilla | online, one step | 25.0 | 50.0 |  |  | -2.0 [-14.7, +10.7] | +0.0 [+0.0, +0.0] |" in text
-    assert "unknown (5 runs)" in text
+    assert "unknown (6 runs)" in text and text.index("## random, 2 up") < text.index("## random, 7 up")
 
 
 def test_the_picture_shows_differences_of_pairs(tmp_path, few, monkeypatch):
