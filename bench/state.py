@@ -1,7 +1,8 @@
 """Where state matters: four neurons on sequences, online and through time, read at the last step and in the sum.
 
     python bench/state.py              all runs that are missing (resumable; --minutes N): pip install aeon
-    python bench/state.py --updates 1500 --only "digits by rows"        longer, with the settings chosen in short runs
+    python bench/state.py --updates 1500 --learning random --only "events, digit"
+                                       longer, with the settings chosen in short runs
     python bench/state.py --report     tables and a plot of the differences from the results
 
 The sequences: `bench/sequences.py`. The network: two spiking layers, the synapses between them 1 bit each; on frames
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -126,9 +127,9 @@ def train(
     return dict(zip(names, right, strict=True)) | {"cpu_seconds": round(seconds, 2)}
 
 
-def jobs(task: str, out: Path, updates: int) -> Iterator[dict]:
+def jobs(task: str, out: Path, updates: int, learning: Sequence[str]) -> Iterator[dict]:
     """The runs of a task: short ones by which settings are chosen, then the seeds, with the best settings."""
-    kinds = [{"task": task, "neuron": neuron, "learning": how} for neuron in NEURONS for how in LEARNING]
+    kinds = [{"task": task, "neuron": neuron, "learning": how} for neuron in NEURONS for how in learning]
     for kind in kinds:
         for lr in LRS:
             for leak in LEAKS if kind["neuron"] != "parallel" else LEAKS[:1]:
@@ -141,13 +142,13 @@ def jobs(task: str, out: Path, updates: int) -> Iterator[dict]:
             yield kind | {"updates": updates, "held_out": False, "seed": seed, **settings}
 
 
-def run(out: Path, tasks: list[str], updates: int, minutes: float) -> None:
+def run(out: Path, tasks: list[str], updates: int, learning: Sequence[str], minutes: float) -> None:
     """All missing runs, until the time is over."""
     out.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + 60 * minutes
     for task in tasks:
         sets = TASKS[task]()
-        for key in jobs(task, out, updates):
+        for key in jobs(task, out, updates, learning):
             if any(key.items() <= r.items() for r in read(out)):
                 continue
             if time.monotonic() > stop:
@@ -270,12 +271,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), help="these tasks", metavar="TASK")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     p.add_argument("--updates", type=int, default=UPDATES, help=f"of the runs on test data (default: {UPDATES})")
+    p.add_argument("--learning", nargs="+", choices=LEARNING, default=list(LEARNING), help="these ways", metavar="HOW")
     p.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     p.add_argument("--report", action="store_true", help="write report.md and report.png from the results")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        report(args.out) if args.report else run(args.out, args.only, args.updates, args.minutes)
+        report(args.out) if args.report else run(args.out, args.only, args.updates, args.learning, args.minutes)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -97,6 +97,8 @@ def test_a_run_depends_on_its_seed_alone(few):
 def test_study(tmp_path, few, monkeypatch, capsys):
     state.main(["--out", str(tmp_path), "--minutes", "0"])
     assert not state.read(tmp_path) and "time is over" in capsys.readouterr().out
+    state.main(["--out", str(tmp_path), "--learning", "losses"])
+    assert {r["learning"] for r in state.read(tmp_path)} == {"losses"}
     state.main(["--out", str(tmp_path)])
     runs = state.read(tmp_path)
     assert len(runs) == 2 * (4 + 2 + 4) + 2 * 2 * 3 and {"cpu", "commit", "date"} <= set(runs[0])
@@ -134,7 +136,7 @@ def test_the_best_settings_are_those_of_both_readings(tmp_path, few):
         state.append(tmp_path, result("random", 100, last, total, held_out=True, lr=lr))
     state.append(tmp_path, result("random", 0, 100.0, 100.0, lr=0.05))
     for updates in (2, 7):
-        jobs = state.jobs("random", tmp_path, updates)
+        jobs = state.jobs("random", tmp_path, updates, ["random"])
         first = next(job for job in jobs if not job["held_out"])
         assert first["lr"] == 0.02 and first["seed"] == 0 and first["updates"] == updates
 
