@@ -1,6 +1,8 @@
 """The packed file: identity, size, and refusal of everything that is not a whole and unaltered file."""
 
 import json
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -423,3 +425,14 @@ def test_integers_of_an_own_network_are_stored_where_they_can_be(tmp_path):
     assert found.tolist() == [3, 2] and found.dtype == torch.int64
     with pytest.raises(ValueError, match="count holds numbers of type torch.int64 that a packed file"):
         pack(Counting(2**40 + 1)).save(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("neuron", [{}, {"neuron": "mem_bn"}], ids=str)
+def test_loading_and_the_first_call_do_not_load_the_compiler(neuron, tmp_path):
+    """The one of torch, with its algebra: a second in which nothing else happens."""
+    pack(empf.resnet18(in_channels=1, image_size=8, width=0.0625, T=2, **neuron).eval()).save(
+        tmp_path / "net.safetensors"
+    )
+    code = f"import sys, torch, empf\nnet = empf.load_packed({str(tmp_path / 'net.safetensors')!r})\n"
+    code += "net(torch.randn(1, 1, 8, 8))\nprint([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -373,7 +373,8 @@ def packed_part(module: nn.Module, name: str) -> PackedPart | None:
     """
     home = type(module).forward.__module__
     if isinstance(module, _BatchNorm):
-        return PackedNorm(module) if home.startswith("torch.nn.") and module.running_mean is not None else None
+        known = home.startswith("torch.nn.") and module.running_mean is not None
+        return small_part(PackedNorm, module) if known else None
     if not home.startswith("empf."):
         return None
     if isinstance(module, QuantizedWeight):
@@ -381,8 +382,16 @@ def packed_part(module: nn.Module, name: str) -> PackedPart | None:
             raise ValueError(f"{name} cannot be packed: give its convolution zeros as padding, and their number")
         return PackedSynapse(module)
     if isinstance(module, EMPFNeuron | LIFNeuron):
-        return PackedNeuron(module)
-    return PackedNorm(module) if isinstance(module, StepBatchNorm) else None
+        return small_part(PackedNeuron, module)
+    return small_part(PackedNorm, module) if isinstance(module, StepBatchNorm) else None
+
+
+def small_part(kind: type[PackedPart], module: nn.Module) -> PackedPart:
+    """`kind(module)`. On the meta device torch would load its compiler for the shapes of sums, which takes a second."""
+    if not any(tensor.is_meta for tensor in module.state_dict().values()):
+        return kind(module)
+    numbers = copy.deepcopy(module)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+    return kind(numbers).to("meta")
 
 
 def packed_copy(model: nn.Module) -> nn.Module:
