@@ -34,6 +34,7 @@ from empf.checks import check_device
 from empf.data.event_frames import EventSettings
 from empf.data.load import load_test, make_batches
 from empf.data.sets import DATASETS, ImageSettings, StreamSet
+from empf.deploy.cpu_conv import multiplies_bf16
 from empf.deploy.hub import shipped
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack_to_file
@@ -54,27 +55,30 @@ SHOWN = 20  # classes in the table; the worst where there are more
 def evaluate(
     run: Path, data: str | None, limit: int | None, batch_size: int, count_batches: int, device: str,
     out: Path | None, workers: int = 0, columns: dict | None = None, mirror: bool = False,
+    precision: str | None = None,
 ) -> dict:  # fmt: skip
     """Everything that eval.py reports, as plain values, of a run, its weights or a packed file; `out`: pack it.
 
     `columns`: names of columns, split and configuration of the data, where they are not those of the training;
-    `mirror`: also count what the logits of an image and of its mirror image say together.
+    `mirror`: also count what the logits of an image and of its mirror image say together; `precision`: of the
+    activations, `no` or `bf16`, without it as in training, and of packed networks `no`.
     """
     folder = runs.folder_of(run)
     if folder is None:
-        model, precision, streaming = load_packed(run, device), "no", False
+        if precision == "bf16" and (torch.device(device).type != "cpu" or not multiplies_bf16()):
+            raise ValueError(
+                f"--mixed-precision bf16 of a packed network needs a CPU that multiplies bf16 (AVX512-BF16), and a C++ "
+                f"compiler; on {device} here leave it out"
+            )
+        model, streaming = load_packed(run, device), False
         whole, origin, training = model.net, model.origin, asdict(model.origin)
         if origin.dataset is None:
             raise ValueError(f"{run} does not say on which data it was trained: pack it from a run folder")
     else:
         train, training = training_of(runs.read_config(folder), folder), record_of(folder)
         model = whole = empf.load(run, device)
-        origin, data, precision, streaming = (
-            Origin.of(model),
-            data or train.data,
-            train.mixed_precision,
-            train.streaming,
-        )
+        origin, data, streaming = Origin.of(model), data or train.data, train.streaming
+        precision = precision or train.mixed_precision
     c, dataset = model.config, origin.dataset
     test = load_test(
         dataset, data, limit=limit, device=device, spec=origin.spec(c), classes=origin.classes, streaming=streaming,
@@ -105,7 +109,7 @@ def evaluate(
         "run": str(run),
         "dataset": dataset,
         "model": model.config.to_dict(),
-        "mixed_precision": precision,
+        "mixed_precision": precision or "no",
         "images": len(test),
         "unread": len(test) - len(labels),  # they count as wrong
         "tested_on": test.split,
@@ -245,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--pack", type=Path, metavar="OUT", help="also pack the run into this file, and check its logits")
     p.add_argument("--mirror", action="store_true", help="also the accuracy of logits averaged with the mirror image's")
+    p.add_argument("--mixed-precision", choices=("no", "bf16"), help="default: as in training; no, of packed networks")
     p.add_argument("--image", type=Path, metavar="FILE", help="with a packed file: only classify this picture")
     p.add_argument("--stream", type=Path, metavar="FILE", help="only follow this recording (.aedat, .npy, .npz)")
     p.add_argument(
@@ -290,6 +295,7 @@ def answer(args: Namespace, command: str, given: list[str]) -> None:
         result = evaluate(
             args.run, args.data, args.limit, args.batch_size, args.count_batches, device, args.pack, args.workers,
             {name: value for name in COLUMNS if (value := getattr(args, name)) is not None}, args.mirror,
+            args.mixed_precision,
         )  # fmt: skip
         if args.json is not None:  # first: it is kept where nobody reads what is printed
             written = {"command": command, **without_places(result)}

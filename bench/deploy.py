@@ -103,6 +103,18 @@ class Compiled(nn.Module):
         return torch.from_numpy(self.compiled[x.shape](x.numpy(), share_outputs=False)[0])
 
 
+class InBf16(nn.Module):
+    """A packed network whose spikes are bf16."""
+
+    def __init__(self, packed: PackedModel):
+        super().__init__()
+        self.packed, self.config = packed, packed.config
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.packed(x)
+
+
 @torch.inference_mode()
 def run(net: nn.Module, x: Tensor) -> Tensor:
     empf.reset(net)

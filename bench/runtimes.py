@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for bench.*, where this fi
 from bench import deploy
 from bench.deploy import ONNX_RUNTIME, OPENVINO, RUNTIMES
 from bench.machine import machine, spread
+from empf.deploy.cpu_conv import multiplies_bf16
 from empf.figures import GREEN, GREY, ORANGE, WIDTH, plain_log, pyplot, save_figure
 from empf.kernels import native
 from empf.machine import installed
 from empf.models import ModelConfig
 
 OUT = Path(__file__).parent / "results" / "runtimes.json"
-SPIKES = {"float": None, "4-bit": 4}
+SPIKES = {"float": None, "bf16": None, "4-bit": 4}  # bf16: those of packed, the others compute in fp32
 CELL = ("spikes", "width", "threads", "batch")
 COLOURS = {"model": GREY, ONNX_RUNTIME: ORANGE, OPENVINO: GREEN}
 TOLERANCE = 1e-3  # of logits; 4-bit spikes may take the next code where sums are rounded otherwise
@@ -55,6 +56,8 @@ def measure(paths: dict[str, Path], about: dict, batches: list[int], rounds: int
     differ = differences(nets)
     if about["spikes"] == "float" and max(differ.values()) > TOLERANCE:
         raise SystemExit(f"error: the logits are not those of the packed network, nothing was timed: {differ}")
+    if about["spikes"] == "bf16":
+        nets["packed"] = deploy.InBf16(nets["packed"])
     rows = []
     for batch in batches:
         found = deploy.measure_times(nets, "cpu", batch, max(3, rounds // (1 + batch // 8)))
@@ -169,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         before = json.loads(args.json.read_text())
         if before["machine"]["commit"] == about["commit"]:
             result.update(rows=before["rows"], first=before["first"])
-    cells = list(product(args.widths, SPIKES, args.threads))
+    cells = list(product(args.widths, [s for s in SPIKES if s != "bf16" or multiplies_bf16()], args.threads))
 
     def keep(kind: str, rows: list[dict]) -> None:
         result[kind] = sorted(result[kind] + rows, key=lambda row: tuple(row[name] for name in CELL if name in row))
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             if kind == "rows" and missing:
                 keep(kind, rows := measure(prepared(files, spikes, width, args.image_size), this, missing, args.rounds))
                 print(table(rows), flush=True)
-            if kind == "first" and args.repeats and not same and threads == max(args.threads):
+            if kind == "first" and args.repeats and not same and threads == max(args.threads) and spikes != "bf16":
                 row = measure_first(prepared(files, spikes, width, args.image_size), this, args.repeats)
                 keep(kind, [row])
                 print(table_of_first([row]), flush=True)

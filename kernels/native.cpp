@@ -23,7 +23,7 @@ enum Type { F32, BF16, CODES };
 const int MORE = 4;
 
 struct Term {
-    const void *y;              // (k, n) of the type of x
+    const void *y;              // (k, n)
     const float *gain, *shift;  // (k, period), or null: y itself
     long step;                  // numbers from a time step to the next
 };
@@ -35,9 +35,10 @@ struct Layer {
     const float *gain, *shift;              // (k, period) of the potential, or null
     float *v_out;                           // (n) or null
     void *out;                              // (k, n)
+    void *sum;                              // (k, n) or null: the current
     long k, n, period;                      // period: a multiple of LANES after which the channels repeat
     float inverse, top, step;               // top > 0: code = floor(min(s * inverse + 1/2, top)), spike = code * step
-    int terms, of_x, of_out;                // terms: how many `more`; types
+    int terms, of_x, of_more, of_out, of_sum;  // terms: how many `more`; types
 };
 
 template <class V> struct Of;  // the vectors of as many numbers as V
@@ -88,12 +89,13 @@ template <class V, int X, int OUT> inline void fire(const Layer &a, long i) {
     V v = a.v_in ? load<V>(a.v_in + i) : zero;
     for (long t = 0; t < a.k; t++) {
         auto of_step = [&](const float *values) { return load<V>(values + t * a.period + lane); };
-        auto term = [&](const Term &x) {
-            const V y = load<V>(x.y, t * x.step + i, X);
+        auto term = [&](const Term &x, int type) {
+            const V y = load<V>(x.y, t * x.step + i, type);
             return x.gain ? y * of_step(x.gain) + of_step(x.shift) : y;
         };
-        V m = term(a.x), s;
-        for (int j = 0; j < a.terms; j++) m = term(a.more[j]) + m;
+        V m = term(a.x, X), s;
+        for (int j = 0; j < a.terms; j++) m = term(a.more[j], a.of_more) + m;
+        if (a.sum) store<V>(m, a.sum, t * a.n + i, a.of_sum);
         if (a.leak && (t || a.v_in)) m = m + of_step(a.leak) * v;
         if (a.gain) m = m * of_step(a.gain) + of_step(a.shift);
         s = m;
@@ -172,6 +174,7 @@ extern "C" void neuron(const Layer *layer, int threads) {
     if (a.of_x == F32 && a.of_out == CODES) fire_all<F32, CODES>(a, threads);
     if (a.of_x == BF16 && a.of_out == F32) fire_all<BF16, F32>(a, threads);
     if (a.of_x == BF16 && a.of_out == BF16) fire_all<BF16, BF16>(a, threads);
+    if (a.of_x == BF16 && a.of_out == CODES) fire_all<BF16, CODES>(a, threads);
 }
 
 extern "C" void neuron_backward(const Gradient *gradient, int threads) {

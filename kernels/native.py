@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -34,27 +35,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # uint8: the code
 MORE = 4  # terms of a current besides the first
 
 
-class Term(ctypes.Structure):
-    """As in native.cpp, as the next two."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("y", "gain", "shift")), ("step", ctypes.c_long))
-
-
-class Layer(ctypes.Structure):
-    _fields_ = (
-        ("x", Term), ("more", Term * MORE),
-        *((name, ctypes.c_void_p) for name in ("v_in", "leak", "threshold", "gain", "shift", "v_out", "out")),
-        *((name, ctypes.c_long) for name in ("k", "n", "period")),
-        *((name, ctypes.c_float) for name in ("inverse", "top", "step")),
-        *((name, ctypes.c_int) for name in ("terms", "of_x", "of_out")),
-    )  # fmt: skip
-
-
-class Gradient(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("d", "s", "v", "sums")),
-        *((name, ctypes.c_long) for name in ("n", "period")), ("top", ctypes.c_float), ("type", ctypes.c_int),
-    )  # fmt: skip
+# The structures of native.cpp: ctypes would take several times as long to fill them
+LAYER = struct.Struct(f"{(1 + MORE) * '3Pl'} 8P 3l 3f 5i")
+GRADIENT = struct.Struct("4P 2l fi")
+NO_TERM = (0, 0, 0, 0)
 
 
 def cache_folder() -> Path:
@@ -101,14 +85,19 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def ready() -> bool:
+    """Whether there is anything of `fire`: not where torch traces or differentiates."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed()) and library() is not None
+
+
 def runs(x: Tensor, per_channel: bool) -> bool:
-    """Whether `fire` can be had of the current x (k, N, C, ...): not where torch traces or differentiates."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed() or not x.is_cpu:
+    """Whether `fire` can be had of the current x (k, N, C, ...)."""
+    if not x.is_cpu or not ready():
         return False
     laid_out = is_channels_last(x)
     channels_in_order = laid_out or not per_channel or x.dim() == 3
     number = x.dtype in (torch.float32, torch.bfloat16)
-    return number and laid_out is not None and channels_in_order and library() is not None
+    return number and laid_out is not None and channels_in_order
 
 
 def table(parameters: Sequence[Tensor | None], steps: int, channels: int = 1) -> list[Tensor | None]:
@@ -120,8 +109,14 @@ def table(parameters: Sequence[Tensor | None], steps: int, channels: int = 1) ->
     return [None if p is None else p.repeat(1, period // p.shape[1]).contiguous() for p in found]
 
 
-def at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def empty_like_current(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`empty_like_steps` of a current that `runs` says yes to."""
+    dense = x.stride(0) == x.numel() // x.shape[0]
+    return torch.empty_like(x, dtype=dtype) if dense else empty_like_steps(x, dtype)
 
 
 def threads(numbers: int) -> int:
@@ -132,27 +127,30 @@ def fire(
     x: Tensor, v: Tensor | None, parameters: Sequence[Tensor | None], *, potential: bool,
     current: Sequence[Tensor | None] = (None, None), more: Sequence[tuple[Tensor, Tensor | None, Tensor | None]] = (),
     bits: int | None = None, step: float = 1.0, codes: bool = False, out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """k steps of a relu neuron: (spikes of the type of x, or `codes` as uint8; v after them, if it is wanted).
 
     parameters: leak, threshold, gain and shift of the potential, as `table` returned them, without leak for neurons
     without state; without threshold the current itself is put out. current: gain and shift of x; more: what is added to
-    it, (y, gain, shift) of the type, shape and layout of x. out: (k, N, C, ...) laid out as x, fp32 or of the type of
-    x; it may be one of `more`. x: such that `runs` says yes.
+    it, (y, gain, shift), all fp32 or bf16, of the shape and layout of x. out: (k, N, C, ...) laid out as x; it may be
+    one of `more`. total: as `out`, where the current goes besides. x: such that `runs` says yes.
     """
+    k, n, kind = x.shape[0], x.numel() // x.shape[0], x.dtype
     if out is None:
-        out = empty_like_steps(x, torch.uint8 if codes else x.dtype)
+        out = empty_like_current(x, torch.uint8 if codes else kind)
     v_out = empty_like_steps(x, torch.float32, one_step=True) if potential else None
     v_in = None if v is None or parameters[0] is None else lay_out_like(v[None].float(), x)
-    k, n = len(x), x[0].numel()
     period = next(p.shape[1] for p in (*parameters, *current) if p is not None)
     rounding = (0.0, 0.0, 0.0) if bits is None else (1 / step, 2**bits - 0.5, step)
-    first, *others = (Term(*map(at, term), term[0].stride(0)) for term in ((x, *current), *more))
-    layer = Layer(
-        first, (Term * MORE)(*others), at(v_in), *map(at, parameters), at(v_out), at(out), k, n, period, *rounding,
-        len(more), TYPES[x.dtype], TYPES[out.dtype],
+    terms = [number for y, *norm in more for number in (at(y), *map(at, norm), y.stride(0))]
+    layer = LAYER.pack(
+        at(x), *map(at, current), x.stride(0), *terms, *NO_TERM * (MORE - len(more)),
+        at(v_in), *map(at, parameters), at(v_out), at(out), at(total), k, n, period, *rounding,
+        len(more), TYPES[kind], TYPES[more[0][0].dtype] if more else 0, TYPES[out.dtype],
+        0 if total is None else TYPES[total.dtype],
     )  # fmt: skip
-    library().neuron(ctypes.byref(layer), threads(k * n))
+    library().neuron(layer, threads(k * n))
     return out, v_out
 
 
@@ -166,6 +164,6 @@ def fire_backward(d: Tensor, s: Tensor, v: Tensor | None, channels: int, top: fl
     period = math.lcm(channels, library().lanes())
     sums = torch.zeros(2, period, dtype=torch.float64)
     top = math.inf if top is None else top
-    layer = Gradient(at(d), at(s), at(v), at(sums), s.numel(), period, top, TYPES[s.dtype])
-    library().neuron_backward(ctypes.byref(layer), threads(s.numel()))
+    layer = GRADIENT.pack(at(d), at(s), at(v), at(sums), s.numel(), period, top, TYPES[s.dtype])
+    library().neuron_backward(layer, threads(s.numel()))
     return sums.view(2, -1, channels).sum(1)

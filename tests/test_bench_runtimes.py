@@ -39,6 +39,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(deploy, "measure_times", times)
     monkeypatch.setattr(deploy, "in_fresh_process", alone)
     monkeypatch.setattr(runtimes, "differences", lambda nets: dict.fromkeys(NAMES[1:], 1e-6))
+    monkeypatch.setattr(runtimes, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(runtimes, "installed", lambda name: "1.0")
     monkeypatch.setattr(runtimes.torch, "set_num_threads", lambda threads: None)
     return asked
@@ -65,6 +66,18 @@ def test_what_is_there_is_not_measured_again(measured, tmp_path, capsys):
     assert (tmp_path / "found.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "0.50 (0.46 to 0.56)" in printed and "0.25 (0.23 to 0.28)" in printed
+
+
+def test_spikes_in_bf16_have_their_own_cells(measured, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtimes, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(deploy, "InBf16", asked.append)
+    flags = ["--widths", "0.125", "--batches", "1", "--threads", "1", "--json", str(tmp_path / "found.json")]
+    runtimes.main([*flags, "--repeats", "1"])
+    assert asked == ["packed"] and len(measured["timed"]) == 3
+    result = json.loads((tmp_path / "found.json").read_text())
+    kinds = [[row["spikes"] for row in result[part]] for part in ("rows", "first")]
+    assert kinds == [["4-bit", "bf16", "float"], ["4-bit", "float"]]
 
 
 def test_other_logits_are_not_timed(measured, tmp_path, monkeypatch):

@@ -40,6 +40,34 @@ def test_a_torch_whose_operators_differ_is_noticed(monkeypatch):
         cpu_conv._right.cache_clear()
 
 
+@pytest.fixture
+def asked_anew():
+    cpu_conv.multiplies_bf16.cache_clear()
+    yield
+    cpu_conv.multiplies_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("missing", ["instructions", "compiler", "operator", "right sums"])
+def test_bf16_needs_instructions_a_compiler_and_an_operator(missing, asked_anew, monkeypatch):
+    if missing == "instructions":
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    elif missing == "compiler":
+        monkeypatch.setattr(cpu_conv.native, "library", lambda: None)
+    elif missing == "operator":
+        monkeypatch.setattr(cpu_conv, "available", lambda: False)
+    else:
+        monkeypatch.setattr(FloatConv, "__call__", lambda self, x, bias: torch.zeros(1, 2, 4, 4, dtype=x.dtype))
+    assert not cpu_conv.multiplies_bf16()
+
+
+def test_under_autocast_the_answers_are_the_same(asked_anew):
+    wanted = cpu_conv.available(), cpu_conv.multiplies_bf16()
+    for answer in (cpu_conv._right, cpu_conv.multiplies_bf16):
+        answer.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (cpu_conv.available(), cpu_conv.multiplies_bf16()) == wanted
+
+
 def test_a_graph_that_is_traced_holds_ordinary_convolutions(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not cpu_conv.available()

@@ -11,6 +11,8 @@ from deploy_tools import logits, trained
 from PIL import Image
 
 import empf
+import eval
+from empf.deploy import cpu_conv
 from empf.deploy.origin import Origin
 from empf.deploy.pack import load_packed, pack, pack_to_file
 from empf.runs import save_config, save_results
@@ -193,6 +195,18 @@ def test_a_network_of_the_library_is_evaluated_by_its_name(tmp_path, capsys):
     capsys.readouterr()
     run_eval("digits-resnet18", "--image", tmp_path / "digit.png")
     assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_a_packed_network_in_bf16(packed, tmp_path, monkeypatch, capsys):
+    flags = (packed[0], "--limit", "96", "--mixed-precision", "bf16")
+    if cpu_conv.multiplies_bf16():
+        run_eval(*flags, "--json", tmp_path / "bf16.json")
+        found = json.loads((tmp_path / "bf16.json").read_text())
+        assert found["mixed_precision"] == "bf16"
+        assert found["accuracy"] == pytest.approx(packed[1]["accuracy"], abs=2)
+    monkeypatch.setattr(eval, "multiplies_bf16", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CPU that multiplies bf16 .* on cpu here leave it out"):
+        run_eval(*flags)
 
 
 def test_mirrored_digits_are_refused():

@@ -80,6 +80,31 @@ def test_it_goes_on_from_a_potential_and_takes_a_current_that_stands_still():
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (1, 24, 5, 7)])
+def test_it_adds_up_a_current_of_bf16_and_fp32_and_puts_it_out(shape):
+    (x, parameters), (residual, _) = (case(3, shape, False, False, False, last=True) for _ in range(2))
+    residual, x = residual.flip(1), x.bfloat16()
+    gain, shift = torch.randn(2, 3, shape[1])
+    with torch.no_grad():
+        total, out = torch.empty_like(residual), torch.empty_like(x)
+        _, v = native.fire(
+            x, None, native.table(parameters, 3, shape[1]), potential=True, current=native.table((gain, shift), 3),
+            more=((residual, None, None),), out=out, total=total,
+        )  # fmt: skip
+    lanes = (p.view(3, 1, -1, 1, 1) for p in (gain, shift))
+    torch.testing.assert_close(total, x.float() * next(lanes) + next(lanes) + residual, rtol=1e-6, atol=1e-6)
+    steps, wanted_v = neuron_steps(total, None, NeuronParams(*parameters[:2]))
+    torch.testing.assert_close(out, torch.stack(list(steps)).bfloat16(), rtol=1 / 128, atol=1e-6)
+    torch.testing.assert_close(v, wanted_v, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        codes, _ = native.fire(x, None, native.table(parameters, 3), potential=False, bits=2, step=0.25, codes=True)
+        same, _ = native.fire(
+            x.float(), None, native.table(parameters, 3), potential=False, bits=2, step=0.25, codes=True
+        )
+    assert torch.equal(codes, same) and codes.max() == 3
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", (1, 2))
 def test_a_large_current_in_threads(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

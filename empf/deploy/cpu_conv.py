@@ -1,11 +1,13 @@
 """Convolutions on the CPU with weights that oneDNN has laid out once, not in each call.
 
-    x        (N, C, H, W)    fp32, or uint8 codes that stand for code * step; channels_last is the fast layout
-    weight   (O, C, kh, kw)  fp32 for fp32 x; int8 signs with `scale` (O,) for codes
-    y        (N, O, OH, OW)  fp32, channels_last: conv(x, weight) + bias, or scale * step * conv(codes, weight) + bias
+    x        (N, C, H, W)    fp32, bf16, or uint8 codes that stand for code * step; channels_last is the fast layout
+    weight   (O, C, kh, kw)  of the type of x; int8 signs with `scale` (O,) for codes
+    y        (N, O, OH, OW)  channels_last: conv(x, weight) + bias in the type of x; fp32 of codes, then it is
+                             scale * step * conv(codes, weight) + bias
 
-Sums of codes are exact int32. torch has no public function for either, so these are the operators that its compiler
-emits for frozen networks; `available` says whether they are there and do what they are meant to do.
+Sums of codes are exact int32, those of bf16 are rounded once. torch has no public function for either, so these are the
+operators that its compiler emits for frozen networks; `available` says whether they are there and do what they are
+meant to do.
 """
 
 from functools import cache
@@ -13,6 +15,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from empf.kernels import native
 
 
 def available() -> bool:
@@ -37,15 +41,26 @@ def _right() -> bool:
     return torch.equal(floats, wanted) and torch.equal(integers, wanted)
 
 
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for bf16, and a convolution and a neuron that use them are at hand."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    if not known or not available() or native.library() is None:
+        return False
+    x, weight = torch.arange(32.0).view(1, 2, 4, 4), torch.tensor([[1.0, -1.0], [1.0, 0.0]]).view(2, 2, 1, 1)
+    found = FloatConv(weight.bfloat16(), 1, 0, x.bfloat16())(x.bfloat16(), None)
+    return found.dtype == torch.bfloat16 and torch.equal(found.float(), F.conv2d(x, weight))
+
+
 class FloatConv:
-    """Convolution of fp32 x; `x`: an input of the size to expect, others are only slower."""
+    """Convolution of fp32 or bf16 x; `x`: an input of the size to expect, others are only slower."""
 
     def __init__(self, weight: Tensor, stride: int, padding: int, x: Tensor):
         self.place = [padding] * 2, [stride] * 2, [1, 1], 1  # dilation, groups
         self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *self.place, list(x.shape))
 
-    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, bias, *self.place, "none", [], "")
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, bias, *self.place, "none", [], "")
 
 
 class CodeConv:

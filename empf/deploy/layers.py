@@ -13,30 +13,25 @@ arXiv 2410.07547, sec. 4
 """
 
 import copy
+import math
 from itertools import repeat
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from empf.deploy import cpu_conv
-from empf.deploy.cpu_conv import CodeConv, FloatConv
+from empf.deploy.filters import Filter, Summands
 from empf.deploy.lazy import Product, Spikes, plain
 from empf.kernels import backend, native
-from empf.kernels.conv import binary_conv2d
 from empf.kernels.conv_neuron import binary_conv2d_neuron
-from empf.kernels.matmul import binary_matmul
 from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, neuron_update
 from empf.kernels.neuron_cpu import fire_steps, per_channel, rounded
-from empf.kernels.pack import PackedWeight, signs, weights_per_word
 from empf.kernels.pack import pack as pack_weight
+from empf.kernels.pack import weights_per_word
 from empf.kernels.steps import empty_like_steps, stack_steps
 from empf.layer import Current, StepBatchNorm, plus
 from empf.neuron import EMPFNeuron, LIFNeuron, StatefulNeuron, lif_step
 from empf.synapse import QuantizedWeight, quantize_weight
-
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 
 
 class PackedPart(nn.Module):
@@ -74,7 +69,8 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         self.activation = "relu" if self.lif else neuron.activation
         self.spike_bits = 1 if self.lif else neuron.spike_bits
         self.spike_step = 1.0 if self.lif else None if self.spike_bits is None else neuron.spike_step
-        self.keeps = False  # whether somebody else reads the current, which the kernels then write as well
+        self.keeps = False  # whether somebody else reads the current, which is then written as well
+        self.bf16 = False  # whether spikes are put out in bf16
         gain, shift = (None, None) if self.lif else neuron.folded_norm()
         values = dict(leak=None if self.parallel else neuron.leak, threshold=neuron.threshold, gain=gain, shift=shift)
         for name, value in values.items():
@@ -82,6 +78,13 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         self.per_channel = any(value is not None and value.dim() == 2 for value in values.values())
         self.fill(**values)
         self.forget()
+
+    def __setattr__(self, name: str, value) -> None:
+        """torch asks of each attribute whether it is a part of the module; the state is none, and changes often."""
+        if name in ("v", "t"):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         kind = "lif" if self.lif else "parallel" if self.parallel else "vanilla"
@@ -104,15 +107,15 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         found = (self.leak, self.threshold, self.gain, self.shift)
         return tuple(None if p is None else self.of_steps(p, steps) for p in found)
 
-    def laid_out(self, steps: slice, dims: int | None) -> list:
+    def laid_out(self, steps: slice, dims: int | None, channels: int = 1) -> list:
         """What `fire_steps` wants of these steps with `dims` axes, or native.fire (None); kept for the next call."""
         if self.T is None:  # all steps have the same
             steps = slice(0, steps.stop - steps.start)
-        key = (steps.start, steps.stop, dims)
+        key = (steps.start, steps.stop, dims, channels)
         if key not in self._laid_out:
             found = self.parameters_of(steps)
             if dims is None:
-                self._laid_out[key] = native.table(found, steps.stop - steps.start)
+                self._laid_out[key] = native.table(found, steps.stop - steps.start, channels)
             else:
                 rows = zip(*(repeat(None) if p is None else p for p in (*found, None, None)), strict=False)
                 self._laid_out[key] = [tuple(None if p is None else per_channel(p, dims) for p in row) for row in rows]
@@ -120,14 +123,20 @@ class PackedNeuron(StatefulNeuron, PackedPart):
 
     def forward(self, current: Tensor) -> Tensor:
         if not self.fusible or backend(self.threshold.device) == "torch":
-            x = plain(current)
+            summands = self.summands(current)
+            x = plain(current) if summands is None else summands.y
             steps = self.advance(x)
-            spikes, v = self.plain_steps(x, steps)
+            if summands is None:
+                spikes, v = self.plain_steps(x, steps)
+            else:
+                spikes, v = self.with_summands(current, summands, steps)
         else:
             steps = self.advance(current)
             spikes, v = self.on_kernels(current, steps)
         self.v = v if self.stays(steps) else None
-        return spikes if self.spike_bits is None else Spikes(spikes, self.spike_step, 2**self.spike_bits - 1)
+        if self.spike_bits is not None:
+            return Spikes(spikes, self.spike_step, 2**self.spike_bits - 1)
+        return Spikes(spikes, 1.0, math.inf) if self.bf16 and spikes.dtype == torch.bfloat16 else spikes
 
     def stays(self, steps: slice) -> bool:
         """Whether somebody needs the potential after these steps: after the last one nobody does."""
@@ -157,16 +166,40 @@ class PackedNeuron(StatefulNeuron, PackedPart):
             product.neuron = self
         return outputs[:2]
 
+    def summands(self, current: Tensor) -> Summands | None:
+        """What the compiled neuron adds up to the current; None where it finds it added up, or is not there."""
+        ready = self.fusible and isinstance(current, Product) and current.taken_by_neuron and native.ready()
+        return current.synapse.filter(current.norm).summands(current) if ready else None
+
+    def with_summands(self, product: Product, summands: Summands, steps: slice) -> tuple[Tensor, Tensor | None]:
+        """(spikes or codes, v); what is added to the product is added on the way."""
+        y, norm, residual = summands
+        total = None
+        if norm is None and residual is None:
+            product.settle(y)
+        elif self.keeps:
+            total = native.empty_like_current(y, torch.float32)
+        else:
+            product.neuron = self
+        found = self.compiled(y, steps, 1 if norm is None else y.shape[2], total=total, **summands.added())
+        if total is not None:
+            product.settle(total)
+        return found
+
+    def compiled(self, x: Tensor, steps: slice, channels: int = 1, **added) -> tuple[Tensor, Tensor | None]:
+        """(spikes or codes, v) by `native.fire`."""
+        kind = torch.uint8 if self.spike_bits is not None else torch.bfloat16 if self.bf16 else torch.float32
+        return native.fire(
+            x, self.v, self.laid_out(steps, None, channels), potential=self.stays(steps), bits=self.spike_bits,
+            step=self.spike_step, out=native.empty_like_current(x, kind), **added,
+        )  # fmt: skip
+
     def plain_steps(self, x: Tensor, steps: slice) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v) of (k, N, C, ...) without kernels."""
         dtype, x = x.dtype, x if x.dtype == torch.float32 else x.float()
         if self.fusible and native.runs(x, self.per_channel):
-            coded = self.spike_bits is not None
-            spikes, v = native.fire(
-                x, self.v, self.laid_out(steps, None), potential=self.stays(steps), bits=self.spike_bits,
-                step=self.spike_step, codes=coded,
-            )  # fmt: skip
-            return spikes if coded else spikes.to(dtype), v
+            spikes, v = self.compiled(x, steps)
+            return spikes if self.bf16 or self.spike_bits is not None else spikes.to(dtype), v
         # in an exported graph, writing into slices would become a scatter per step
         if self.fusible and not torch.compiler.is_exporting():
             v, spikes = None if self.parallel else self.v, empty_like_steps(x, torch.float32)
@@ -230,7 +263,7 @@ class PackedSynapse(PackedPart):
             place += f", dilation={self.dilation}, groups={self.groups}"
         return f"{'x'.join(map(str, self.shape))}, kind={self.kind}{place}"
 
-    def filter(self, norm: "PackedNorm | None") -> "Filter":
+    def filter(self, norm: "PackedNorm | None") -> Filter:
         """What is computed with; kept for the next call."""
         if norm not in self._filters or norm is not None and self._filters[norm].norm_version != norm.version:
             self._filters[norm] = Filter(self, norm)
@@ -249,7 +282,8 @@ class PackedSynapse(PackedPart):
         step = None
         if isinstance(x, Spikes) and x.unchanged:
             fast = x.top < 128 and backend(x.codes.device) != "torch"  # tensor cores read int8 faster than uint8
-            x, step = x.codes.view(torch.int8) if fast else x.codes, x.step
+            if not x.in_bf16 or self.plane:
+                x, step = x.codes.view(torch.int8) if fast else x.codes, x.step
         x = plain(x)
         shape = x.shape
         lead = tuple(shape[: len(shape) - self.dims - 1])
@@ -269,67 +303,6 @@ class PackedSynapse(PackedPart):
             return self.shape[:1]
         places = zip(size, self.shape[2:], self.stride, self.padding, self.dilation, strict=True)
         return self.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in places)
-
-
-class Filter:
-    """A packed synapse with the norm behind it folded in, ready to be computed with: x (M, ...) -> y (M, ...)."""
-
-    def __init__(self, synapse: PackedSynapse, norm: "PackedNorm | None"):
-        self.synapse, self.norm_version = synapse, None if norm is None else norm.version
-        scale, bias = synapse.scale, synapse.bias
-        if norm is not None:
-            gain, shift = norm.gain.double(), norm.shift.double()
-            bias = (shift if bias is None else shift + gain * bias).float()
-            scale = (gain * scale).float()
-        self.bias = torch.zeros_like(scale) if bias is None else bias
-        self.scale = scale
-        self.weight = PackedWeight(synapse.bits, scale, synapse.shape, synapse.kind)
-        self._dense: dict[torch.dtype, Tensor] = {}
-        self._laid_out: dict[float | None, FloatConv | CodeConv] = {}
-
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dense weights for x of this type: with the scale for floats, the signs alone for codes."""
-        weight = signs(self.weight).float()
-        if dtype != torch.uint8:
-            weight = (weight * self.scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
-        return weight
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """`unpacked`, kept for the next call."""
-        if dtype not in self._dense:
-            self._dense[dtype] = self.unpacked(dtype)
-        return self._dense[dtype]
-
-    def laid_out(self, x: Tensor, step: float | None) -> FloatConv | CodeConv:
-        """The convolution of x (N, C, H, W) on the CPU, with its weights; kept for the next call."""
-        if step not in self._laid_out:
-            place = self.synapse.place
-            if step is None:
-                made = FloatConv(self.unpacked(x.dtype), **place, x=x)
-            else:
-                made = CodeConv(signs(self.weight), self.scale, **place, x=x, step=step)
-            self._laid_out[step] = made
-        return self._laid_out[step]
-
-    def __call__(self, x: Tensor, step: float | None) -> Tensor:
-        synapse = self.synapse
-        if (synapse.plane or not synapse.dims) and backend(x.device) != "torch":
-            run = binary_conv2d if synapse.dims else binary_matmul
-            return run(x, self.weight, bias=self.bias, step=step, **synapse.place)
-        if synapse.plane and x.is_cpu and x.dtype in (torch.float32, torch.uint8) and cpu_conv.available():
-            return self.laid_out(x, step)(x, self.bias)
-        weight = self.dense(x.dtype)
-        if step is None:
-            return self.product(x, weight, self.bias.to(x.dtype))
-        sums = self.product(x.float(), weight)  # integers below 2^24: exact in fp32
-        like = (-1, *[1] * synapse.dims)
-        return torch.addcmul(self.bias.view(like), sums, (self.scale * step).view(like))
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        s = self.synapse
-        if not s.dims:
-            return F.linear(x, weight, bias)
-        return CONVOLUTIONS[s.dims](x, weight, bias, s.stride, s.padding, s.dilation, s.groups)
 
 
 class PackedNorm(PackedPart):

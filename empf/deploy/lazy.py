@@ -1,7 +1,7 @@
 """Tensors of a packed network that are not computed yet: products that nobody has taken, spikes that are still codes.
 
     Product   y = scale * conv(x, sign) + bias, and what came behind it: a folded normalisation, a current to be added
-    Spikes    code * step, code uint8
+    Spikes    code * step, code uint8; or bf16 numbers, with step 1
 
 Any function of torch, and so any network, may be given one: it then reads `value`, which is computed once. Only what
 knows better takes the parts: a packed synapse reads codes, a normalisation folds itself into a product that is not
@@ -74,7 +74,7 @@ def plain(x):
 
 
 class Spikes(Lazy):
-    """Codes of value code * step (uint8, at most `top`), which read as floats."""
+    """Codes of value code * step (uint8, at most `top`), or numbers in bf16, which read as fp32."""
 
     @staticmethod
     def __new__(cls, codes: Tensor, step: float, top: int):
@@ -85,7 +85,11 @@ class Spikes(Lazy):
         self._value: Tensor | None = None
 
     def _compute(self) -> Tensor:
-        return self.codes * self.step
+        return self.codes.float() if self.in_bf16 else self.codes * self.step
+
+    @property
+    def in_bf16(self) -> bool:
+        return self.codes.dtype == torch.bfloat16
 
     @property
     def unchanged(self) -> bool:
@@ -94,6 +98,8 @@ class Spikes(Lazy):
 
     def _lazily(self, func, args, kwargs) -> "Lazy | None":
         if func in FLATTEN or func in UNFLATTEN or func in RESHAPE:
+            return Spikes(func(self.codes, *args[1:], **kwargs), self.step, self.top)
+        if func is F.avg_pool2d and self.in_bf16:
             return Spikes(func(self.codes, *args[1:], **kwargs), self.step, self.top)
         if func is F.avg_pool2d and self.top * 4 < 256:
             codes = sums_of_four(self.codes, *args[1:], **kwargs)  # their average in units of step / 4
@@ -117,8 +123,9 @@ def sums_of_four(
 class Product(Lazy):
     """What a packed synapse makes of x, normalised by `norm`, plus `residual`; nothing of it is computed yet.
 
-    x (M, ...) folded, floats or codes with their `step`; the output is (*lead, *rest), where `lead` makes M in all: it
-    may be reshaped as long as the channels (`rest[0]`, of a linear layer the last dimension) stay where they are.
+    x (M, ...) folded, floats or codes with their `step` (1 for spikes in bf16); the output is (*lead, *rest), where
+    `lead` makes M in all: it may be reshaped as long as the channels (`rest[0]`, of a linear layer the last dimension)
+    stay where they are.
     """
 
     @staticmethod
@@ -132,6 +139,11 @@ class Product(Lazy):
         self.versions = version(x), version(residual)
         self.neuron = None  # which took this product without its sum
         self._value: Tensor | None = None
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether x are spikes in bf16."""
+        return self.step is not None and self.x.dtype == torch.bfloat16
 
     @property
     def bare(self) -> bool:
@@ -158,11 +170,16 @@ class Product(Lazy):
 
     def _compute(self) -> Tensor:
         self.check()
+        kernel = self.synapse.filter(self.norm)
         if self.neuron is not None:
             self.neuron.keeps = True  # next time it is not computed twice
-        y = self.synapse.filter(self.norm)(self.x, self.step).view(*self.lead, *self.rest)
-        if self.residual is not None:
-            y += plain(self.residual)
+        if self.neuron is not None and self.in_bf16:
+            y = kernel.added_up(self)
+        else:  # of spikes in bf16, what no neuron takes is computed in fp32
+            x, step = (self.x.float(), None) if self.in_bf16 else (self.x, self.step)
+            y = kernel(x, step).view(*self.lead, *self.rest)
+            if self.residual is not None:
+                y += plain(self.residual)
         self.settle(y)
         return y
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from empf.checks import check_device, check_input, network
 from empf.deploy import file as packed_file
+from empf.deploy.cpu_conv import multiplies_bf16
 from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
 from empf.deploy.lazy import plain
 from empf.deploy.origin import Origin
@@ -103,11 +104,31 @@ class PackedModel(nn.Module):
 
         `packed(x, steps=k)`: the next k steps. `packed.reset()` comes before a new batch. x is normalised as `origin`
         says, or counts of events. Activations have the type of x: on a GPU, bfloat16 x is fastest; the logits are
-        float32. Raises ValueError for another shape, steps past T, or another batch size without a reset, TypeError
-        for integers.
+        float32. On a CPU, `torch.autocast("cpu", torch.bfloat16)` makes spikes and what neurons read of their products
+        bfloat16, where the processor multiplies that; all else stays float32. Raises ValueError for another shape,
+        steps past T, or another batch size without a reset, TypeError for integers.
         """
-        with nullcontext() if torch.compiler.is_compiling() else self.turn():
+        if torch.compiler.is_compiling():
             return self._run(x, *args, **kwargs)
+        with self.turn(), self.spikes_in_bf16(x):
+            return self._run(x, *args, **kwargs)
+
+    @contextmanager
+    def spikes_in_bf16(self, x: Tensor) -> Iterator[None]:
+        """Inside: as the autocast of the CPU asks for x of float32, which is off inside."""
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        if kind != torch.bfloat16 or not isinstance(x, Tensor) or not x.is_cpu or x.dtype != torch.float32:
+            yield
+            return
+        neurons = [vars(m) for m in self.stateful() if isinstance(m, PackedNeuron)] if multiplies_bf16() else []
+        try:
+            for neuron in neurons:
+                neuron["bf16"] = True
+            with torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            for neuron in neurons:
+                neuron["bf16"] = False
 
     def _run(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not self.single:
