@@ -249,7 +249,7 @@ def plot(runs: list[dict], file: Path) -> None:
         axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
         figure.suptitle(
             "Difference of the test accuracy to vanilla, online, one step (points)\n"
-            f"{SEEDS} pairs of runs with the same seed (grey), mean and 95 % interval"
+            f"{SEEDS} pairs of runs with the same seed (grey), mean and 95 % interval; without a dot: not run"
         )
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save_figure(plt, figure, file)

@@ -38,12 +38,6 @@ def test_the_state_is_worth_something_on_rows_of_digits(tmp_path):
     assert found["vanilla"]["last"][0] > found["parallel"]["last"][0] + 10
 
 
-def test_the_recorded_accuracy_is_what_was_promised():
-    found = json.loads((ROOT / "bench/results/sequence.json").read_text())
-    assert "--dataset japanese-vowels" in found["command"] and found["test"] == 370
-    assert all(len(runs["sum"]) == 3 and min(runs["last"] + runs["sum"]) > 90 for runs in found["accuracy"].values())
-
-
 def test_the_transformer_learns_and_names_its_products(tmp_path):
     out = run("transformer.py", "--iterations", "60", "--width", "32", cwd=tmp_path)
     assert float(out.split(" %")[0]) > 50

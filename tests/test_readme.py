@@ -115,7 +115,14 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         cells[row["spikes"]].append(row["packed_over"]["ONNX Runtime"]["median"])
     best = found("cifar100-best.json")
     minutes = sum(epoch["seconds"] for epoch in best["training"]["epochs"]) / 60
-    summed = [mean(kind["sum"]) for kind in found("sequence.json")["accuracy"].values()]
+    lines = (ROOT / "bench/results/state/runs.jsonl").read_text().splitlines()
+    sequences = [r for r in map(json.loads, lines) if not r["held_out"] and r["updates"] == 300]
+
+    def of(task: str, learning: str, answer: str) -> list[float]:
+        keys = [dict(task=task, learning=learning, neuron=n) for n in ("vanilla", "Mem-BN", "parallel", "LIF")]
+        return [mean(r[answer] for r in sequences if key.items() <= r.items()) for key in keys]
+
+    by_rows = zip(of("digits by rows", "random", "last"), of("digits by rows", "losses", "last"), strict=True)
     both = [
         f"{digits['accuracy'][-1]:.2f} % of {digits['images']} test images after 30 epochs; {seconds:.0f} s",
         f"{mean(accuracy):.1f} +- {stdev(accuracy):.1f} % of the 10,000 test images ({len(short)} seeds) in "
@@ -131,7 +138,10 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         f"{faster[1][0]:.1f} and {faster[1][1]:.1f} times",
         *(f"{median(over):.2f} ({min(over):.2f} to {max(over):.2f})" for over in cells.values()),
         f"{cosines[0]:.3f}", f"{cosines[1]:.3f}",
-        "vanilla {:.1f}, parallel {:.1f}, LIF {:.1f} %".format(*summed),
+        "vanilla {:.1f}, Mem-BN {:.1f}, parallel {:.1f}, LIF {:.1f} %".format(*of("speech", "random", "sum")),
+        "vanilla {} and {}, Mem-BN {} and {}, parallel {} and {}, LIF {} and {} %".format(
+            *(f"{accuracy:.1f}" for pair in by_rows for accuracy in pair)
+        ),
     ]  # fmt: skip
     return both, [
         f"{mean(of_first):.1f} +- {stdev(of_first):.1f} % of the 10,000 test images (3 seeds) in "
