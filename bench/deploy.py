@@ -79,17 +79,17 @@ class Session(nn.Module):
 class Compiled(nn.Module):
     """An exported file in OpenVINO, as Session, compiled for each shape when it comes: faster than for a free one.
 
-    It is asked to be as accurate as the others are: left to itself it takes bf16 where the processor has that.
+    It is asked to be as `accurate` as the others are: left to itself it takes bf16 where the processor has that.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accurate: bool = True):
         super().__init__()
         import openvino
 
         self.core = openvino.Core()
         self.core.set_property("CPU", {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
-            "EXECUTION_MODE_HINT": "ACCURACY",
+            "EXECUTION_MODE_HINT": "ACCURACY" if accurate else "PERFORMANCE",
         })  # fmt: skip
         self.network, self.compiled = self.core.read_model(path), {}
         *_, channels, size, _ = self.network.inputs[0].partial_shape

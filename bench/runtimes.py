@@ -28,7 +28,7 @@ from empf.machine import installed
 from empf.models import ModelConfig
 
 OUT = Path(__file__).parent / "results" / "runtimes.json"
-SPIKES = {"float": None, "bf16": None, "4-bit": 4}  # bf16: those of packed, the others compute in fp32
+SPIKES = {"float": None, "bf16": None, "4-bit": 4}  # bf16: those of packed, and OpenVINO; the others compute in fp32
 CELL = ("spikes", "width", "threads", "batch")
 COLOURS = {"model": GREY, ONNX_RUNTIME: ORANGE, OPENVINO: GREEN}
 TOLERANCE = 1e-3  # of logits; 4-bit spikes may take the next code where sums are rounded otherwise
@@ -40,7 +40,7 @@ def contenders() -> tuple[str, ...]:
 
 def prepared(folder: Path, spikes: str, width: float, size: int) -> dict[str, Path]:
     """The files of a network, which are made where they are missing."""
-    folder = folder / f"{spikes}-{width:g}-{size}"
+    folder = folder / f"{SPIKES[spikes] or 'float'}-{width:g}-{size}"  # the same for spikes in bf16
     if not (listed := folder / "paths.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         config = ModelConfig(num_classes=100, image_size=size, width=width, spike_bits=SPIKES[spikes])
@@ -58,6 +58,8 @@ def measure(paths: dict[str, Path], about: dict, batches: list[int], rounds: int
         raise SystemExit(f"error: the logits are not those of the packed network, nothing was timed: {differ}")
     if about["spikes"] == "bf16":
         nets["packed"] = deploy.InBf16(nets["packed"])
+        if OPENVINO in nets:
+            nets[OPENVINO] = deploy.Compiled(paths[OPENVINO], accurate=False)
     rows = []
     for batch in batches:
         found = deploy.measure_times(nets, "cpu", batch, max(3, rounds // (1 + batch // 8)))

@@ -72,9 +72,11 @@ def test_spikes_in_bf16_have_their_own_cells(measured, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(runtimes, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(deploy, "InBf16", asked.append)
+    monkeypatch.setattr(deploy, "Compiled", lambda path, accurate: asked.append(accurate))
     flags = ["--widths", "0.125", "--batches", "1", "--threads", "1", "--json", str(tmp_path / "found.json")]
     runtimes.main([*flags, "--repeats", "1"])
-    assert asked == ["packed"] and len(measured["timed"]) == 3
+    assert asked == ["packed", False] and len(measured["timed"]) == 3
+    assert measured["prepared"] == [(0.125, None), (0.125, 4)]
     result = json.loads((tmp_path / "found.json").read_text())
     kinds = [[row["spikes"] for row in result[part]] for part in ("rows", "first")]
     assert kinds == [["4-bit", "bf16", "float"], ["4-bit", "float"]]
