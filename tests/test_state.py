@@ -182,3 +182,32 @@ def test_the_network_resets_between_batches():
     state.backward(net, torch.rand(3, 4, 4), torch.arange(4) % 3, "random", 0, 0)
     empf.reset(net)
     assert net.neuron1.v is None
+
+
+def test_the_numbers_of_the_section_are_those_of_the_runs():
+    text = " ".join((state.Path(state.__file__).parents[1] / "docs/results.md").read_text().split())
+    runs = state.read(state.OUT)
+    kinds = state.kinds_of(runs)
+
+    def means(task, how, name, digits=0, neurons=("Mem-BN", "vanilla", "LIF", "parallel")):
+        return ", ".join(f"{kinds[task, 300][n, how].mean(name):.{digits}f}" for n in neurons)
+
+    tasks = ("digits by rows", "events, digit", "direction, one polarity", "digit, then noise")
+    for how, said in (
+        ("losses", "rows {}; digit from events {}; direction without polarity {}; digit, then noise {}."),
+        ("random", "rows {}; digit from events {}; direction {}; digit, then noise {}."),
+    ):
+        assert said.format(*(means(task, how, "last") for task in tasks)) in text
+    order = ("parallel", "vanilla", "Mem-BN", "LIF")
+    assert f"direction from OFF and ON events: {means('events, direction', 'random', 'sum', 1, order)}." in text
+    for task, summed, last in (
+        ("digits by rows", "rows, vanilla {}, Mem-BN {}, LIF {};", "rows {}, {}, {};"),
+        ("events, digit", "digit from events, vanilla {}, Mem-BN {}, LIF {}.", "digit {}, {}, {}."),
+    ):
+        for said, name, digits in ((summed, "sum", 1), (last, "last", 0)):
+            pairs = [[kinds[task, 1500][n, how].mean(name) for how in ("random", "losses")] for n in order[1:]]
+            assert said.format(*(f"{a:.{digits}f} and {b:.{digits}f}" for a, b in pairs)) in text
+    rows = kinds["digits by rows", 300]
+    for neuron in ("vanilla", "Mem-BN", "LIF"):
+        n, mean, half = state.against(*(rows[neuron, how].accuracy["last"] for how in ("losses", "every")))
+        assert n == 5 and f"{mean:.1f}" in text and f"{mean - half:.1f} to {mean + half:.1f}" in text
