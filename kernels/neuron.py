@@ -180,20 +180,10 @@ def _per_channel(leak, threshold, gain):
 
 
 def _launch_forward(
-    current: Tensor,
-    v: Tensor | None,
-    leak: Tensor | None,
-    threshold: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    bits: int,
-    step: float,
-    codes: bool,
-    parallel: bool,
-    detach: bool,
-    return_v: bool,
+    current: Tensor, v: Tensor | None, leak: Tensor | None, threshold: Tensor, gain: Tensor | None,
+    shift: Tensor | None, bits: int, step: float, codes: bool, parallel: bool, detach: bool, return_v: bool,
     top: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(spikes, v), v empty where it is not wanted."""
     current = steps_dense(current)
     spikes, v_out = _neuron_forward_fake(
@@ -223,19 +213,10 @@ def _neuron_forward_fake(current, v, leak, threshold, gain, shift, bits, step, c
 
 @torch.library.custom_op(f"{OPS}::neuron_update_backward", mutates_args=())
 def _neuron_backward(
-    d_spikes: Tensor,
-    d_v_out: Tensor | None,
-    current: Tensor,
-    v: Tensor | None,
-    leak: Tensor | None,
-    threshold: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    top: float | None,
-    parallel: bool,
-    detach: bool,
+    d_spikes: Tensor, d_v_out: Tensor | None, current: Tensor, v: Tensor | None, leak: Tensor | None,
+    threshold: Tensor, gain: Tensor | None, shift: Tensor | None, top: float | None, parallel: bool, detach: bool,
     parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_current, d_v, d_parameters): the last one (2 or 4, T, C), or (2, T, 1) where no parameter is per channel."""
     current = steps_dense(current)
     d_current, d_v, d_parameters = _neuron_backward_fake(
