@@ -110,9 +110,14 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
     cosines = [
         found(f"separability-{n}.json")["gradients"]["all weights"]["mean_of_losses"]["cosine"] for n in ("empf", "lif")
     ]
-    cells = {"float": [], "4-bit": []}
-    for row in found("runtimes.json")["rows"]:
-        cells[row["spikes"]].append(row["packed_over"]["ONNX Runtime"]["median"])
+    runtimes, spikes = found("runtimes.json"), ("float", "bf16", "4-bit")
+    cells = {
+        name: [[r["packed_over"][name]["median"] for r in runtimes["rows"] if r["spikes"] == kind] for kind in spikes]
+        for name in ("model", "ONNX Runtime", "OpenVINO")
+    }
+    slower = {name: [sum(over > 1 for over in kind) for kind in kinds] for name, kinds in cells.items()}
+    firsts = [r["first_call_ms"] for r in runtimes["first"] if r["spikes"] == "float" and r["width"] in (0.25, 1)]
+    cores = found("scaling-cores.json")["cells"]
     best = found("cifar100-best.json")
     minutes = sum(epoch["seconds"] for epoch in best["training"]["epochs"]) / 60
     lines = (ROOT / "bench/results/state/runs.jsonl").read_text().splitlines()
@@ -136,7 +141,21 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         f"{packed['file_mb']['full precision']:.2f} MB in full precision",
         f"{faster[0][0]:.1f} times as fast with 1 image, {faster[0][1]:.1f} times with 64",
         f"{faster[1][0]:.1f} and {faster[1][1]:.1f} times",
-        *(f"{median(over):.2f} ({min(over):.2f} to {max(over):.2f})" for over in cells.values()),
+        *(
+            "{}: {}, with spikes in bf16 {}, of 4 bits {}".format(
+                name.replace("model", "`model.eval()`"),
+                *(f"{median(over):.2f} ({min(over):.2f} to {max(over):.2f})" for over in kinds),
+            )
+            for name, kinds in cells.items()
+        ),
+        *(
+            "slower than {} in {} of {} cells, with spikes in bf16 in {}, of 4 bits in {}".format(
+                name, slower[name][0], len(cells[name][0]), *slower[name][1:]
+            )
+            for name in ("ONNX Runtime", "OpenVINO")
+        ),
+        *("packed {:.0f} ms, `model.eval()` {:.0f}, ONNX Runtime {:.0f}, OpenVINO {:.0f}".format(
+            *(first[name]["median"] for name in ("packed", "model", "ONNX Runtime", "OpenVINO"))) for first in firsts),
         f"{cosines[0]:.3f}", f"{cosines[1]:.3f}",
         "vanilla {:.1f}, Mem-BN {:.1f}, parallel {:.1f}, LIF {:.1f} %".format(*of("speech", "random", "sum")),
         "vanilla {} and {}, Mem-BN {} and {}, parallel {} and {}, LIF {} and {} %".format(
@@ -149,6 +168,10 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         f"{mean(of_first):.1f} +- {stdev(of_first):.1f} % of the 10,000 test images (3 seeds) in "
         f"{first[0]['minutes']:.0f} min",
         f"{long['accuracy'][-1]:.1f} % (one seed) in {long['minutes']:.0f} min",
+        ", ".join(
+            f"x{c['width']:g} {c['type']} {c['processes_over_threads']['median']:.2f}"
+            for c in sorted(cores, key=lambda c: (c["type"] == "bf16", c["width"]))
+        ),
         f"the packed file has {found('cifar100-small.json')['accuracy'][-1]:.1f} % too, and "
         f"{found('cifar100-small.json')['file_mb']:.2f} MB",
     ]
