@@ -253,7 +253,7 @@ def test_numbers_that_no_tensor_holds_are_one_sentence(run, place):
         empf.load(run)
 
 
-NETWORK = ("shortcut", "granularity", "seca_bias")
+NETWORK = ("shortcut", "granularity", "seca_bias", "spike_gradient")
 OLDER_LACK = {"model": NETWORK, "train": (*NETWORK, "recipe", "latent_init", "stem_init", "decay_all")}
 
 
