@@ -307,10 +307,12 @@ def cost(rows: list[dict], old: list[dict]) -> str:
 
 def choices(confirmed: list[dict]) -> list[str]:
     """The table of `CHOICES`: differences of runs with the same seed."""
-    found = {name: {r["seed"]: r["accuracy"][-1] for r in confirmed if r["recipe"] == name} for name in RECIPES}
+    runs = [r for r in confirmed if r["flags"]["epochs"] == BASE["epochs"]]
+    found = {name: {r["seed"]: r["accuracy"][-1] for r in runs if r["recipe"] == name} for name in RECIPES}
     lines = [
         "", "## Choices", "",
-        "10 epochs of all images. Difference: mean and 95 % interval (t-distribution) of runs with the same seed.", "",
+        f"{BASE['epochs']} epochs of all images. Difference: mean and 95 % interval (t-distribution) of runs with "
+        "the same seed.", "",
         "| choice | accuracy | against | difference | n |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, (_, other) in CHOICES.items():

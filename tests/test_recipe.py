@@ -124,9 +124,10 @@ def test_choices_are_compared_by_seed():
         "ternary, of each layer": {0: 50.5}, "SECA-II with bias": {0: 60.0},
     }  # fmt: skip
     runs = [
-        {"recipe": name, "seed": seed, "accuracy": [0.0, value]}
+        {"recipe": name, "seed": seed, "accuracy": [0.0, value], "flags": {"epochs": 10}}
         for name, seeds in accuracy.items() for seed, value in seeds.items()
     ]  # fmt: skip
+    runs.append({"recipe": "Mem-BN", "seed": 0, "accuracy": [99.0], "flags": {"epochs": 3}})  # of another length
     rows = [line for line in recipe.choices(runs) if line.startswith("| ") and "accuracy" not in line]
     half = 4.303 * 0.2887 / 3**0.5  # t and standard deviation of 1, 1.5, 1
     assert rows == [
