@@ -228,7 +228,7 @@ def screen(changes: dict, seed: int, sets: tuple[ImageSet, ImageSet], number: in
     correct = correct_per_step(model, test).tolist()
     return {
         "accuracy": [100 * c / len(sets[1]) for c in correct],
-        "loss": losses, "cpu_seconds": round(seconds, 1),
+        "loss": losses, "cpu_seconds": round(seconds, 3),  # of a tiny one, 0.0 would be divided by
     }  # fmt: skip
 
 
