@@ -80,6 +80,8 @@ CHOICES = {
     "ternary, of each layer": ({"weights": "ternary", "granularity": "layer"}, "ternary"),
     "SECA-II": ({"seca": 2}, "base"),
     "SECA-II with bias": ({"seca": 2, "seca_bias": True}, "SECA-II"),
+    "SGD": ({"optimizer": "sgd"}, "base"),
+    "flip": ({"optimizer": "flip", "flip_rate": 0.01, "flip_threshold": 0.1}, "SGD"),
 }
 
 FIRST = {name: {**OLD, "epochs": 3, **changes} for name, changes in (("long", LONG), ("old", {}), ("new", NEW))}
@@ -308,20 +310,20 @@ def cost(rows: list[dict], old: list[dict]) -> str:
 
 
 def choices(confirmed: list[dict]) -> list[str]:
-    """The table of `CHOICES`: differences of runs with the same seed."""
-    runs = [r for r in confirmed if r["flags"]["epochs"] == BASE["epochs"]]
-    found = {name: {r["seed"]: r["accuracy"][-1] for r in runs if r["recipe"] == name} for name in RECIPES}
+    """The table of `CHOICES`: differences of runs of the same length with the same seed."""
     lines = [
         "", "## Choices", "",
-        f"{BASE['epochs']} epochs of all images. Difference: mean and 95 % interval (t-distribution) of runs with "
-        "the same seed.", "",
-        "| choice | accuracy | against | difference | n |", "|---|---|---|---|---|",
+        "All images. Difference: mean and 95 % interval (t-distribution) of runs with the same seed.", "",
+        "| epochs | choice | accuracy | against | difference | n |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for name, (_, other) in CHOICES.items():
-        n, mean, half = against(found[name], found[other])
-        if n:
-            interval = f"{mean:+.2f}" + f" [{mean - half:+.2f}, {mean + half:+.2f}]" * (n > 1)
-            lines.append(f"| {name} | {spread([*found[name].values()])} | {other} | {interval} | {n} |")
+    for number in sorted({r["flags"]["epochs"] for r in confirmed}):
+        runs = [r for r in confirmed if r["flags"]["epochs"] == number]
+        found = {name: {r["seed"]: r["accuracy"][-1] for r in runs if r["recipe"] == name} for name in RECIPES}
+        for name, (_, other) in CHOICES.items():
+            n, mean, half = against(found[name], found[other])
+            if n:
+                interval = f"{mean:+.2f}" + f" [{mean - half:+.2f}, {mean + half:+.2f}]" * (n > 1)
+                lines.append(f"| {number} | {name} | {spread([*found[name].values()])} | {other} | {interval} | {n} |")
     return lines
 
 

@@ -127,12 +127,17 @@ def test_choices_are_compared_by_seed():
         {"recipe": name, "seed": seed, "accuracy": [0.0, value], "flags": {"epochs": 10}}
         for name, seeds in accuracy.items() for seed, value in seeds.items()
     ]  # fmt: skip
+    runs += [
+        {"recipe": name, "seed": 0, "accuracy": [value], "flags": {"epochs": 3}}
+        for name, value in (("SGD", 30.0), ("flip", 29.0))
+    ]
     runs.append({"recipe": "Mem-BN", "seed": 0, "accuracy": [99.0], "flags": {"epochs": 3}})  # of another length
     rows = [line for line in recipe.choices(runs) if line.startswith("| ") and "accuracy" not in line]
     half = 4.303 * 0.2887 / 3**0.5  # t and standard deviation of 1, 1.5, 1
     assert rows == [
-        f"| ternary | 53.17 +- 2.02 | base | +1.17 [{7 / 6 - half:+.2f}, {7 / 6 + half:+.2f}] | 3 |",
-        "| ternary, of each layer | 50.50 | ternary | -0.50 | 1 |",
+        "| 3 | flip | 29.00 | SGD | -1.00 | 1 |",
+        f"| 10 | ternary | 53.17 +- 2.02 | base | +1.17 [{7 / 6 - half:+.2f}, {7 / 6 + half:+.2f}] | 3 |",
+        "| 10 | ternary, of each layer | 50.50 | ternary | -0.50 | 1 |",
     ]
 
 
