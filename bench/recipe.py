@@ -63,7 +63,7 @@ GROWN = {
 }  # fmt: skip
 SHORT = {**GROWN, "width": 0.5, "grow": "20:1:0.34,24:1:0.25,28:1:0.16,32:1:0.16", "epochs": 12, "test_every": 12}
 BASE = {
-    **GROWN, "batch_size": 128, "width": 0.25, "grow": "16:4:0.7,24:4:0.2", "epochs": 10, "test_every": 10,
+    **GROWN, "batch_size": 128, "width": 0.25, "grow": "20:4:0.5,24:4:0.2", "epochs": 10, "test_every": 10,
 }  # fmt: skip
 
 # Choice -> what differs from BASE, and what it is compared with.
