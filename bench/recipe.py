@@ -81,7 +81,7 @@ CHOICES = {
     "SECA-II": ({"seca": 2}, "base"),
     "SECA-II with bias": ({"seca": 2, "seca_bias": True}, "SECA-II"),
     "SGD": ({"optimizer": "sgd"}, "base"),
-    "flip": ({"optimizer": "flip", "flip_rate": 0.01, "flip_threshold": 0.1}, "SGD"),
+    "flip": ({"optimizer": "flip", "flip_rate": 0.02, "flip_threshold": 0.1}, "SGD"),
 }
 
 FIRST = {name: {**OLD, "epochs": 3, **changes} for name, changes in (("long", LONG), ("old", {}), ("new", NEW))}
