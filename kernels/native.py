@@ -1,4 +1,4 @@
-"""The neuron on a CPU, in C++ that is compiled on the machine where it runs.
+"""The neuron on a CPU, in C++ that is compiled on the machine where it runs, together with lookup.cpp.
 
 torch's own operations make several passes over a current, and a call for each step of each; here a layer is one pass:
 batch norm that is a gain and a shift, the sum of currents, all steps of some neurons while they are in registers, the
@@ -28,7 +28,7 @@ from torch import Tensor
 from .dispatch import transformed
 from .steps import empty_like_steps, is_channels_last, lay_out_like
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("native", "lookup")]
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 ALONE = 1 << 16  # numbers of a current; up to here a second thread costs more than it saves
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # uint8: the codes of n-bit spikes
@@ -54,7 +54,8 @@ def processor() -> str:
 
 def compiled(compiler: str) -> Path:
     """The library, compiled now unless it was before. Raises OSError or SubprocessError where that fails."""
-    about = (SOURCE.read_bytes(), compiler, Path(compiler).stat().st_mtime, FLAGS, platform.machine(), processor())
+    texts = [source.read_bytes() for source in SOURCES]
+    about = (texts, compiler, Path(compiler).stat().st_mtime, FLAGS, platform.machine(), processor())
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():  # code that somebody else wrote is not run
@@ -64,7 +65,7 @@ def compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / path.name
             for threads in (["-fopenmp"], []):  # without, everything runs in the thread that calls
-                command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(made)]
+                command = [compiler, *FLAGS, *threads, *map(str, SOURCES), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, timeout=60)
                 if done.returncode == 0:
                     break

@@ -1,4 +1,4 @@
-"""Convolutions on the CPU with weights that oneDNN has laid out once, not in each call.
+"""Convolutions on the CPU with weights that were laid out once, not in each call: by oneDNN, or as bits.
 
     x        (N, C, H, W)    fp32, bf16, or uint8 codes that stand for code * step; channels_last is the fast layout
     weight   (O, C, kh, kw)  of the type of x; int8 signs with `scale` (O,) for codes
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from empf.kernels import native
+from empf.kernels import lookup, native
+from empf.kernels.pack import PackedWeight
 
 
 def available() -> bool:
@@ -61,6 +62,17 @@ class FloatConv:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, bias, *self.place, "none", [], "")
+
+
+class LookupConv:
+    """Convolution of fp32 x with binary weights, which stay one bit each."""
+
+    def __init__(self, weight: PackedWeight, stride: int, padding: int):
+        self.place = {"stride": stride, "padding": padding}
+        self.words, self.scale = lookup.lookup_words(weight), weight.scale
+
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        return lookup.lookup_conv2d(x, self.words, self.scale, bias, **self.place)
 
 
 class CodeConv:

@@ -3,7 +3,8 @@
     x (M, ...)   floats, codes with their step, or bf16 with step 1
     y (M, ...)   scale * step * conv(x, sign) + bias
 
-On a CPU the weights are unpacked once. Spikes in bf16 meet the signs, which are exact in bf16: the sums are accumulated
+On a CPU binary weights stay bits where sums of floats can be looked up (kernels/lookup.py); others are unpacked once.
+Spikes in bf16 meet the signs, which are exact in bf16: the sums are accumulated
 in fp32 and rounded to bf16 once; scale and bias are left to the neuron, which adds up in fp32.
 """
 
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from empf.deploy import cpu_conv
-from empf.deploy.cpu_conv import CodeConv, FloatConv
+from empf.deploy.cpu_conv import CodeConv, FloatConv, LookupConv
 from empf.deploy.lazy import Product, plain
-from empf.kernels import backend, native
+from empf.kernels import backend, lookup, native
 from empf.kernels.conv import binary_conv2d
 from empf.kernels.matmul import binary_matmul
 from empf.kernels.pack import PackedWeight, signs
@@ -52,7 +53,7 @@ class Filter:
         self.scale = scale
         self.weight = PackedWeight(synapse.bits, scale, synapse.shape, synapse.kind)
         self._dense: dict[torch.dtype, Tensor] = {}
-        self._laid_out: dict[tuple, FloatConv | CodeConv] = {}
+        self._laid_out: dict[tuple, FloatConv | CodeConv | LookupConv] = {}
         self._tables: dict[int, list[Tensor]] = {}
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -68,12 +69,15 @@ class Filter:
             self._dense[dtype] = self.unpacked(dtype)
         return self._dense[dtype]
 
-    def laid_out(self, x: Tensor, step: float | None) -> FloatConv | CodeConv:
+    def laid_out(self, x: Tensor, step: float | None) -> FloatConv | CodeConv | LookupConv:
         """The convolution of x (N, C, H, W) on the CPU, with its weights; kept for the next call."""
-        key = x.dtype, step
+        looks_up = self.looks_up(x)
+        key = x.dtype, step, looks_up
         if key not in self._laid_out:
             place = self.synapse.place
-            if step is None:
+            if looks_up:
+                made = LookupConv(self.weight, **place)
+            elif step is None:
                 made = FloatConv(self.unpacked(x.dtype), **place, x=x)
             elif x.dtype == torch.bfloat16:  # the signs are exact there, the scale is the norm's
                 made = FloatConv(signs(self.weight).bfloat16(), **place, x=x)
@@ -114,7 +118,15 @@ class Filter:
     def lays_out(self, x: Tensor) -> bool:
         """Whether x is convolved with weights that are laid out."""
         known = self.synapse.plane and x.is_cpu and x.dtype in (torch.float32, torch.uint8)
-        return known and cpu_conv.available()
+        return known and (self.looks_up(x) or cpu_conv.available())
+
+    def looks_up(self, x: Tensor) -> bool:
+        """Whether sums of x are looked up: the table of a pixel then serves several outputs."""
+        if x.dtype != torch.float32 or self.synapse.kind != "binary":
+            return False
+        (o, _, k, _), stride = self.synapse.shape, self.synapse.place["stride"]
+        uses = max(k / stride, 1) ** 2 * -(-o // lookup.LANES)
+        return uses > 4 and native.ready() and lookup.available()
 
     def __call__(self, x: Tensor, step: float | None) -> Tensor:
         synapse = self.synapse

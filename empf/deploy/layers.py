@@ -7,8 +7,8 @@ n-bit spikes              uint8 codes between the layers; their sums are exact i
 Each stands in the place of the part it was made of and is called like it, whatever network is around it; made from one
 on the meta device, it has the names and shapes of its buffers only, which a file then fills. What passes between them
 is not computed before it is read, see lazy.py: so a norm folds itself into the product before it, and on a GPU a
-convolution runs together with the T steps of the neurons behind it. The CPU has no 1-bit product: there the weights are
-unpacked once, to int8 for codes and to fp32 for floats, and each layer is one dense convolution over all steps.
+convolution runs together with the T steps of the neurons behind it. On a CPU each layer
+is one convolution over all steps: of floats with binary weights by lookup, else with weights that are unpacked once.
 arXiv 2410.07547, sec. 4
 """
 

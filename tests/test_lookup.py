@@ -1,0 +1,129 @@
+"""Convolution by lookup: the sums of a dense one, in any shape and number of threads, and who takes its place."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import empf
+from empf.deploy.cpu_conv import FloatConv, LookupConv
+from empf.deploy.layers import PackedSynapse
+from empf.kernels import lookup, native
+from empf.kernels.lookup import lookup_conv2d, lookup_words
+from empf.kernels.pack import pack, signs
+
+needs_lookup = pytest.mark.skipif(not lookup.available(), reason="needs a C++ compiler and AVX512F")
+
+
+def case(m=2, c=8, h=6, w=6, o=16, k=3):
+    torch.manual_seed(c + o)
+    weight = pack(torch.randn(o, c, k, k))
+    return torch.randn(m, c, h, w), weight, torch.randn(o)
+
+
+def dense(x, weight, bias, stride, padding):
+    effective = signs(weight).double() * weight.scale.double().view(-1, 1, 1, 1)
+    return F.conv2d(x.double(), effective, bias.double(), stride, padding)
+
+
+@needs_lookup
+@pytest.mark.parametrize("channels", [(1, 1), (3, 40), (5, 19), (8, 16), (33, 7), (36, 64), (64, 96)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (9, 8), (3, 17)], ids=str)
+def test_the_sums_are_those_of_a_dense_convolution(channels, size):
+    for k, stride, padding in product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2)):
+        if min(size) + 2 * padding < k:
+            continue
+        x, weight, bias = case(2, channels[0], *size, channels[1], k)
+        words = lookup_words(weight)
+        found = lookup_conv2d(x, words, weight.scale, bias, stride=stride, padding=padding)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.double(), dense(x, weight, bias, stride, padding), rtol=1e-5, atol=2e-5)
+
+
+@needs_lookup
+def test_a_weight_is_one_bit():
+    words = lookup_words(case(c=64, o=32)[1])
+    assert words.dtype == torch.int32 and words.numel() * 32 == 32 * 64 * 9
+
+
+@needs_lookup
+def test_threads_layouts_and_other_images_change_nothing(monkeypatch):
+    x, weight, bias = case(3, 20, 9, 9, 48)
+    words = lookup_words(weight)
+
+    def run(x, threads=1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return lookup_conv2d(x, words, weight.scale, bias, padding=1)
+
+    once = run(x)
+    assert all(torch.equal(run(x, threads), once) for threads in (2, 3, 64))
+    assert torch.equal(run(x.contiguous(memory_format=torch.channels_last)), once)
+    assert torch.equal(run(x[1:2]), once[1:2])
+
+
+@needs_lookup
+def test_what_is_not_finite_is_so_where_a_dense_convolution_has_it():
+    x, weight, bias = case()
+    x[0, 1, 2, 3], x[1, 5, 0, 0], x[1, 6, 0, 0] = float("nan"), float("inf"), float("inf")
+    found = lookup_conv2d(x, lookup_words(weight), weight.scale, bias, padding=1)
+    wanted = dense(x, weight, bias, 1, 1)
+    assert torch.equal(found.isfinite(), wanted.isfinite()) and not wanted.isfinite().all()
+    assert torch.equal(found.isinf(), wanted.isinf()) and found.isinf().any()
+
+
+@needs_lookup
+def test_what_does_not_fit_is_said():
+    x, weight, bias = case()
+    words = lookup_words(weight)
+    for wrong in (x[0], x.double(), torch.cat([x] * 5, 1)):
+        with pytest.raises(ValueError, match=r"x must be fp32 \(M, C, H, W\)"):
+            lookup_conv2d(wrong, words, weight.scale, bias)
+    for wrong in (bias[:-1], bias.double()):
+        with pytest.raises(ValueError, match="scale and bias"):
+            lookup_conv2d(x, words, weight.scale, wrong)
+
+
+def chosen(conv, x):
+    with torch.no_grad():
+        kernel = PackedSynapse(conv).filter(None)
+        return type(kernel.laid_out(x, None)) if kernel.lays_out(x) else None
+
+
+@needs_lookup
+def test_it_is_taken_where_a_table_serves_several_outputs(monkeypatch):
+    x = torch.rand(1, 32, 8, 8)
+    conv = empf.BinaryConv2d(32, 16, 3, padding=1)
+    assert chosen(conv, x) is LookupConv
+    assert chosen(empf.BinaryConv2d(32, 64, 1), x) is not LookupConv
+    assert chosen(empf.BinaryConv2d(32, 80, 1), x) is LookupConv
+    assert chosen(empf.BinaryConv2d(32, 16, 3, padding=1, kind="ternary"), x) is not LookupConv
+    assert chosen(conv, x.double()) is None
+    monkeypatch.setattr(lookup, "available", lambda: False)
+    assert chosen(conv, x) in (FloatConv, None)
+
+
+@needs_lookup
+def test_a_packed_network_has_the_same_logits_without_it(monkeypatch):
+    torch.manual_seed(0)
+    config = empf.ModelConfig(width=0.25, num_classes=10, image_size=16)
+    packed, x = empf.pack(empf.build(config).eval()), torch.randn(3, 3, 16, 16)
+    called = []
+    convolve = lookup.lookup_conv2d
+    monkeypatch.setattr(lookup, "lookup_conv2d", lambda *args, **kw: called.append(1) or convolve(*args, **kw))
+    found = packed(x)
+    assert len(called) > 10
+    empf.reset(packed)
+    monkeypatch.setattr(lookup, "available", lambda: False)
+    torch.testing.assert_close(found, packed(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "instructions"])
+def test_there_is_none_without(missing, monkeypatch):
+    class Library:
+        @staticmethod
+        def looks_up():
+            return 0
+
+    monkeypatch.setattr(native, "library", lambda: None if missing == "compiler" else Library)
+    assert not lookup.available()
