@@ -3,6 +3,8 @@
 // Four channels of a pixel have 16 signed sums, which are one vector. Four weights of an output channel are the number of
 // a sum: one permutation finds those of 16 output channels, in place of four multiplications for each of them.
 
+#include "native.h"
+
 #if defined(__AVX512F__)
 
 #include <immintrin.h>
@@ -14,6 +16,8 @@
 namespace {
 
 const int GROUP = 4, LANES = 16, MOST = 8;  // channels of a table; output channels of a vector; most pixels at a time
+
+const long CACHE = 1 << 17;  // numbers of a current that are held before the neurons take them
 
 struct Convolution {
     const float *x;          // (m, h, w, c)
@@ -119,6 +123,24 @@ void rows_of(const Convolution &a, long begin, long end) {
     }
 }
 
+// The current of some rows of an image goes from here into the neurons while the cache holds it
+void fire_rows(const Convolution &convolution, const Layer &layer, long image, long begin, long end) {
+    static thread_local std::vector<float> current;
+    const long row = convolution.ow * convolution.o, size = (end - begin) * row, images = convolution.m / layer.k;
+    const long first = (image * convolution.oh + begin) * row;  // number of the first neuron
+    if ((long)current.size() < layer.k * size) current.resize(layer.k * size);
+    for (long t = 0; t < layer.k; t++) {
+        Convolution of_step = convolution;
+        const long line = (t * images + image) * convolution.oh + begin;
+        of_step.y = current.data() + t * size - line * row;
+        rows_of(of_step, line, line + end - begin);
+    }
+    Layer own = layer;
+    own.x.y = current.data() - first;
+    own.x.step = size;
+    neurons(own, first, first + size);
+}
+
 }  // namespace
 
 extern "C" int looks_up() { return 1; }
@@ -130,9 +152,21 @@ extern "C" void lookup(const Convolution *convolution, int threads) {
     for (int i = 0; i < threads; i++) rows_of(a, lines * i / threads, lines * (i + 1) / threads);
 }
 
+extern "C" void lookup_neuron(const Convolution *convolution, const Layer *layer, int threads) {
+    const Convolution &a = *convolution;
+    const long images = a.m / layer->k, most = CACHE / (layer->k * a.ow * a.o), fair = (images * a.oh - 1) / threads + 1;
+    const long rows = std::max(1l, std::min({most, fair, a.oh})), parts = (a.oh - 1) / rows + 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long i = 0; i < images * parts; i++) {
+        const long begin = i % parts * rows;
+        fire_rows(a, *layer, i / parts, begin, std::min(a.oh, begin + rows));
+    }
+}
+
 #else
 
 extern "C" int looks_up() { return 0; }
 extern "C" void lookup(const void *, int) {}
+extern "C" void lookup_neuron(const void *, const Layer *, int) {}
 
 #endif

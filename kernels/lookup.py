@@ -8,6 +8,7 @@ convolution has four multiplications for each. See lookup.cpp; it needs a C++ co
 """
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +37,31 @@ def lookup_words(weight: PackedWeight) -> Tensor:
     return words.permute(0, 3, 4, 2, 1).contiguous()
 
 
-def lookup_conv2d(
-    x: Tensor, words: Tensor, scale: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
-) -> Tensor:  # fmt: skip
-    """scale * conv2d(x, sign) + bias, (M, O, OH, OW) channels_last, for words of `lookup_words`.
+class Lookup(NamedTuple):
+    """A convolution that is not computed yet: `lookup_conv2d` does, or a neuron together with its steps."""
 
-    x (M, C, H, W), scale and bias (O,): fp32 on the CPU. The result does not depend on the number of threads. Raises
-    ValueError for other shapes, types or devices.
-    """
+    operands: tuple[Tensor, Tensor, Tensor, Tensor]  # x channels_last, words, scale, bias
+    sizes: tuple[int, ...]  # M, H, W, C, OH, OW, O, k, stride, padding
+
+    @property
+    def threads(self) -> int:
+        m, _, _, c, oh, ow, o, k = self.sizes[:8]
+        return native.threads(m * oh * ow * o * c * k * k // 64)  # 64 products with a weight are one lookup
+
+    def empty(self, dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (-1,)) -> Tensor:
+        """An output (M, O, OH, OW), channels_last, with M as `lead`."""
+        m, (oh, ow, o) = self.sizes[0], self.sizes[4:7]
+        return torch.empty((m, oh, ow, o), dtype=dtype).view(*lead, oh, ow, o).movedim(-1, -3)
+
+    def layer(self, y: Tensor | None) -> bytes:
+        """The structure of lookup.cpp."""
+        return CONVOLUTION.pack(*map(native.at, (*self.operands, y)), *self.sizes)
+
+
+def lookup_product(
+    x: Tensor, words: Tensor, scale: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
+) -> Lookup:  # fmt: skip
+    """What `lookup_conv2d` computes, to be computed later."""
     o, k = len(scale), words.shape[1]
     fits = x.dim() == 4 and words.shape == (-(-o // LANES), k, k, -(-x.shape[1] // WORD), LANES)
     if not (fits and bias.shape == scale.shape and x.dtype == scale.dtype == bias.dtype == torch.float32 and x.is_cpu):
@@ -52,11 +70,25 @@ def lookup_conv2d(
             f"got {x.dtype} {tuple(x.shape)} on {x.device}, {tuple(scale.shape)}, {tuple(bias.shape)} and "
             f"{tuple(words.shape)}"
         )
-    x, scale, bias = x.contiguous(memory_format=torch.channels_last), scale.contiguous(), bias.contiguous()
     m, c, h, w = x.shape
     oh, ow = ((n + 2 * padding - k) // stride + 1 for n in (h, w))
-    y = torch.empty(m, oh, ow, o).permute(0, 3, 1, 2)
-    numbers = map(native.at, (x, words, scale, bias, y))
-    layer = CONVOLUTION.pack(*numbers, m, h, w, c, oh, ow, o, k, stride, padding)
-    native.library().lookup(layer, torch.get_num_threads())
+    operands = x.contiguous(memory_format=torch.channels_last), words, scale.contiguous(), bias.contiguous()
+    return Lookup(operands, (m, h, w, c, oh, ow, o, k, stride, padding))
+
+
+def lookup_conv2d(
+    x: Tensor, words: Tensor, scale: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
+) -> Tensor:  # fmt: skip
+    """scale * conv2d(x, sign) + bias, (M, O, OH, OW) channels_last, for words of `lookup_words`.
+
+    x (M, C, H, W), scale and bias (O,): fp32 on the CPU. The result does not depend on the number of threads. Raises
+    ValueError for other shapes, types or devices.
+    """
+    return computed(lookup_product(x, words, scale, bias, stride=stride, padding=padding))
+
+
+def computed(product: Lookup) -> Tensor:
+    """The output."""
+    y = product.empty()
+    native.library().lookup(product.layer(y), product.threads)
     return y

@@ -1,8 +1,11 @@
 // A neuron layer in one pass over its current; native.py compiles this file on the machine where it runs.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "native.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -20,27 +23,6 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 enum Type { F32, BF16, CODES };
-const int MORE = 4;
-
-struct Term {
-    const void *y;              // (k, n)
-    const float *gain, *shift;  // (k, period), or null: y itself
-    long step;                  // numbers from a time step to the next
-};
-
-struct Layer {
-    Term x, more[MORE];                     // the current: their sum, from the first on
-    const float *v_in;                      // (n) or null: 0
-    const float *leak, *threshold;          // (k, period); leak null: no state; threshold null: the sum is put out
-    const float *gain, *shift;              // (k, period) of the potential, or null
-    float *v_out;                           // (n) or null
-    void *out;                              // (k, n)
-    void *sum;                              // (k, n) or null: the current
-    long k, n, period;                      // period: a multiple of LANES after which the channels repeat
-    float inverse, top, step;               // top > 0: code = floor(min(s * inverse + 1/2, top)), spike = code * step
-    int terms, of_x, of_more, of_out, of_sum;  // terms: how many `more`; types
-};
-
 template <class V> struct Of;  // the vectors of as many numbers as V
 template <> struct Of<Floats> { typedef Ints I; typedef Shorts S; typedef Bytes B; };
 template <> struct Of<float> { typedef int32_t I; typedef uint16_t S; typedef uint8_t B; };
@@ -120,11 +102,11 @@ template <class V, int X, int OUT> inline void fire(const Layer &a, long i) {
     if (a.v_out) std::memcpy(a.v_out + i, &v, sizeof v);
 }
 
-template <int X, int OUT> void fire_all(const Layer &a, int threads) {
-    const long whole = a.n / LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long i = 0; i < whole; i++) fire<Floats, X, OUT>(a, i * LANES);
-    for (long i = whole * LANES; i < a.n; i++) fire<float, X, OUT>(a, i);
+template <int X, int OUT> void fire(const Layer &a, long begin, long end) {
+    long i = begin;
+    for (; i < end && i % LANES; i++) fire<float, X, OUT>(a, i);
+    for (; i + LANES <= end; i += LANES) fire<Floats, X, OUT>(a, i);
+    for (; i < end; i++) fire<float, X, OUT>(a, i);
 }
 
 struct Gradient {
@@ -167,14 +149,19 @@ template <int TYPE> void backward(const Gradient &a, int threads) {
 
 extern "C" int lanes() { return LANES; }
 
+void neurons(const Layer &a, long begin, long end) {
+    if (a.of_x == F32 && a.of_out == F32) fire<F32, F32>(a, begin, end);
+    if (a.of_x == F32 && a.of_out == BF16) fire<F32, BF16>(a, begin, end);
+    if (a.of_x == F32 && a.of_out == CODES) fire<F32, CODES>(a, begin, end);
+    if (a.of_x == BF16 && a.of_out == F32) fire<BF16, F32>(a, begin, end);
+    if (a.of_x == BF16 && a.of_out == BF16) fire<BF16, BF16>(a, begin, end);
+    if (a.of_x == BF16 && a.of_out == CODES) fire<BF16, CODES>(a, begin, end);
+}
+
 extern "C" void neuron(const Layer *layer, int threads) {
-    const Layer &a = *layer;
-    if (a.of_x == F32 && a.of_out == F32) fire_all<F32, F32>(a, threads);
-    if (a.of_x == F32 && a.of_out == BF16) fire_all<F32, BF16>(a, threads);
-    if (a.of_x == F32 && a.of_out == CODES) fire_all<F32, CODES>(a, threads);
-    if (a.of_x == BF16 && a.of_out == F32) fire_all<BF16, F32>(a, threads);
-    if (a.of_x == BF16 && a.of_out == BF16) fire_all<BF16, BF16>(a, threads);
-    if (a.of_x == BF16 && a.of_out == CODES) fire_all<BF16, CODES>(a, threads);
+    const long each = (layer->n / threads / LANES + 1) * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int i = 0; i < threads; i++) neurons(*layer, std::min(layer->n, i * each), std::min(layer->n, (i + 1) * each));
 }
 
 extern "C" void neuron_backward(const Gradient *gradient, int threads) {

@@ -28,6 +28,7 @@ from torch import Tensor
 from .dispatch import transformed
 from .steps import empty_like_steps, is_channels_last, lay_out_like
 
+HEADER = Path(__file__).with_suffix(".h")
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("native", "lookup")]
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 ALONE = 1 << 16  # numbers of a current; up to here a second thread costs more than it saves
@@ -54,7 +55,7 @@ def processor() -> str:
 
 def compiled(compiler: str) -> Path:
     """The library, compiled now unless it was before. Raises OSError or SubprocessError where that fails."""
-    texts = [source.read_bytes() for source in SOURCES]
+    texts = [path.read_bytes() for path in (HEADER, *SOURCES)]
     about = (texts, compiler, Path(compiler).stat().st_mtime, FLAGS, platform.machine(), processor())
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def threads(numbers: int) -> int:
 
 
 def fire(
-    x: Tensor, v: Tensor | None, parameters: Sequence[Tensor | None], *, potential: bool,
+    x: Tensor | tuple, v: Tensor | None, parameters: Sequence[Tensor | None], *, potential: bool,
     current: Sequence[Tensor | None] = (None, None), more: Sequence[tuple[Tensor, Tensor | None, Tensor | None]] = (),
     bits: int | None = None, step: float = 1.0, codes: bool = False, out: Tensor | None = None,
     total: Tensor | None = None,
@@ -135,11 +136,13 @@ def fire(
     parameters: leak, threshold, gain and shift of the potential, as `table` returned them, without leak for neurons
     without state; without threshold the current itself is put out. current: gain and shift of x; more: what is added to
     it, (y, gain, shift), all fp32 or bf16, of the shape and layout of x. out: (k, N, C, ...) laid out as x; it may be
-    one of `more`. total: as `out`, where the current goes besides. x: such that `runs` says yes.
+    one of `more`. total: as `out`, where the current goes besides. x: such that `runs` says yes; or a `Lookup`,
+    whose values the neurons take as they are computed, with `out`.
     """
-    k, n, kind = x.shape[0], x.numel() // x.shape[0], x.dtype
     if out is None:
-        out = empty_like_current(x, torch.uint8 if codes else kind)
+        out = empty_like_current(x, torch.uint8 if codes else x.dtype)
+    product, x, kind = (None, x, x.dtype) if isinstance(x, Tensor) else (x, out, torch.float32)
+    k, n = x.shape[0], x.numel() // x.shape[0]
     v_out = empty_like_steps(x, torch.float32, one_step=True) if potential else None
     v_in = None if v is None or parameters[0] is None else lay_out_like(v[None].float(), x)
     period = next(p.shape[1] for p in (*parameters, *current) if p is not None)
@@ -151,7 +154,10 @@ def fire(
         len(more), TYPES[kind], TYPES[more[0][0].dtype] if more else 0, TYPES[out.dtype],
         0 if total is None else TYPES[total.dtype],
     )  # fmt: skip
-    library().neuron(layer, threads(k * n))
+    if product is None:
+        library().neuron(layer, threads(k * n))
+    else:
+        library().lookup_neuron(product.layer(None), layer, product.threads)
     return out, v_out
 
 

@@ -10,7 +10,7 @@ import empf
 from empf.deploy.cpu_conv import FloatConv, LookupConv
 from empf.deploy.layers import PackedSynapse
 from empf.kernels import lookup, native
-from empf.kernels.lookup import lookup_conv2d, lookup_words
+from empf.kernels.lookup import computed, lookup_conv2d, lookup_product, lookup_words
 from empf.kernels.pack import pack, signs
 
 needs_lookup = pytest.mark.skipif(not lookup.available(), reason="needs a C++ compiler and AVX512F")
@@ -84,6 +84,27 @@ def test_what_does_not_fit_is_said():
             lookup_conv2d(x, words, weight.scale, wrong)
 
 
+@needs_lookup
+@pytest.mark.parametrize("o, size, steps, bits", [(64, 32, 4, None), (19, 9, 3, None), (32, 8, 2, 4), (3, 5, 1, None)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_neuron_takes_the_sums_as_they_come(o, size, steps, bits, threads, monkeypatch):
+    x, weight, bias = case(2 * steps, 12, size, size, o)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(native, "ALONE", 0)
+    product = lookup_product(x, lookup_words(weight), weight.scale, bias, padding=1)
+    current, residual = computed(product).view(steps, 2, o, size, size), product.empty(lead=(steps, 2))
+    residual.copy_(torch.randn(residual.shape))
+    parameters = native.table([torch.rand(steps, o) for _ in range(2)] + [None, None], steps)
+    keywords = dict(potential=True, bits=bits, step=0.25, more=((residual, None, None),))
+    kind = torch.uint8 if bits else torch.float32
+    out, total = product.empty(kind, (steps, 2)), product.empty(lead=(steps, 2))
+    with torch.no_grad():
+        wanted, wanted_v = native.fire(current, None, parameters, codes=bits is not None, **keywords)
+        found, v = native.fire(product, None, parameters, out=out, total=total, **keywords)
+    assert torch.equal(found, wanted) and torch.equal(v, wanted_v)
+    assert torch.equal(total, current + residual) and found.float().std() > 0
+
+
 def chosen(conv, x):
     with torch.no_grad():
         kernel = PackedSynapse(conv).filter(None)
@@ -109,8 +130,8 @@ def test_a_packed_network_has_the_same_logits_without_it(monkeypatch):
     config = empf.ModelConfig(width=0.25, num_classes=10, image_size=16)
     packed, x = empf.pack(empf.build(config).eval()), torch.randn(3, 3, 16, 16)
     called = []
-    convolve = lookup.lookup_conv2d
-    monkeypatch.setattr(lookup, "lookup_conv2d", lambda *args, **kw: called.append(1) or convolve(*args, **kw))
+    product = lookup.lookup_product
+    monkeypatch.setattr(lookup, "lookup_product", lambda *args, **kw: called.append(1) or product(*args, **kw))
     found = packed(x)
     assert len(called) > 10
     empf.reset(packed)

@@ -71,8 +71,11 @@ class LookupConv:
         self.place = {"stride": stride, "padding": padding}
         self.words, self.scale = lookup.lookup_words(weight), weight.scale
 
+    def product(self, x: Tensor, bias: Tensor) -> lookup.Lookup:
+        return lookup.lookup_product(x, self.words, self.scale, bias, **self.place)
+
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
-        return lookup.lookup_conv2d(x, self.words, self.scale, bias, **self.place)
+        return lookup.computed(self.product(x, bias))
 
 
 class CodeConv:

@@ -29,7 +29,7 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 class Summands(NamedTuple):
     """A product as what it is the sum of: y, with `norm` gain * y + shift (see native.fire), and the residual."""
 
-    y: Tensor  # (k, N, C, H, W), channels_last
+    y: Tensor | lookup.Lookup  # (k, N, C, H, W), channels_last; or what the neuron computes, without `norm`
     norm: list[Tensor] | None
     residual: Tensor | None
 
@@ -106,7 +106,10 @@ class Filter:
             if not bf16:
                 return None
             residual = residual.movedim(2, -1).contiguous().movedim(-1, 2)
-        y = self.laid_out(x, product.step)(x, None if bf16 else self.bias).view(shape)
+        kernel = self.laid_out(x, product.step)
+        if isinstance(kernel, LookupConv):
+            return Summands(kernel.product(x, self.bias), None, residual)
+        y = kernel(x, None if bf16 else self.bias).view(shape)
         return Summands(y, self.table(len(y)) if bf16 else None, residual)
 
     def added_up(self, product: Product) -> Tensor:

@@ -24,6 +24,7 @@ from empf.deploy.filters import Filter, Summands
 from empf.deploy.lazy import Product, Spikes, plain
 from empf.kernels import backend, native
 from empf.kernels.conv_neuron import binary_conv2d_neuron
+from empf.kernels.lookup import Lookup
 from empf.kernels.neuron import ACTIVATIONS, NeuronParams, neuron_steps, neuron_update
 from empf.kernels.neuron_cpu import fire_steps, per_channel, rounded
 from empf.kernels.pack import pack as pack_weight
@@ -124,12 +125,11 @@ class PackedNeuron(StatefulNeuron, PackedPart):
     def forward(self, current: Tensor) -> Tensor:
         if not self.fusible or backend(self.threshold.device) == "torch":
             summands = self.summands(current)
-            x = plain(current) if summands is None else summands.y
-            steps = self.advance(x)
             if summands is None:
-                spikes, v = self.plain_steps(x, steps)
+                x = plain(current)
+                spikes, v = self.plain_steps(x, steps := self.advance(x))
             else:
-                spikes, v = self.with_summands(current, summands, steps)
+                spikes, v = self.with_summands(current, summands, steps := self.advance(current))
         else:
             steps = self.advance(current)
             spikes, v = self.on_kernels(current, steps)
@@ -174,24 +174,33 @@ class PackedNeuron(StatefulNeuron, PackedPart):
     def with_summands(self, product: Product, summands: Summands, steps: slice) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v); what is added to the product is added on the way."""
         y, norm, residual = summands
-        total = None
-        if norm is None and residual is None:
+        total, out = None, None
+        looked_up = not isinstance(y, Tensor)
+        if looked_up:
+            out = y.empty(self.spike_type, product.lead)
+        if norm is None and residual is None and not looked_up:
             product.settle(y)
         elif self.keeps:
-            total = native.empty_like_current(y, torch.float32)
+            total = y.empty(lead=product.lead) if looked_up else native.empty_like_current(y, torch.float32)
         else:
             product.neuron = self
-        found = self.compiled(y, steps, 1 if norm is None else y.shape[2], total=total, **summands.added())
+        channels = 1 if norm is None else y.shape[2]
+        found = self.compiled(y, steps, channels, total=total, out=out, **summands.added())
         if total is not None:
             product.settle(total)
         return found
 
-    def compiled(self, x: Tensor, steps: slice, channels: int = 1, **added) -> tuple[Tensor, Tensor | None]:
+    @property
+    def spike_type(self) -> torch.dtype:
+        return torch.uint8 if self.spike_bits is not None else torch.bfloat16 if self.bf16 else torch.float32
+
+    def compiled(
+        self, x: Tensor | Lookup, steps: slice, channels: int = 1, out: Tensor | None = None, **added
+    ) -> tuple[Tensor, Tensor | None]:
         """(spikes or codes, v) by `native.fire`."""
-        kind = torch.uint8 if self.spike_bits is not None else torch.bfloat16 if self.bf16 else torch.float32
         return native.fire(
             x, self.v, self.laid_out(steps, None, channels), potential=self.stays(steps), bits=self.spike_bits,
-            step=self.spike_step, out=native.empty_like_current(x, kind), **added,
+            step=self.spike_step, out=native.empty_like_current(x, self.spike_type) if out is None else out, **added,
         )  # fmt: skip
 
     def plain_steps(self, x: Tensor, steps: slice) -> tuple[Tensor, Tensor | None]:
