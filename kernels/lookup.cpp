@@ -62,9 +62,9 @@ void tabulate_row(const Convolution &a, long m, long y, float *to) {
 
 // 16 * V output channels from the block `first` on, of up to P pixels from y on; rows: tables of their first tap
 template <int V, int P> void multiply(const Convolution &a, const float *const *rows, long first, float *y, long count) {
-    __m512 sum[P][V];
-    for (auto &of_pixel : sum)
-        for (auto &s : of_pixel) s = _mm512_setzero_ps();
+    __m512 sum[V][P];
+    for (auto &channels : sum)
+        for (auto &s : channels) s = _mm512_setzero_ps();
     const long groups = a.groups(), pixel = a.pixel(), next = a.stride * pixel, block = a.k * a.k * a.words_of_tap();
     const int *words = a.words + first * block;
     for (long ky = 0; ky < a.k; ky++)
@@ -75,10 +75,11 @@ template <int V, int P> void multiply(const Convolution &a, const float *const *
                 for (int v = 0; v < V; v++) four[v] = _mm512_loadu_si512(words + v * block);
 #pragma GCC unroll 1
                 for (long g = std::min(8l, groups - done); g > 0; g--, table += LANES) {
+#pragma GCC unroll 8  // so that the sums stay in registers
                     for (int p = 0; p < P; p++) {
                         const __m512 sums = _mm512_loadu_ps(table + p * next);
                         for (int v = 0; v < V; v++)
-                            sum[p][v] = _mm512_add_ps(sum[p][v], _mm512_permutexvar_ps(four[v], sums));
+                            sum[v][p] = _mm512_add_ps(sum[v][p], _mm512_permutexvar_ps(four[v], sums));
                     }
                     for (auto &f : four) f = _mm512_srli_epi32(f, GROUP);
                 }
@@ -88,9 +89,9 @@ template <int V, int P> void multiply(const Convolution &a, const float *const *
         const long o = (first + v) * LANES;
         const __mmask16 there = a.o - o < LANES ? (1 << (a.o - o)) - 1 : 0xFFFF;
         const __m512 scale = _mm512_maskz_loadu_ps(there, a.scale + o), bias = _mm512_maskz_loadu_ps(there, a.bias + o);
-#pragma GCC unroll 8  // so that the sums stay in registers
+#pragma GCC unroll 8
         for (int p = 0; p < P; p++)
-            if (p < count) _mm512_mask_storeu_ps(y + p * a.o + o, there, _mm512_fmadd_ps(sum[p][v], scale, bias));
+            if (p < count) _mm512_mask_storeu_ps(y + p * a.o + o, there, _mm512_fmadd_ps(sum[v][p], scale, bias));
     }
 }
 
