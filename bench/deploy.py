@@ -47,15 +47,18 @@ from empf.neuron import StatefulNeuron
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 64)
-ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
-RUNTIMES = {ONNX_RUNTIME: "onnxruntime", OPENVINO: "openvino"}  # who runs the exported file: its package
+ONNX_RUNTIME, ONNX_FP32, OPENVINO = "ONNX Runtime", "ONNX Runtime, fp32", "OpenVINO"
+# who runs the exported file: its package
+RUNTIMES = {ONNX_RUNTIME: "onnxruntime", ONNX_FP32: "onnxruntime", OPENVINO: "openvino"}
 QUIET = 0.05  # seconds after which the threads that another one left behind have stopped looking for work
 
 
-def contenders(device: str) -> tuple[str, ...]:
-    """Who is measured; the first is the packed network."""
+def contenders(device: str, spike_bits: int | None) -> tuple[str, ...]:
+    """Who is measured; the first is the packed network. n-bit spikes are exported for integers, and without."""
     exported = device == "cpu" and all(map(installed, ("onnx", "onnxscript")))
-    runtimes = (name for name, package in RUNTIMES.items() if exported and installed(package))
+    runtimes = [name for name, package in RUNTIMES.items() if exported and installed(package)]
+    if spike_bits is None and ONNX_FP32 in runtimes:
+        runtimes.remove(ONNX_FP32)
     return ("packed", "model", "full precision", *runtimes)
 
 
@@ -143,9 +146,11 @@ def prepare(folder: Path, config: ModelConfig, names: tuple[str, ...]) -> dict[s
     paths["packed"] = folder / "packed.safetensors"
     packed = pack(runs.load(paths["model"]))
     packed.save(paths["packed"])
-    if runtimes := [name for name in RUNTIMES if name in names]:
-        paths |= dict.fromkeys(runtimes, folder / "net.onnx")
-        empf.export_onnx(packed, folder / "net.onnx")
+    for name in (name for name in RUNTIMES if name in names):
+        int8 = name == ONNX_RUNTIME and config.spike_bits is not None
+        paths[name] = folder / f"net-{'int8' if int8 else 'fp32'}.onnx"
+        if not paths[name].is_file():
+            empf.export_onnx(packed, paths[name], int8=int8)
     return paths
 
 
@@ -153,7 +158,7 @@ def load_contender(name: str, path: Path, device: str) -> nn.Module:
     if name == "packed":
         return load_packed(path, device)
     if name in RUNTIMES:
-        return {ONNX_RUNTIME: Session, OPENVINO: Compiled}[name](path)
+        return (Compiled if name == OPENVINO else Session)(path)
     model = runs.load(path, device)
     return model.to(memory_format=torch.channels_last) if device == "cuda" else model  # its fastest layout
 
@@ -233,7 +238,7 @@ def measure_times(nets: dict[str, nn.Module], device: str, n: int, rounds: int) 
 
 def measure(config: ModelConfig, device: str, threads: int, rounds: int, batches=BATCHES, only=()) -> dict:
     torch.set_num_threads(threads)
-    names = contenders(device)
+    names = contenders(device, config.spike_bits)
     if only:
         names = tuple(name for name in names if name in ("packed", "model", *only))
     result = {"machine": machine(device), "native": native.library() is not None, "model": config.to_dict()}
@@ -366,10 +371,10 @@ def write(path: Path, result: dict) -> None:
 
 def report(result: dict) -> str:
     names = list(result["file_mb"])
-    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in names)]
+    lines = [f"{'':24}" + "".join(f"{name:>20}" for name in names)]
 
     def row(title: str, values: dict, form: str) -> None:
-        lines.append(f"{title:24}" + "".join(f"{values[name]:>16{form}}" for name in names))
+        lines.append(f"{title:24}" + "".join(f"{values[name]:>20{form}}" for name in names))
 
     row("file, MB", result["file_mb"], ".3f")
     row("load, ms", result["load_ms"], ".0f")
@@ -396,7 +401,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--rounds", type=int, default=40, help="calls per network at batch 1")
     p.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes (default: 1 64)")
-    p.add_argument("--only", nargs="+", choices=contenders("cpu"), default=(), help="beside packed and model")
+    p.add_argument("--only", nargs="+", choices=contenders("cpu", 4), default=(), help="beside packed and model")
     p.add_argument("--equality", action="store_true", help="compare logits on real images instead")
     p.add_argument("--data", help="local folder of CIFAR-100")
     p.add_argument("--limit", type=int, help="with --equality: use only the first so many test images")

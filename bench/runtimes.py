@@ -34,8 +34,8 @@ COLOURS = {"model": GREY, ONNX_RUNTIME: ORANGE, OPENVINO: GREEN}
 TOLERANCE = 1e-3  # of logits; 4-bit spikes may take the next code where sums are rounded otherwise
 
 
-def contenders() -> tuple[str, ...]:
-    return tuple(name for name in deploy.contenders("cpu") if name != "full precision")
+def contenders(spikes: str) -> tuple[str, ...]:
+    return tuple(name for name in deploy.contenders("cpu", SPIKES[spikes]) if name != "full precision")
 
 
 def prepared(folder: Path, spikes: str, width: float, size: int) -> dict[str, Path]:
@@ -44,7 +44,7 @@ def prepared(folder: Path, spikes: str, width: float, size: int) -> dict[str, Pa
     if not (listed := folder / "paths.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         config = ModelConfig(num_classes=100, image_size=size, width=width, spike_bits=SPIKES[spikes])
-        paths = deploy.prepare(folder, config, contenders())
+        paths = deploy.prepare(folder, config, contenders(spikes))
         listed.write_text(json.dumps({name: str(path.relative_to(folder)) for name, path in paths.items()}))
     return {name: folder / path for name, path in json.loads(listed.read_text()).items()}
 
@@ -52,7 +52,7 @@ def prepared(folder: Path, spikes: str, width: float, size: int) -> dict[str, Pa
 def measure(paths: dict[str, Path], about: dict, batches: list[int], rounds: int) -> list[dict]:
     """A row for each batch size: milliseconds per call, and the time of packed over that of the others."""
     torch.set_num_threads(about["threads"])
-    nets = {name: deploy.load_contender(name, paths[name], "cpu") for name in contenders()}
+    nets = {name: deploy.load_contender(name, paths[name], "cpu") for name in contenders(about["spikes"])}
     differ = differences(nets)
     if about["spikes"] == "float" and max(differ.values()) > TOLERANCE:
         raise SystemExit(f"error: the logits are not those of the packed network, nothing was timed: {differ}")
@@ -84,12 +84,13 @@ def differences(nets: dict) -> dict[str, float]:
 
 def measure_first(paths: dict[str, Path], about: dict, repeats: int) -> dict:
     """Milliseconds to load and with the first call on one image, of fresh processes that take turns."""
-    found: dict[str, list[dict]] = {name: [] for name in contenders()}
+    found: dict[str, list[dict]] = {name: [] for name in contenders(about["spikes"])}
     for _ in range(repeats):
         for name, alone in found.items():
             alone.append(deploy.in_fresh_process(name, str(paths[name]), "cpu", str(about["threads"]), "1"))
     return {
         **about,
+        "file_mb": {name: deploy.size(paths[name]) / 1e6 for name in found},
         **{part: {name: spread((a[part] for a in alone), 1) for name, alone in found.items()}
            for part in ("load_ms", "first_call_ms")},
         "repeats": repeats,
@@ -98,23 +99,23 @@ def measure_first(paths: dict[str, Path], about: dict, repeats: int) -> dict:
 
 def table(rows: list[dict]) -> str:
     names = list(rows[0]["ms"])
-    lines = [f"{'spikes':8}{'width':>7}{'threads':>9}{'batch':>7}" + "".join(f"{n + ', ms':>18}" for n in names)]
-    lines[0] += "".join(f"{'packed / ' + name:>26}" for name in names if name in RUNTIMES)
+    lines = [f"{'spikes':8}{'width':>7}{'threads':>9}{'batch':>7}" + "".join(f"{n + ', ms':>24}" for n in names)]
+    lines[0] += "".join(f"{'packed / ' + name:>29}" for name in names if name in RUNTIMES)
     for row in rows:
         line = f"{row['spikes']:8}{row['width']:7g}{row['threads']:9}{row['batch']:7}"
-        line += "".join(f"{row['ms'][name]['median']:18.1f}" for name in names)
+        line += "".join(f"{row['ms'][name]['median']:24.1f}" for name in names)
         for over in (row["packed_over"][name] for name in names if name in RUNTIMES):
-            line += f"{'{:.2f} ({:.2f} to {:.2f})'.format(over['median'], *over['quartiles']):>26}"
+            line += f"{'{:.2f} ({:.2f} to {:.2f})'.format(over['median'], *over['quartiles']):>29}"
         lines.append(line)
     return "\n".join(lines)
 
 
 def table_of_first(rows: list[dict]) -> str:
     names = list(rows[0]["first_call_ms"])
-    lines = ["load and first call, ms:" + "".join(f"{name:>18}" for name in names)]
+    lines = ["load and first call, ms:" + "".join(f"{name:>20}" for name in names)]
     for row in rows:
         line = f"{row['spikes']:8}{row['width']:7g}{row['threads']:9}"
-        lines.append(line + "".join(f"{row['first_call_ms'][name]['median']:18.0f}" for name in names))
+        lines.append(line + "".join(f"{row['first_call_ms'][name]['median']:20.0f}" for name in names))
     return "\n".join(lines)
 
 
@@ -155,6 +156,7 @@ def draw(result: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description="Packed networks against other runtimes.", allow_abbrev=False)
     p.add_argument("--widths", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0])
+    p.add_argument("--spikes", nargs="+", choices=SPIKES, default=list(SPIKES), help="default: all")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--rounds", type=int, default=40, help="calls of each at batch 1 (default: 40)")
@@ -174,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         before = json.loads(args.json.read_text())
         if before["machine"]["commit"] == about["commit"]:
             result.update(rows=before["rows"], first=before["first"])
-    cells = list(product(args.widths, [s for s in SPIKES if s != "bf16" or multiplies_bf16()], args.threads))
+    cells = list(product(args.widths, [s for s in args.spikes if s != "bf16" or multiplies_bf16()], args.threads))
 
     def keep(kind: str, rows: list[dict]) -> None:
         result[kind] = sorted(result[kind] + rows, key=lambda row: tuple(row[name] for name in CELL if name in row))

@@ -30,7 +30,7 @@ def test_measurement_of_a_small_network(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(bench, "in_fresh_process", one_process)
-    names = bench.contenders("cpu")
+    names = bench.contenders("cpu", None)
     result = bench.measure(config, "cpu", torch.get_num_threads(), 3)
     assert [arguments[0] for arguments in asked] == list(result["file_mb"]) == list(names)
     assert result["first_call_ms"]["packed"] > result["load_ms"]["packed"]
@@ -51,6 +51,19 @@ def test_measurement_of_a_small_network(tmp_path, monkeypatch):
         )
     assert {"cpu", "torch", "commit", "date", "threads"} <= set(result["machine"])
     assert "as fast as model.eval()" in bench.report(json.loads(json.dumps(result)))
+
+
+def test_n_bit_spikes_are_exported_for_integers_and_without(tmp_path, monkeypatch):
+    def export(packed, path, int8):
+        path.write_text(str(int8))
+
+    monkeypatch.setattr(bench, "installed", lambda name: "1.0")
+    monkeypatch.setattr(bench.empf, "export_onnx", export)
+    for bits, wanted in ((None, ["False", "False"]), (4, ["True", "False", "False"])):
+        names = bench.contenders("cpu", bits)
+        config = ModelConfig(image_size=8, width=0.0625, T=1, spike_bits=bits)
+        paths = bench.prepare(tmp_path / str(bits), config, names)
+        assert [paths[name].read_text() for name in bench.RUNTIMES if name in names] == wanted
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -7,7 +7,7 @@ import torch
 
 from bench import deploy, runtimes
 
-NAMES = ("packed", "model", "full precision", *deploy.RUNTIMES)
+NAMES = ("packed", "model", "full precision", deploy.ONNX_RUNTIME, deploy.OPENVINO)
 
 
 def spread(value: float) -> dict:
@@ -33,7 +33,8 @@ def measured(monkeypatch):
         asked["alone"].append((name, threads))
         return {"load_ms": 1.0, "first_call_ms": float(len(asked["alone"]))}
 
-    monkeypatch.setattr(deploy, "contenders", lambda device: NAMES)
+    monkeypatch.setattr(deploy, "contenders", lambda device, spike_bits: NAMES)
+    monkeypatch.setattr(deploy, "size", lambda path: 2_000_000)
     monkeypatch.setattr(deploy, "prepare", prepare)
     monkeypatch.setattr(deploy, "load_contender", lambda name, path, device: name)
     monkeypatch.setattr(deploy, "measure_times", times)
@@ -63,9 +64,16 @@ def test_what_is_there_is_not_measured_again(measured, tmp_path, capsys):
     assert over == {"median": 0.5, "quartiles": [0.455, 0.556]}  # of a spread of 2
     assert rows[0]["packed_over"]["OpenVINO"]["median"] == 0.25
     assert [row["first_call_ms"]["packed"]["median"] for row in result["first"]] == [17.0, 5.0]  # of 1, 5 and 9
+    assert result["first"][0]["file_mb"] == dict.fromkeys(names, 2.0)
     assert (tmp_path / "found.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "0.50 (0.46 to 0.56)" in printed and "0.25 (0.23 to 0.28)" in printed
+
+
+def test_only_the_spikes_that_were_asked_for(measured, tmp_path):
+    flags = ["--widths", "0.125", "--batches", "1", "--threads", "1", "--repeats", "0", "--spikes", "4-bit"]
+    runtimes.main([*flags, "--json", str(tmp_path / "found.json")])
+    assert measured["prepared"] == [(0.125, 4)] and measured["timed"] == [(1, 40)]
 
 
 def test_spikes_in_bf16_have_their_own_cells(measured, tmp_path, monkeypatch):
