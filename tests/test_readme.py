@@ -117,6 +117,11 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
     }
     slower = {name: [sum(over > 1 for over in kind) for kind in kinds] for name, kinds in cells.items()}
     firsts = [r["first_call_ms"] for r in runtimes["first"] if r["spikes"] == "float" and r["width"] in (0.25, 1)]
+    int8 = found("onnx-int8.json")
+    gains = [r["ms"]["ONNX Runtime, fp32"]["median"] / r["ms"]["ONNX Runtime"]["median"] for r in int8["rows"]]
+    gains = dict(zip(((r["width"], r["batch"]) for r in int8["rows"]), gains, strict=True))
+    own = [r["packed_over"]["ONNX Runtime"]["median"] for r in int8["rows"] if r["width"] == 1]
+    (loaded,) = [r for r in int8["first"] if r["width"] == 1]
     cores = found("scaling-cores.json")["cells"]
     best = found("cifar100-best.json")
     minutes = sum(epoch["seconds"] for epoch in best["training"]["epochs"]) / 60
@@ -168,6 +173,15 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         f"{mean(of_first):.1f} +- {stdev(of_first):.1f} % of the 10,000 test images (3 seeds) in "
         f"{first[0]['minutes']:.0f} min",
         f"{long['accuracy'][-1]:.1f} % (one seed) in {long['minutes']:.0f} min",
+        ", ".join(f"x{w:g} {gains[w, 1]:.2f} and {gains[w, 16]:.2f}" for w in (0.125, 0.25, 0.5, 1)),
+        "packed over int8: x1 {:.2f} and {:.2f}".format(*own),
+        "x1 is loaded in {:.0f} ms in place of {:.0f}, from {:.2f} MB ({:.2f} in fp32)".format(
+            *(
+                loaded[part][name] if part == "file_mb" else loaded[part][name]["median"]
+                for part in ("load_ms", "file_mb")
+                for name in ("ONNX Runtime", "ONNX Runtime, fp32")
+            )
+        ),
         ", ".join(
             f"x{c['width']:g} {c['type']} {c['processes_over_threads']['median']:.2f}"
             for c in sorted(cores, key=lambda c: (c["type"] == "bf16", c["width"]))
