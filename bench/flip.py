@@ -3,6 +3,7 @@
     python bench/flip.py                     digits: all of VARIANTS that are missing in bench/results/flip.jsonl
     python bench/flip.py --dataset cifar100 --data FOLDER --only sgd --seeds 0 1 2 --epochs 3 --images 50000
     python bench/flip.py --table             what is there, as the table in docs/results.md
+    python bench/flip.py --picture           curves of `SGD` and `flip` in bench/recipe.py: recipe/flip.png
 
 ResNet-18, binary, T = 4, online, batches of 64, one learning rate for all that is not a synapse; digits at x0.125, or
 CIFAR-100 at x0.25, 16x16 pixels, the first `--images` training images, mirrored at random. Each line of the file is a
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean
 
@@ -28,12 +29,15 @@ from bench.machine import machine
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.evaluate import correct_per_step
+from empf.figures import BLUE, ORANGE, WIDTH, pyplot, save_figure
 from empf.training.config import TrainConfig
 from empf.training.health import Health
 from empf.training.optimizers import flips_of, learning_rate, make_optimizer
 from train import updates
 
 OUT = Path(__file__).resolve().parent / "results" / "flip.jsonl"
+RECIPES = OUT.with_name("recipe")
+COLOURS = {"SGD": BLUE, "flip": ORANGE}
 DATASETS = {
     "digits": dict(width=0.125, flip=False),
     "cifar100": dict(width=0.25, threshold=0.1, crop=False),
@@ -101,6 +105,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def picture(runs: list[dict], path: Path) -> None:
+    """Training loss and accuracy by epoch, a panel each: mean of the seeds, and from the lowest to the highest."""
+    with pyplot() as plt:
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
+        for ax, key, title in zip(
+            axes, ("loss", "train_accuracy"), ("training loss", "training accuracy (%)"), strict=True
+        ):
+            for (name, colour), (epochs, style) in product(COLOURS.items(), ((10, "-"), (3, "--"))):
+                found = [r for r in runs if r["recipe"] == name and r["flags"]["epochs"] == epochs]
+                if found:
+                    each = list(zip(*([epoch[key] for epoch in r["epochs"]] for r in found), strict=True))
+                    x, label = range(1, epochs + 1), f"{name}, {epochs} epochs (n = {len(found)})"
+                    ax.plot(x, list(map(mean, each)), style, color=colour, label=label)
+                    ax.fill_between(x, list(map(min, each)), list(map(max, each)), color=colour, alpha=0.2, linewidth=0)
+            ax.set(title=title, xlabel="epoch")
+        axes[0].legend()
+        save_figure(plt, figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
@@ -112,7 +135,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--picture", action="store_true", help="draw the runs of bench/recipe.py, train nothing")
     options = parser.parse_args()
+    if options.picture:
+        return picture(read(RECIPES / "confirm.jsonl"), RECIPES / "flip.png")
     torch.set_num_threads(options.threads)
     names = [name for name in VARIANTS if any(part in name for part in options.only) and not options.table]
     for seed in options.seeds:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench import flip
+from empf.figures import has_matplotlib
 
 
 @pytest.mark.parametrize("variant", ["sgd lr 0.05", "adaptive 0.05, rate 0.03"])
@@ -34,3 +35,17 @@ def test_the_table_and_the_documentation_say_what_the_file_says():
     assert f"fixed threshold of 0.1; SGD {found['sgd lr 0.05']}." in text
     row = dict(dataset="a", images=1, epochs=2, variant="b", accuracy=[1.0, 3.0], loss=[1.0, 0.5], flipped=[0.25, 0.0])
     assert flip.table([row]).splitlines()[-1] == "| a | 1 | 2 | b | 3.0 | 1 | 0.500 | 25.0 |"
+
+
+@pytest.mark.skipif(not has_matplotlib(), reason="matplotlib")
+def test_curves_are_drawn_of_the_runs_that_are_there(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(flip, "save_figure", lambda plt, figure, path: drawn.append(figure))
+    epochs = [{"loss": 3.0 - k, "train_accuracy": 10.0 * k} for k in range(3)]
+    runs = [{"recipe": name, "flags": {"epochs": 3}, "epochs": epochs} for name in ("SGD", "SGD", "flip", "base")]
+    flip.picture(runs, tmp_path / "flip.png")
+    for ax, values in zip(drawn[0].axes, ([3.0, 2.0, 1.0], [0.0, 10.0, 20.0]), strict=True):
+        assert [list(line.get_ydata()) for line in ax.lines] == [values] * 2
+    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == [
+        "SGD, 3 epochs (n = 2)", "flip, 3 epochs (n = 1)",
+    ]  # fmt: skip
