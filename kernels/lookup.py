@@ -7,7 +7,9 @@ channel are the number of one of them, so a permutation finds the sums of 16 out
 convolution has four multiplications for each. See lookup.cpp; it needs a C++ compiler and AVX512F.
 """
 
+import math
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,14 +50,16 @@ class Lookup(NamedTuple):
         m, _, _, c, oh, ow, o, k = self.sizes[:8]
         return native.threads(m * oh * ow * o * c * k * k // 64)  # 64 products with a weight are one lookup
 
-    def empty(self, dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (-1,)) -> Tensor:
-        """An output (M, O, OH, OW), channels_last, with M as `lead`."""
-        m, (oh, ow, o) = self.sizes[0], self.sizes[4:7]
-        return torch.empty((m, oh, ow, o), dtype=dtype).view(*lead, oh, ow, o).movedim(-1, -3)
+    def empty(self, lead: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An output (*lead, O, OH, OW), channels_last; `lead` makes M in all."""
+        oh, ow, o = self.sizes[4:7]
+        image = oh * ow * o
+        outer = [image * math.prod(lead[i + 1 :]) for i in range(len(lead))]
+        return torch.empty_strided((*lead, o, oh, ow), (*outer, 1, ow * o, o), dtype=dtype)
 
-    def layer(self, y: Tensor | None) -> bytes:
-        """The structure of lookup.cpp."""
-        return CONVOLUTION.pack(*map(native.at, (*self.operands, y)), *self.sizes)
+    def layer(self, y: Tensor | None) -> tuple[bytes, Sequence[int]]:
+        """The structure of lookup.cpp, for `native.call`."""
+        return CONVOLUTION.pack(*map(native.at, (*self.operands, y)), *self.sizes), POINTERS
 
 
 def lookup_product(
@@ -89,6 +93,6 @@ def lookup_conv2d(
 
 def computed(product: Lookup) -> Tensor:
     """The output."""
-    y = product.empty()
-    native.library().lookup(product.layer(y), product.threads)
+    y = product.empty(product.sizes[:1])
+    native.call(native.library().lookup, [product.layer(y)], product.threads, product)
     return y

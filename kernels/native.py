@@ -18,7 +18,8 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,8 @@ MORE = 4  # terms of a current besides the first
 LAYER = struct.Struct(f"{(1 + MORE) * '3Pl'} 8P 3l 3f 5i")
 GRADIENT = struct.Struct("4P 2l fi")
 NO_TERM = (0, 0, 0, 0)
+POINTERS = [word for word, kind in enumerate("PPPl" * (1 + MORE) + 8 * "P") if kind == "P"]  # of a LAYER
+watch = threading.local()  # watch.tell, where it is set, hears what `call` is given in its thread
 
 
 def cache_folder() -> Path:
@@ -97,7 +100,7 @@ def runs(x: Tensor, per_channel: bool) -> bool:
     if not x.is_cpu or not ready():
         return False
     laid_out = is_channels_last(x)
-    channels_in_order = laid_out or not per_channel or x.dim() == 3
+    channels_in_order = laid_out or not per_channel or x.shape[3:].numel() == 1
     number = x.dtype in (torch.float32, torch.bfloat16)
     return number and laid_out is not None and channels_in_order
 
@@ -119,6 +122,13 @@ def empty_like_current(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`empty_like_steps` of a current that `runs` says yes to."""
     dense = x.stride(0) == x.numel() // x.shape[0]
     return torch.empty_like(x, dtype=dtype) if dense else empty_like_steps(x, dtype)
+
+
+def call(function: Callable, layers: Sequence[tuple[bytes, Sequence[int]]], threads: int, kept: object) -> None:
+    """Call a function of the library with structures, each with the places of its pointers; kept: what these show."""
+    function(*(layer for layer, _ in layers), threads)
+    if hasattr(watch, "tell"):
+        watch.tell(function, layers, threads, kept)
 
 
 def threads(numbers: int) -> int:
@@ -154,10 +164,11 @@ def fire(
         len(more), TYPES[kind], TYPES[more[0][0].dtype] if more else 0, TYPES[out.dtype],
         0 if total is None else TYPES[total.dtype],
     )  # fmt: skip
+    kept = parameters, current, [norm for _, *norm in more]
     if product is None:
-        library().neuron(layer, threads(k * n))
+        call(library().neuron, [(layer, POINTERS)], threads(k * n), kept)
     else:
-        library().lookup_neuron(product.layer(None), layer, product.threads)
+        call(library().lookup_neuron, [product.layer(None), (layer, POINTERS)], product.threads, (product, kept))
     return out, v_out
 
 

@@ -92,12 +92,12 @@ def test_a_neuron_takes_the_sums_as_they_come(o, size, steps, bits, threads, mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(native, "ALONE", 0)
     product = lookup_product(x, lookup_words(weight), weight.scale, bias, padding=1)
-    current, residual = computed(product).view(steps, 2, o, size, size), product.empty(lead=(steps, 2))
+    current, residual = computed(product).view(steps, 2, o, size, size), product.empty((steps, 2))
     residual.copy_(torch.randn(residual.shape))
     parameters = native.table([torch.rand(steps, o) for _ in range(2)] + [None, None], steps)
     keywords = dict(potential=True, bits=bits, step=0.25, more=((residual, None, None),))
     kind = torch.uint8 if bits else torch.float32
-    out, total = product.empty(kind, (steps, 2)), product.empty(lead=(steps, 2))
+    out, total = product.empty((steps, 2), kind), product.empty((steps, 2))
     with torch.no_grad():
         wanted, wanted_v = native.fire(current, None, parameters, codes=bits is not None, **keywords)
         found, v = native.fire(product, None, parameters, out=out, total=total, **keywords)

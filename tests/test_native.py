@@ -61,7 +61,7 @@ def check(x, parameters, parallel, bits, v=None):
         torch.testing.assert_close(found_v, wanted_v, rtol=1e-6, atol=1e-6)
 
 
-SHAPES = [(2, 16, 8, 8), (1, 24, 5, 7), (3, 5), (2, 3, 129)]
+SHAPES = [(2, 16, 8, 8), (1, 24, 5, 7), (3, 5), (2, 3, 129), (3, 5, 1, 1)]
 
 
 @needs_compiler

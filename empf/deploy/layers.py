@@ -177,11 +177,11 @@ class PackedNeuron(StatefulNeuron, PackedPart):
         total, out = None, None
         looked_up = not isinstance(y, Tensor)
         if looked_up:
-            out = y.empty(self.spike_type, product.lead)
+            out = y.empty(product.lead, self.spike_type)
         if norm is None and residual is None and not looked_up:
             product.settle(y)
         elif self.keeps:
-            total = y.empty(lead=product.lead) if looked_up else native.empty_like_current(y, torch.float32)
+            total = y.empty(product.lead) if looked_up else native.empty_like_current(y, torch.float32)
         else:
             product.neuron = self
         channels = 1 if norm is None else y.shape[2]
@@ -345,7 +345,16 @@ class PackedNorm(PackedPart):
         if isinstance(x, Product) and x.bare and len(x.lead) == self.lead:
             return x.normalised(self)
         x, like = plain(x), (-1, *[1] * (x.dim() - self.lead - 1))
+        image = x.is_cpu and len(like) == 3 and not torch.compiler.is_compiling()
+        if image and x.shape[: self.lead].numel() == 1:  # of one, torch does not keep that layout
+            x = channels_last(x)
         return torch.addcmul(self.shift.to(x.dtype).view(like), x, self.gain.to(x.dtype).view(like))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(..., C, H, W) in the fast layout of all that follows."""
+    folded = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    return folded.view(x.shape)
 
 
 def packed_part(module: nn.Module, name: str) -> PackedPart | None:

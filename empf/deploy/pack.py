@@ -22,6 +22,7 @@ from empf.deploy.cpu_conv import multiplies_bf16
 from empf.deploy.layers import PackedNeuron, PackedPart, PackedSynapse, absorb, packed_copy
 from empf.deploy.lazy import plain
 from empf.deploy.origin import Origin
+from empf.deploy.plan import Plans
 from empf.files import fingerprint, write_atomic
 from empf.models import ModelConfig, SpikingNetwork, build
 from empf.online import reset
@@ -56,17 +57,19 @@ class PackedModel(nn.Module):
         self.reset()
 
     def _take_turns(self) -> None:
-        self._lock, self._thread = threading.RLock(), threading.local()
+        self._lock, self._thread, self._plans = threading.RLock(), threading.local(), Plans()
         self._last = vars(self._thread)  # what belongs to the thread that was here last
 
     def __getstate__(self) -> dict:  # copies start at time 0, and have their own turns
-        return {n: v for n, v in super().__getstate__().items() if n not in ("_lock", "_thread", "_last", "_stateful")}
+        own = ("_lock", "_thread", "_last", "_plans", "_stateful")
+        return {n: v for n, v in super().__getstate__().items() if n not in own}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._take_turns()
 
     def _apply(self, fn, recurse=True):
+        self._plans = Plans()
         super()._apply(fn, recurse)
         numbers = [*self.parameters(), *self.buffers()]
         self.single = all(t.dtype == torch.float32 for t in numbers if t.is_floating_point())
@@ -157,11 +160,11 @@ class PackedModel(nn.Module):
         at_once = self.images_at_once(steps if isinstance(steps, int) else net.config.T, x.device)
         held = [v for s in before if (v := s.get("v")) is not None]
         if x.shape[batch] <= at_once or any(len(v) != x.shape[batch] for v in held):
-            return plain(net(channels_last(x), steps))
+            return self._plans(self, x, steps)
         logits, after = [], []
         for i, part in enumerate(x.split(at_once, batch)):
             self.restore([with_v(s, lambda v, i=i: v[i * at_once :][:at_once]) for s in before])
-            logits.append(plain(net(channels_last(part), steps)))
+            logits.append(self._plans(self, part, steps))
             after.append(self.states())
         beside = lambda parts: with_v(parts[0], lambda _: torch.cat([part["v"] for part in parts]))  # noqa: E731
         self.restore([beside(parts) for parts in zip(*after, strict=True)])
@@ -191,6 +194,10 @@ class PackedModel(nn.Module):
         """Put what `states` returned where it was."""
         for module, state in zip(self.stateful(), states, strict=True):
             vars(module).update(state)
+
+    def numbers(self, x: Tensor) -> int:
+        """Numbers in the current behind the stem, of all images and steps."""
+        return x.shape[-4] * self.net.config.T * numbers_of_a_step(self.net)
 
     def images_at_once(self, steps: int, device: torch.device) -> int:
         """So many that a layer finds its input in the cache of a CPU."""
@@ -256,12 +263,6 @@ def numbers_of_a_step(net: SpikingNetwork) -> int:
 def products_of_a_step(net: SpikingNetwork) -> int:
     """Additions of an ordinary layer, of one image and step: all stages have about the same."""
     return 9 * net.stem.conv.out_channels * numbers_of_a_step(net)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(..., C, H, W) in the fast layout of all that follows."""
-    folded = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-    return folded.view(x.shape)
 
 
 def parts(net: nn.Module) -> dict[str, str]:
