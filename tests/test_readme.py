@@ -115,6 +115,7 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         name: [[r["packed_over"][name]["median"] for r in runtimes["rows"] if r["spikes"] == kind] for kind in spikes]
         for name in ("model", "ONNX Runtime", "OpenVINO")
     }
+    in_fp32 = [r["packed_over"]["ONNX Runtime, fp32"]["median"] for r in runtimes["rows"] if r["spikes"] == "4-bit"]
     slower = {name: [sum(over > 1 for over in kind) for kind in kinds] for name, kinds in cells.items()}
     firsts = [r["first_call_ms"] for r in runtimes["first"] if r["spikes"] == "float" and r["width"] in (0.25, 1)]
     int8 = found("onnx-int8.json")
@@ -153,6 +154,7 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
             )
             for name, kinds in cells.items()
         ),
+        f"there in int8 (in fp32 {median(in_fp32):.2f} ({min(in_fp32):.2f} to {max(in_fp32):.2f}))",
         *(
             "slower than {} in {} of {} cells, with spikes in bf16 in {}, of 4 bits in {}".format(
                 name, slower[name][0], len(cells[name][0]), *slower[name][1:]
