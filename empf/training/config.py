@@ -91,8 +91,9 @@ class TrainConfig:
     seca: int = setting(0, "channel attention", (0, 1, 2))
     spike_bits: int | None = setting(None, "n-bit spikes, 1..8; without it spikes are floating point")
     spike_gradient: str = setting(
-        "identity", "of n-bit spikes above the largest code: passed on as below it (identity), or 0", SPIKE_GRADIENTS
-    )
+        "identity", "of n-bit spikes above the largest code: passed on (identity: the paper) or 0 (clipped: better)",
+        SPIKE_GRADIENTS,
+    )  # fmt: skip
     activation: str = setting("relu", "what makes a spike of mh - threshold", tuple(ACTIVATIONS))
     threshold: float = setting(0.5, "firing threshold of every neuron before training, within (0, 1)")
     per_channel: bool = setting(False, "leak, threshold, alpha and beta for each channel, not for each layer")
