@@ -34,7 +34,9 @@ class _Modules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def find_spec(self, fullname, path=None, target=None):
         parent, _, name = fullname.rpartition(".")
         if parent == __name__ and name in MODULES:
-            return importlib.util.spec_from_loader(fullname, self, origin=__file__)
+            spec = importlib.util.spec_from_loader(fullname, self, origin=__file__)
+            spec.has_location = True  # so each has a __file__, beside which there is no C++
+            return spec
 
     def get_source(self, fullname):
         return MODULES[fullname.rpartition(".")[2]]
