@@ -29,7 +29,7 @@ from bench.machine import machine
 from empf.data.batches import Batches
 from empf.data.load import load_data
 from empf.evaluate import correct_per_step
-from empf.figures import BLUE, ORANGE, WIDTH, pyplot, save_figure
+from empf.figures import BLUE, GREEN, ORANGE, WIDTH, pyplot, save_figure
 from empf.training.config import TrainConfig
 from empf.training.health import Health
 from empf.training.optimizers import flips_of, learning_rate, make_optimizer
@@ -37,7 +37,7 @@ from train import updates
 
 OUT = Path(__file__).resolve().parent / "results" / "flip.jsonl"
 RECIPES = OUT.with_name("recipe")
-COLOURS = {"SGD": BLUE, "flip": ORANGE}
+COLOURS = {"SGD": BLUE, "flip": ORANGE, "flip, slower": GREEN}
 DATASETS = {
     "digits": dict(width=0.125, flip=False),
     "cifar100": dict(width=0.25, threshold=0.1, crop=False),

@@ -82,6 +82,7 @@ CHOICES = {
     "SECA-II with bias": ({"seca": 2, "seca_bias": True}, "SECA-II"),
     "SGD": ({"optimizer": "sgd"}, "base"),
     "flip": ({"optimizer": "flip", "flip_rate": 0.02, "flip_threshold": 0.1}, "SGD"),
+    "flip, slower": ({"optimizer": "flip", "flip_rate": 0.005, "flip_threshold": 0.03}, "SGD"),
 }
 
 FIRST = {name: {**OLD, "epochs": 3, **changes} for name, changes in (("long", LONG), ("old", {}), ("new", NEW))}
