@@ -245,7 +245,7 @@ def test_little_work_is_done_by_one_thread(monkeypatch):
     packed, calls = pack(model), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    work = len(x) * model.config.T * deploy.products_of_a_step(packed.net)
+    work = 9 * packed.net.stem.conv.out_channels * packed.numbers(x)
     for most, others, expected in ((work, 1, [1, 2]), (work - 1, 1, []), (work, 2, [])):
         monkeypatch.setattr(deploy, "ALONE", most)
         monkeypatch.setattr(deploy.threading, "active_count", lambda others=others: others)

@@ -176,7 +176,8 @@ class PackedModel(nn.Module):
 
         torch's setting is that of the process: it is left alone where other threads could meet it.
         """
-        threads, work = torch.get_num_threads(), x.shape[-4] * self.net.config.T * products_of_a_step(self.net)
+        # additions of an ordinary layer: all stages have about the same
+        threads, work = torch.get_num_threads(), 9 * self.net.stem.conv.out_channels * self.numbers(x)
         if work > ALONE or threads == 1 or x.device.type != "cpu" or threading.active_count() > 1:
             yield
             return
@@ -258,11 +259,6 @@ def numbers_of_a_step(net: SpikingNetwork) -> int:
     for stride in (net.stem.conv.stride[0], 1 if net.stem.pool is None else net.stem.pool.stride):
         height, width = -(-height // stride), -(-width // stride)
     return net.stem.conv.out_channels * height * width
-
-
-def products_of_a_step(net: SpikingNetwork) -> int:
-    """Additions of an ordinary layer, of one image and step: all stages have about the same."""
-    return 9 * net.stem.conv.out_channels * numbers_of_a_step(net)
 
 
 def parts(net: nn.Module) -> dict[str, str]:
