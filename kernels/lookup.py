@@ -1,10 +1,12 @@
 """Convolution with binary weights on a CPU that stay one bit each: sums are looked up, not multiplied.
 
-    x (M, C, H, W) fp32, channels_last     y (M, O, OH, OW) fp32, channels_last: scale * conv(x, sign) + bias
+    x (M, C, H, W) fp32 or codes in uint8, channels_last
+    y (M, O, OH, OW) fp32, channels_last: scale * conv(x, sign) + bias
 
 Four channels of a pixel have 16 signed sums. They are computed once, as a vector of 16; the four weights of an output
 channel are the number of one of them, so a permutation finds the sums of 16 output channels at once, where a dense
-convolution has four multiplications for each. See lookup.cpp; it needs a C++ compiler and AVX512F.
+convolution has four multiplications for each. Sums of codes up to 31 are bytes, so that a permutation does four times
+as much, and exact. See lookup.cpp; it needs a C++ compiler and AVX512F, for codes also BW, VBMI and VNNI.
 """
 
 import math
@@ -13,42 +15,58 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
 from .pack import PackedWeight, signs
 
-CONVOLUTION = struct.Struct("5P 10l")
+CONVOLUTION = struct.Struct("5P 11l")
 POINTERS = range(5)  # of its words
-LANES, WORD = 16, 32  # output channels of a vector, weights of a word
+LANES, WORD, GROUP = 16, 32, 4  # output channels of a vector; weights of a word, of a sum
+TOP = 31  # the largest code
 
 
-def available() -> bool:
-    """Whether there is a compiler, and a processor with AVX512F."""
+def available(*, codes: bool = False) -> bool:
+    """Whether there is a compiler, and a processor with AVX512F; for codes also with BW, VBMI and VNNI."""
     library = native.library()
-    return library is not None and library.looks_up() == 1
+    return library is not None and library.looks_up() > codes
 
 
-def lookup_words(weight: PackedWeight) -> Tensor:
-    """The bits of a convolution (O, C, k, k) as `lookup_conv2d` reads them: int32 (O / 16, k, k, C / 32, 16)."""
-    o, c, kh, kw = weight.shape
-    negative = torch.zeros(-(-o // LANES) * LANES, -(-c // WORD) * WORD, kh, kw, dtype=torch.int32)
-    negative[:o, :c] = signs(weight) < 0
-    bits = negative.view(-1, LANES, negative.shape[1] // WORD, WORD, kh, kw)
-    words = (bits << torch.arange(WORD, dtype=torch.int32).view(WORD, 1, 1)).sum(3, dtype=torch.int32)
-    return words.permute(0, 3, 4, 2, 1).contiguous()
+def shape_of_words(c: int, k: int, codes: bool) -> tuple[int, ...]:
+    """Of the words of 16 output channels."""
+    return (k, -(-k * -(-c // GROUP) // 8), 64) if codes else (k, k, -(-c // WORD), LANES)
+
+
+def lookup_words(weight: PackedWeight, *, codes: bool = False) -> Tensor:
+    """The bits of a convolution (O, C, k, k) as `lookup_conv2d` reads them: int32 (O / 16, k, k, C / 32, 16).
+
+    codes: for x in uint8; then they are uint8 (O / 16, k, k * C / 32, 64).
+    """
+    o, c, k, _ = weight.shape
+    of_block = shape_of_words(c, k, codes)
+    together = GROUP if codes else WORD  # the weights of a number
+    negative = F.pad(signs(weight) < 0, (0, 0, 0, 0, 0, -c % together, 0, -o % LANES)).int()
+    bits = negative.unflatten(1, (-1, together)) << torch.arange(together, dtype=torch.int32).view(-1, 1, 1)
+    numbers = bits.sum(2, dtype=torch.int32)  # (O, C / together, k, k)
+    if not codes:
+        return numbers.view(-1, LANES, *numbers.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
+    tables = numbers.permute(0, 2, 3, 1).flatten(2)  # under a row of the kernel, in the order of their places
+    steps = of_block[1]
+    low, high = F.pad(tables, (0, 8 * steps - tables.shape[2])).view(-1, LANES, k, steps, 2, 4).unbind(4)
+    return (low | high << 4).permute(0, 2, 3, 1, 4).reshape(-1, *of_block).to(torch.uint8)
 
 
 class Lookup(NamedTuple):
     """A convolution that is not computed yet: `lookup_conv2d` does, or a neuron together with its steps."""
 
     operands: tuple[Tensor, Tensor, Tensor, Tensor]  # x channels_last, words, scale, bias
-    sizes: tuple[int, ...]  # M, H, W, C, OH, OW, O, k, stride, padding
+    sizes: tuple[int, ...]  # M, H, W, C, OH, OW, O, k, stride, padding, whether x are codes
 
     @property
     def threads(self) -> int:
         m, _, _, c, oh, ow, o, k = self.sizes[:8]
-        return native.threads(m * oh * ow * o * c * k * k // 64)  # 64 products with a weight are one lookup
+        return native.threads(m * oh * ow * o * c * k * k // (256 if self.sizes[-1] else 64))  # weights of a lookup
 
     def empty(self, lead: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """An output (*lead, O, OH, OW), channels_last; `lead` makes M in all."""
@@ -66,18 +84,20 @@ def lookup_product(
     x: Tensor, words: Tensor, scale: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
 ) -> Lookup:  # fmt: skip
     """What `lookup_conv2d` computes, to be computed later."""
-    o, k = len(scale), words.shape[1]
-    fits = x.dim() == 4 and words.shape == (-(-o // LANES), k, k, -(-x.shape[1] // WORD), LANES)
-    if not (fits and bias.shape == scale.shape and x.dtype == scale.dtype == bias.dtype == torch.float32 and x.is_cpu):
+    o, k, codes = len(scale), words.shape[1], x.dtype == torch.uint8
+    fits = x.dim() == 4 and words.shape == (-(-o // LANES), *shape_of_words(x.shape[1], k, codes))
+    typed = x.dtype in (torch.float32, torch.uint8) and scale.dtype == bias.dtype == torch.float32
+    if not (fits and typed and bias.shape == scale.shape and x.is_cpu):
         raise ValueError(
-            "x must be fp32 (M, C, H, W) on the CPU, scale and bias fp32 (O,), and words those of C to O channels, "
+            "x must be fp32 (M, C, H, W) on the CPU, or codes in uint8 and words for them, scale and bias fp32 "
+            "(O,), and words those of C to O channels, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}, {tuple(scale.shape)}, {tuple(bias.shape)} and "
             f"{tuple(words.shape)}"
         )
     m, c, h, w = x.shape
     oh, ow = ((n + 2 * padding - k) // stride + 1 for n in (h, w))
     operands = x.contiguous(memory_format=torch.channels_last), words, scale.contiguous(), bias.contiguous()
-    return Lookup(operands, (m, h, w, c, oh, ow, o, k, stride, padding))
+    return Lookup(operands, (m, h, w, c, oh, ow, o, k, stride, padding, int(codes)))
 
 
 def lookup_conv2d(
@@ -85,8 +105,8 @@ def lookup_conv2d(
 ) -> Tensor:  # fmt: skip
     """scale * conv2d(x, sign) + bias, (M, O, OH, OW) channels_last, for words of `lookup_words`.
 
-    x (M, C, H, W), scale and bias (O,): fp32 on the CPU. The result does not depend on the number of threads. Raises
-    ValueError for other shapes, types or devices.
+    x (M, C, H, W), scale and bias (O,): fp32 on the CPU; x may be uint8 codes of at most 31, for words of them. The
+    result does not depend on the number of threads. Raises ValueError for other shapes, types or devices.
     """
     return computed(lookup_product(x, words, scale, bias, stride=stride, padding=padding))
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "native.h"
@@ -164,7 +165,11 @@ extern "C" void neuron(const Layer *layer, int threads) {
     for (int i = 0; i < threads; i++) neurons(*layer, std::min(layer->n, i * each), std::min(layer->n, (i + 1) * each));
 }
 
-extern "C" void neuron_backward(const Gradient *gradient, int threads) {
+// Whether memory ran out
+extern "C" int neuron_backward(const Gradient *gradient, int threads) try {
     if (gradient->type == F32) backward<F32>(*gradient, threads);
     if (gradient->type == BF16) backward<BF16>(*gradient, threads);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }

@@ -85,9 +85,17 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("EMPF_NATIVE") == "0" or compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(compiled(compiler)))
+        found = ctypes.CDLL(str(compiled(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
+    for function in (found.lookup, found.lookup_neuron, found.neuron_backward):
+        function.errcheck = memory_error
+    return found
+
+
+def memory_error(failed: int, *_) -> None:
+    if failed:
+        raise MemoryError("no memory is left for a layer: give it fewer or smaller images at a time")
 
 
 def ready() -> bool:

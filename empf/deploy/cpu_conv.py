@@ -65,11 +65,12 @@ class FloatConv:
 
 
 class LookupConv:
-    """Convolution of fp32 x with binary weights, which stay one bit each."""
+    """Convolution of fp32 x, or of uint8 codes of value code * step, with binary weights, which stay one bit each."""
 
-    def __init__(self, weight: PackedWeight, stride: int, padding: int):
+    def __init__(self, weight: PackedWeight, stride: int, padding: int, step: float | None):
         self.place = {"stride": stride, "padding": padding}
-        self.words, self.scale = lookup.lookup_words(weight), weight.scale
+        self.words = lookup.lookup_words(weight, codes=step is not None)
+        self.scale = weight.scale if step is None else weight.scale * step
 
     def product(self, x: Tensor, bias: Tensor) -> lookup.Lookup:
         return lookup.lookup_product(x, self.words, self.scale, bias, **self.place)

@@ -1,13 +1,14 @@
 """Packed weights with the norm behind them folded in, ready to be computed with.
 
-    x (M, ...)   floats, codes with their step, or bf16 with step 1
+    x (M, ...)   floats, codes with their step (at most `top`), or bf16 with step 1
     y (M, ...)   scale * step * conv(x, sign) + bias
 
-On a CPU binary weights stay bits where sums of floats can be looked up (kernels/lookup.py); others are unpacked once.
+On a CPU binary weights stay bits where sums can be looked up (kernels/lookup.py); others are unpacked once.
 Spikes in bf16 meet the signs, which are exact in bf16: the sums are accumulated
 in fp32 and rounded to bf16 once; scale and bias are left to the neuron, which adds up in fp32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,14 +70,14 @@ class Filter:
             self._dense[dtype] = self.unpacked(dtype)
         return self._dense[dtype]
 
-    def laid_out(self, x: Tensor, step: float | None) -> FloatConv | CodeConv | LookupConv:
+    def laid_out(self, x: Tensor, step: float | None, top: float) -> FloatConv | CodeConv | LookupConv:
         """The convolution of x (N, C, H, W) on the CPU, with its weights; kept for the next call."""
-        looks_up = self.looks_up(x)
+        looks_up = self.looks_up(x, top)
         key = x.dtype, step, looks_up
         if key not in self._laid_out:
             place = self.synapse.place
             if looks_up:
-                made = LookupConv(self.weight, **place)
+                made = LookupConv(self.weight, **place, step=step)
             elif step is None:
                 made = FloatConv(self.unpacked(x.dtype), **place, x=x)
             elif x.dtype == torch.bfloat16:  # the signs are exact there, the scale is the norm's
@@ -96,7 +97,7 @@ class Filter:
     def summands(self, product: Product) -> "Summands | None":
         """What the product is the sum of, computed; None where it must be added up by torch."""
         x, bf16, shape, residual = product.x, product.in_bf16, (*product.lead, *product.rest), product.residual
-        if not bf16 and not self.lays_out(x):
+        if not bf16 and not self.lays_out(x, product.top):
             return None
         product.check()
         residual = plain(residual)
@@ -106,7 +107,7 @@ class Filter:
             if not bf16:
                 return None
             residual = residual.movedim(2, -1).contiguous().movedim(-1, 2)
-        kernel = self.laid_out(x, product.step)
+        kernel = self.laid_out(x, product.step, product.top)
         if isinstance(kernel, LookupConv):
             return Summands(kernel.product(x, self.bias), None, residual)
         y = kernel(x, None if bf16 else self.bias).view(shape)
@@ -118,26 +119,29 @@ class Filter:
         value = empty_like_steps(summands.y, torch.float32)
         return native.fire(summands.y, None, (None,) * 4, potential=False, out=value, **summands.added())[0]
 
-    def lays_out(self, x: Tensor) -> bool:
+    def lays_out(self, x: Tensor, top: float) -> bool:
         """Whether x is convolved with weights that are laid out."""
         known = self.synapse.plane and x.is_cpu and x.dtype in (torch.float32, torch.uint8)
-        return known and (self.looks_up(x) or cpu_conv.available())
+        return known and (self.looks_up(x, top) or cpu_conv.available())
 
-    def looks_up(self, x: Tensor) -> bool:
-        """Whether sums of x are looked up: the table of a pixel then serves several outputs."""
-        if x.dtype != torch.float32 or self.synapse.kind != "binary":
+    def looks_up(self, x: Tensor, top: float) -> bool:
+        """Whether sums of x, codes of at most `top` or floats, are looked up: the table of a pixel then serves several
+        outputs."""
+        codes = x.dtype == torch.uint8
+        known = top <= lookup.TOP if codes else x.dtype == torch.float32
+        if not known or self.synapse.kind != "binary":
             return False
         (o, _, k, _), stride = self.synapse.shape, self.synapse.place["stride"]
         uses = max(k / stride, 1) ** 2 * -(-o // lookup.LANES)
-        return uses > 4 and native.ready() and lookup.available()
+        return uses > 4 and native.ready() and lookup.available(codes=codes)
 
-    def __call__(self, x: Tensor, step: float | None) -> Tensor:
+    def __call__(self, x: Tensor, step: float | None, top: float = math.inf) -> Tensor:
         synapse = self.synapse
         if (synapse.plane or not synapse.dims) and backend(x.device) != "torch":
             run = binary_conv2d if synapse.dims else binary_matmul
             return run(x, self.weight, bias=self.bias, step=step, **synapse.place)
-        if self.lays_out(x):
-            return self.laid_out(x, step)(x, self.bias)
+        if self.lays_out(x, top):
+            return self.laid_out(x, step, top)(x, self.bias)
         weight = self.dense(x.dtype)
         if step is None:
             return self.product(x, weight, self.bias.to(x.dtype))

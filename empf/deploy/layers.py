@@ -7,8 +7,8 @@ n-bit spikes              uint8 codes between the layers; their sums are exact i
 Each stands in the place of the part it was made of and is called like it, whatever network is around it; made from one
 on the meta device, it has the names and shapes of its buffers only, which a file then fills. What passes between them
 is not computed before it is read, see lazy.py: so a norm folds itself into the product before it, and on a GPU a
-convolution runs together with the T steps of the neurons behind it. On a CPU each layer
-is one convolution over all steps: of floats with binary weights by lookup, else with weights that are unpacked once.
+convolution runs together with the T steps of the neurons behind it. On a CPU each layer is one convolution over all
+steps: by lookup with binary weights, where the processor can, else with weights that are unpacked once.
 arXiv 2410.07547, sec. 4
 """
 
@@ -288,11 +288,11 @@ class PackedSynapse(PackedPart):
         return self.filter(None).unpacked(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        step = None
+        step, top = None, math.inf
         if isinstance(x, Spikes) and x.unchanged:
             fast = x.top < 128 and backend(x.codes.device) != "torch"  # tensor cores read int8 faster than uint8
             if not x.in_bf16 or self.plane:
-                x, step = x.codes.view(torch.int8) if fast else x.codes, x.step
+                x, step, top = x.codes.view(torch.int8) if fast else x.codes, x.step, x.top
         x = plain(x)
         shape = x.shape
         lead = tuple(shape[: len(shape) - self.dims - 1])
@@ -302,7 +302,7 @@ class PackedSynapse(PackedPart):
         size = x.shape[1:]
         if size not in self._sizes:
             self._sizes[size] = self.output_size(size[1:])
-        product = Product(self, x, step, lead, self._sizes[size])
+        product = Product(self, x, step, top, lead, self._sizes[size])
         # what torch.compile traces is a graph of tensors
         return plain(product) if torch.compiler.is_dynamo_compiling() else product
 

@@ -123,18 +123,20 @@ def sums_of_four(
 class Product(Lazy):
     """What a packed synapse makes of x, normalised by `norm`, plus `residual`; nothing of it is computed yet.
 
-    x (M, ...) folded, floats or codes with their `step` (1 for spikes in bf16); the output is (*lead, *rest), where
-    `lead` makes M in all: it may be reshaped as long as the channels (`rest[0]`, of a linear layer the last dimension)
-    stay where they are.
+    x (M, ...) folded, floats or codes of at most `top` with their `step` (1 for spikes in bf16); the output is
+    (*lead, *rest), where `lead` makes M in all: it may be reshaped as long as the channels (`rest[0]`, of a linear
+    layer the last dimension) stay where they are.
     """
 
     @staticmethod
-    def __new__(cls, synapse, x, step, lead, rest, **parts):
+    def __new__(cls, synapse, x, step, top, lead, rest, **parts):
         dtype = x.dtype if step is None else torch.float32
         return MAKE(cls, (*lead, *rest), dtype=dtype, device=x.device)
 
-    def __init__(self, synapse, x: Tensor, step: float | None, lead: tuple, rest: tuple, norm=None, residual=None):
-        self.synapse, self.x, self.step, self.lead, self.rest = synapse, x, step, lead, rest
+    def __init__(
+        self, synapse, x: Tensor, step: float | None, top: float, lead: tuple, rest: tuple, norm=None, residual=None
+    ):
+        self.synapse, self.x, self.step, self.top, self.lead, self.rest = synapse, x, step, top, lead, rest
         self.norm, self.residual = norm, residual
         self.versions = version(x), version(residual)
         self.neuron = None  # which took this product without its sum
@@ -158,7 +160,7 @@ class Product(Lazy):
     def normalised(self, norm, residual: Tensor | None = None) -> "Product":
         """What `norm` makes of this product, plus a residual."""
         self.check()
-        return Product(self.synapse, self.x, self.step, self.lead, self.rest, norm=norm, residual=residual)
+        return Product(self.synapse, self.x, self.step, self.top, self.lead, self.rest, norm=norm, residual=residual)
 
     def check(self) -> None:
         """Raise RuntimeError where the operands are no longer those of the call."""
@@ -177,7 +179,7 @@ class Product(Lazy):
             y = kernel.added_up(self)
         else:  # of spikes in bf16, what no neuron takes is computed in fp32
             x, step = (self.x.float(), None) if self.in_bf16 else (self.x, self.step)
-            y = kernel(x, step).view(*self.lead, *self.rest)
+            y = kernel(x, step, self.top).view(*self.lead, *self.rest)
             if self.residual is not None:
                 y += plain(self.residual)
         self.settle(y)
@@ -194,7 +196,7 @@ class Product(Lazy):
             lead = self.reshaped_lead(func, *args[1:], **kwargs)
             if lead is not None:
                 self.check()
-                return Product(self.synapse, self.x, self.step, lead, self.rest, norm=self.norm)
+                return Product(self.synapse, self.x, self.step, self.top, lead, self.rest, norm=self.norm)
         return None
 
     def plus(self, other) -> "Product | None":
