@@ -139,10 +139,7 @@ struct Codes {
                 const __m512i code = _mm512_permutexvar_epi8(_mm512_add_epi8(table, _mm512_set1_epi8(j)), codes);
                 sum = _mm512_mask_sub_epi8(_mm512_add_epi8(sum, code), negative[j], sum, code);
             }
-            if (there > LANES - GROUP)
-                _mm512_storeu_si512(to, sum);
-            else
-                _mm512_mask_storeu_epi8(to, ~0ull >> (64 - (there + GROUP - 1) / GROUP * LANES), sum);
+            _mm512_storeu_si512(to, sum);
         }
     }
 
@@ -201,7 +198,8 @@ struct Codes {
 
 #endif
 
-// Row y of image m, with its padding; of pixels that no output reads nothing is written
+// Row y of image m, with its padding; of pixels that no output reads nothing is written. From left to right, as the last
+// table of a pixel may write up to three more
 template <class K> void tabulate_row(const Convolution &a, long m, long y, typename K::Sum *to) {
     const long edge = a.padding * a.pixel();
     if (y < 0 || y >= a.h) {
@@ -209,10 +207,10 @@ template <class K> void tabulate_row(const Convolution &a, long m, long y, typen
         return;
     }
     std::fill_n(to, edge, 0);
-    std::fill_n(to + edge + a.w * a.pixel(), edge, 0);
     const auto *from = (const typename K::Number *)a.x + (m * a.h + y) * a.w * a.c;
     for (long x = 0; x < a.w; x++)
         if ((x + a.padding) % a.stride < a.k) K::tabulate(from + x * a.c, a.c, to + edge + x * a.pixel());
+    std::fill_n(to + edge + a.w * a.pixel(), edge, 0);
 }
 
 // The rows of the output from `begin` to `end`, those of all images counted together

@@ -156,11 +156,13 @@ def chosen(conv, x, top=math.inf):
 
 
 @needs_lookup
-def test_it_is_taken_where_a_table_serves_several_outputs(monkeypatch):
-    x = torch.rand(1, 32, 8, 8)
+def test_it_is_taken_where_a_table_serves_several_outputs_or_a_layer_is_small(monkeypatch):
+    x = torch.rand(33, 32, 8, 8)
     conv = empf.BinaryConv2d(32, 16, 3, padding=1)
     assert chosen(conv, x) is LookupConv
     assert chosen(empf.BinaryConv2d(32, 64, 1), x) is not LookupConv
+    assert chosen(empf.BinaryConv2d(32, 64, 1), x[:32]) is LookupConv
+    assert chosen(empf.BinaryConv2d(32, 64, 1, stride=2), x) is LookupConv
     assert chosen(empf.BinaryConv2d(32, 80, 1), x) is LookupConv
     assert chosen(empf.BinaryConv2d(32, 16, 3, padding=1, kind="ternary"), x) is not LookupConv
     assert chosen(conv, x.double()) is None

@@ -24,6 +24,7 @@ from empf.kernels.matmul import binary_matmul
 from empf.kernels.pack import PackedWeight, signs
 from empf.kernels.steps import empty_like_steps
 
+SMALL = 1 << 17  # numbers of an output
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 
 
@@ -125,15 +126,16 @@ class Filter:
         return known and (self.looks_up(x, top) or cpu_conv.available())
 
     def looks_up(self, x: Tensor, top: float) -> bool:
-        """Whether sums of x, codes of at most `top` or floats, are looked up: the table of a pixel then serves several
-        outputs."""
+        """Whether sums of x, codes of at most `top` or floats, are looked up: where the table of a pixel serves several
+        outputs, or the output is so small that what a call of oneDNN takes besides is more."""
         codes = x.dtype == torch.uint8
         known = top <= lookup.TOP if codes else x.dtype == torch.float32
         if not known or self.synapse.kind != "binary":
             return False
         (o, _, k, _), stride = self.synapse.shape, self.synapse.place["stride"]
-        uses = max(k / stride, 1) ** 2 * -(-o // lookup.LANES)
-        return uses > 4 and native.ready() and lookup.available(codes=codes)
+        m, _, h, w = x.shape
+        uses, size = max(k / stride, 1) ** 2 * -(-o // lookup.LANES), m * h * w // stride**2 * o
+        return (uses > 4 or size <= SMALL) and native.ready() and lookup.available(codes=codes)
 
     def __call__(self, x: Tensor, step: float | None, top: float = math.inf) -> Tensor:
         synapse = self.synapse
