@@ -44,17 +44,19 @@ def lookup_words(weight: PackedWeight, *, codes: bool = False) -> Tensor:
     codes: for x in uint8; then they are uint8 (O / 16, k, k * C / 32, 64).
     """
     o, c, k, _ = weight.shape
-    of_block = shape_of_words(c, k, codes)
-    together = GROUP if codes else WORD  # the weights of a number
-    negative = F.pad(signs(weight) < 0, (0, 0, 0, 0, 0, -c % together, 0, -o % LANES)).int()
-    bits = negative.unflatten(1, (-1, together)) << torch.arange(together, dtype=torch.int32).view(-1, 1, 1)
-    numbers = bits.sum(2, dtype=torch.int32)  # (O, C / together, k, k)
+    together = GROUP if codes else WORD
+    negative = F.pad((signs(weight) < 0).view(torch.uint8), (0, 0, 0, 0, 0, -c % together, 0, -o % LANES))
+    negative = negative.unflatten(1, (-1, GROUP)) << torch.arange(GROUP, dtype=torch.uint8).view(GROUP, 1, 1)
+    sums = negative.sum(2, dtype=torch.uint8)  # which of the 16: (O, C / 4, k, k)
     if not codes:
-        return numbers.view(-1, LANES, *numbers.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
-    tables = numbers.permute(0, 2, 3, 1).flatten(2)  # under a row of the kernel, in the order of their places
-    steps = of_block[1]
-    low, high = F.pad(tables, (0, 8 * steps - tables.shape[2])).view(-1, LANES, k, steps, 2, 4).unbind(4)
-    return (low | high << 4).permute(0, 2, 3, 1, 4).reshape(-1, *of_block).to(torch.uint8)
+        words = sums.unflatten(1, (-1, WORD // GROUP)).int() << torch.arange(0, WORD, GROUP).int().view(-1, 1, 1)
+        words = words.sum(2, dtype=torch.int32)  # (O, C / 32, k, k)
+        return words.unflatten(0, (-1, LANES)).permute(0, 3, 4, 2, 1).contiguous()
+    under_a_row = sums.permute(0, 2, 3, 1).flatten(2)  # (O, k, k * C / 4), in the order of their places
+    of_block = shape_of_words(c, k, codes)
+    under_a_row = F.pad(under_a_row, (0, 8 * of_block[1] - under_a_row.shape[2]))
+    low, high = under_a_row.view(-1, LANES, k, of_block[1], 2, 4).unbind(4)
+    return (low | high << 4).permute(0, 2, 3, 1, 4).reshape(-1, *of_block)
 
 
 class Lookup(NamedTuple):
