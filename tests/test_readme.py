@@ -118,11 +118,13 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
     in_fp32 = [r["packed_over"]["ONNX Runtime, fp32"]["median"] for r in runtimes["rows"] if r["spikes"] == "4-bit"]
     slower = {name: [sum(over > 1 for over in kind) for kind in kinds] for name, kinds in cells.items()}
     firsts = [r["first_call_ms"] for r in runtimes["first"] if r["spikes"] == "float" and r["width"] in (0.25, 1)]
-    int8 = found("onnx-int8.json")
-    gains = [r["ms"]["ONNX Runtime, fp32"]["median"] / r["ms"]["ONNX Runtime"]["median"] for r in int8["rows"]]
-    gains = dict(zip(((r["width"], r["batch"]) for r in int8["rows"]), gains, strict=True))
-    own = [r["packed_over"]["ONNX Runtime"]["median"] for r in int8["rows"] if r["width"] == 1]
-    (loaded,) = [r for r in int8["first"] if r["width"] == 1]
+    int8 = [r for r in runtimes["rows"] if (r["spikes"], r["threads"]) == ("4-bit", 1)]
+    gains = [r["ms"]["ONNX Runtime, fp32"]["median"] / r["ms"]["ONNX Runtime"]["median"] for r in int8]
+    gains = dict(zip(((r["width"], r["batch"]) for r in int8), gains, strict=True))
+    own = [r["packed_over"]["ONNX Runtime"]["median"] for r in int8 if r["width"] == 1 and r["batch"] < 64]
+    (loaded,) = [r for r in runtimes["first"] if (r["spikes"], r["width"]) == ("4-bit", 1)]
+    rows = found("commits.json")["rows"]
+    covered = [[r["second_over_first"]["median"] for r in rows if r["bits"] == bits] for bits in (None, 4)]
     cores = found("scaling-cores.json")["cells"]
     best = found("cifar100-best.json")
     minutes = sum(epoch["seconds"] for epoch in best["training"]["epochs"]) / 60
@@ -187,6 +189,9 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         f"{long['accuracy'][-1]:.1f} % (one seed) in {long['minutes']:.0f} min",
         ", ".join(f"x{w:g} {gains[w, 1]:.2f} and {gains[w, 16]:.2f}" for w in (0.125, 0.25, 0.5, 1)),
         "packed over int8: x1 {:.2f} and {:.2f}".format(*own),
+        "float spikes {}, of 4 bits {}".format(
+            *(f"{median(over):.2f} ({min(over):.2f} to {max(over):.2f})" for over in covered)
+        ),
         "x1 is loaded in {:.0f} ms in place of {:.0f}, from {:.2f} MB ({:.2f} in fp32)".format(
             *(
                 loaded[part][name] if part == "file_mb" else loaded[part][name]["median"]
