@@ -68,7 +68,7 @@ class Commit:
 def git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {done.stderr.strip()}")
+        raise SystemExit(f"error: git {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
