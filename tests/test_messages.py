@@ -35,6 +35,13 @@ def test_flags_that_do_nothing_are_named():
     assert without_effect(config, 1, photos, none) == ["note: --threshold is that of --init-from where its neurons fit"]
 
 
+def test_the_better_gradient_of_n_bit_spikes_is_named():
+    photos, net = random_set(4, "cifar10"), empf.resnet18(width=0.0625, spike_bits=4)
+    (note,) = without_effect(TrainConfig(spike_bits=4), 1, photos, net)
+    assert note == "note: n-bit spikes have trained better with --spike-gradient clipped"
+    assert without_effect(TrainConfig(spike_bits=4, spike_gradient="clipped"), 1, photos, net) == []
+
+
 def test_a_training_of_few_updates_is_named_where_the_images_are_ones_own():
     config = TrainConfig(dataset="photos", epochs=3, batch_size=64, accumulate=2)
     assert few_updates(config, 3).startswith("note: 6 updates in all, of 64 images each, are few: give more --epochs")

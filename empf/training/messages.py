@@ -26,7 +26,7 @@ def headline(model: SpikingNetwork, train: Data, test: Data, held: Data | None =
 
 
 def without_effect(config: TrainConfig, processes: int, data: Data, model: nn.Module) -> list[str]:
-    """A line for each flag that was given in vain, or by the launcher, for people."""
+    """A line for each flag that was given in vain, by the launcher, or beside one that would help it, for people."""
     in_memory, own_threshold = not isinstance(data, StreamSet), config.threshold != TrainConfig.threshold
     parallel = sum(getattr(module, "parallel", False) for module in model.modules())
     alone = "does nothing in a single process, start several with accelerate launch --num_processes N"
@@ -54,6 +54,8 @@ def without_effect(config: TrainConfig, processes: int, data: Data, model: nn.Mo
             f"--flip does nothing, mirrored {config.dataset} may be of other classes": config.flip > data.spec.flip,
             f"--parallel {config.parallel:g} is too little, no neuron is parallel": config.parallel > 0 == parallel,
             "--threshold is that of --init-from where its neurons fit": config.init_from is not None and own_threshold,
+            "n-bit spikes have trained better with --spike-gradient clipped": config.spike_bits is not None
+            and config.spike_gradient == "identity",
         }
     )
     return [f"note: {line}" for line, holds in found.items() if holds]
