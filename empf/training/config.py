@@ -131,9 +131,11 @@ class TrainConfig:
     decay_all: bool = setting(False, "weight decay on all parameters, also of norms, neurons and channel attention")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up from 0.01 lr, at most a tenth of all")
     schedule: str = setting("cosine", "of the learning rate after warm-up: to 0 in all epochs, or constant", SCHEDULES)
-    flip_rate: float = setting(0.03, "with --optimizer flip: share of a gradient in the momentum, 0..1")
+    flip_rate: float = setting(
+        0.03, "with --optimizer flip: share of a gradient in the momentum, 0..1 (for thousands of updates 0.005)"
+    )
     flip_threshold: float = setting(
-        0.05, "the same: momentum that flips a weight, in root mean squares of the gradient"
+        0.05, "the same: momentum that flips a weight, in root mean squares of the gradient (with 0.005: 0.03)"
     )
     flip_adaptive: bool = setting(True, "the same: this mean is a running one, not that of the first update")
     flip_bits: int = setting(8, "the same: bits of the momentum of a weight", (8, 16))
