@@ -41,8 +41,10 @@ def shape_of_words(c: int, k: int, codes: bool) -> tuple[int, ...]:
 def lookup_words(weight: PackedWeight, *, codes: bool = False) -> Tensor:
     """The bits of a convolution (O, C, k, k) as `lookup_conv2d` reads them: int32 (O / 16, k, k, C / 32, 16).
 
-    codes: for x in uint8; then they are uint8 (O / 16, k, k * C / 32, 64).
+    codes: for x in uint8; then they are uint8 (O / 16, k, k * C / 32, 64). Raises ValueError for other weights.
     """
+    if weight.kind != "binary" or len(weight.shape) != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be binary (O, C, k, k), got {weight.kind} {tuple(weight.shape)}")
     o, c, k, _ = weight.shape
     together = GROUP if codes else WORD
     negative = F.pad((signs(weight) < 0).view(torch.uint8), (0, 0, 0, 0, 0, -c % together, 0, -o % LANES))

@@ -120,6 +120,9 @@ def test_what_does_not_fit_is_said():
     for wrong in (x[0], x.double(), torch.cat([x] * 5, 1), x.to(torch.uint8)):
         with pytest.raises(ValueError, match=r"x must be fp32 \(M, C, H, W\)"):
             lookup_conv2d(wrong, words, weight.scale, bias)
+    for wrong in (pack(torch.randn(3, 2, 3, 3), "ternary"), pack(torch.randn(3, 2)), pack(torch.randn(3, 2, 1, 3))):
+        with pytest.raises(ValueError, match=r"weight must be binary \(O, C, k, k\), got"):
+            lookup_words(wrong)
     for wrong in (bias[:-1], bias.double()):
         with pytest.raises(ValueError, match="scale and bias"):
             lookup_conv2d(x, words, weight.scale, wrong)
