@@ -98,7 +98,13 @@ def lookup_product(
             f"got {x.dtype} {tuple(x.shape)} on {x.device}, {tuple(scale.shape)}, {tuple(bias.shape)} and "
             f"{tuple(words.shape)}"
         )
+    if words.dtype != (torch.uint8 if codes else torch.int32) or not words.is_contiguous() or not words.is_cpu:
+        raise ValueError(f"words must be those of lookup_words for x of {x.dtype}, got {words.dtype}")
+    if not isinstance(stride, int) or not isinstance(padding, int) or stride < 1 or padding < 0:
+        raise ValueError(f"stride must be an int from 1 and padding an int from 0, got {stride!r} and {padding!r}")
     m, c, h, w = x.shape
+    if min(h, w) + 2 * padding < k:
+        raise ValueError(f"a kernel of {(k, k)} does not fit into an image of {(h, w)} with padding {padding}")
     oh, ow = ((n + 2 * padding - k) // stride + 1 for n in (h, w))
     operands = x.contiguous(memory_format=torch.channels_last), words, scale.contiguous(), bias.contiguous()
     return Lookup(operands, (m, h, w, c, oh, ow, o, k, stride, padding, int(codes)))
@@ -110,9 +116,15 @@ def lookup_conv2d(
     """scale * conv2d(x, sign) + bias, (M, O, OH, OW) channels_last, for words of `lookup_words`.
 
     x (M, C, H, W), scale and bias (O,): fp32 on the CPU; x may be uint8 codes of at most 31, for words of them. The
-    result does not depend on the number of threads. Raises ValueError for other shapes, types or devices.
+    result does not depend on the number of threads. Raises ValueError for other shapes, types, devices or codes, and
+    RuntimeError where `available` says no.
     """
-    return computed(lookup_product(x, words, scale, bias, stride=stride, padding=padding))
+    product, codes = lookup_product(x, words, scale, bias, stride=stride, padding=padding), x.dtype == torch.uint8
+    if not available(codes=codes):
+        raise RuntimeError("lookup_conv2d needs a C++ compiler and AVX512, see available(): take binary_conv2d")
+    if codes and x.numel() and x.max() > TOP:
+        raise ValueError(f"codes must be at most {TOP}, got {x.max()}")
+    return computed(product)
 
 
 def computed(product: Lookup) -> Tensor:

@@ -120,12 +120,36 @@ def test_what_does_not_fit_is_said():
     for wrong in (x[0], x.double(), torch.cat([x] * 5, 1), x.to(torch.uint8)):
         with pytest.raises(ValueError, match=r"x must be fp32 \(M, C, H, W\)"):
             lookup_conv2d(wrong, words, weight.scale, bias)
+    for place in ({"stride": 0}, {"padding": -1}, {"stride": 1.0}):
+        with pytest.raises(ValueError, match="stride must be an int from 1 and padding an int from 0"):
+            lookup_conv2d(x, words, weight.scale, bias, **place)
+    with pytest.raises(ValueError, match=r"a kernel of \(3, 3\) does not fit into an image of \(6, 2\)"):
+        lookup_conv2d(x[..., :2], words, weight.scale, bias)
+    for wrong in (words.long(), words.transpose(1, 2)):
+        with pytest.raises(ValueError, match="words must be those of lookup_words"):
+            lookup_conv2d(x, wrong, weight.scale, bias)
     for wrong in (pack(torch.randn(3, 2, 3, 3), "ternary"), pack(torch.randn(3, 2)), pack(torch.randn(3, 2, 1, 3))):
         with pytest.raises(ValueError, match=r"weight must be binary \(O, C, k, k\), got"):
             lookup_words(wrong)
     for wrong in (bias[:-1], bias.double()):
         with pytest.raises(ValueError, match="scale and bias"):
             lookup_conv2d(x, words, weight.scale, wrong)
+
+
+@needs_codes
+def test_codes_that_are_too_large_are_said():
+    x, weight, bias = case()
+    codes = x.clamp(0, 1).to(torch.uint8)
+    codes[1, 2, 3, 4] = TOP + 1
+    with pytest.raises(ValueError, match="codes must be at most 31, got 32"):
+        lookup_conv2d(codes, lookup_words(weight, codes=True), weight.scale, bias)
+
+
+def test_without_it_the_call_says_so(monkeypatch):
+    monkeypatch.setattr(lookup, "available", lambda codes=False: False)
+    x, weight, bias = case()
+    with pytest.raises(RuntimeError, match="needs a C.. compiler and AVX512"):
+        lookup_conv2d(x, lookup_words(weight), weight.scale, bias)
 
 
 @needs_lookup
