@@ -108,7 +108,7 @@ def table(rows: list[dict]) -> str:
 def picture(runs: list[dict], path: Path) -> None:
     """Training loss and accuracy by epoch, a panel each: mean of the seeds, and from the lowest to the highest."""
     with pyplot() as plt:
-        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3), layout="constrained")
         for ax, key, title in zip(
             axes, ("loss", "train_accuracy"), ("training loss", "training accuracy (%)"), strict=True
         ):
@@ -120,7 +120,7 @@ def picture(runs: list[dict], path: Path) -> None:
                     ax.plot(x, list(map(mean, each)), style, color=colour, label=label)
                     ax.fill_between(x, list(map(min, each)), list(map(max, each)), color=colour, alpha=0.2, linewidth=0)
             ax.set(title=title, xlabel="epoch")
-        axes[0].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         save_figure(plt, figure, path)
 
 
