@@ -46,6 +46,6 @@ def test_curves_are_drawn_of_the_runs_that_are_there(tmp_path, monkeypatch):
     flip.picture(runs, tmp_path / "flip.png")
     for ax, values in zip(drawn[0].axes, ([3.0, 2.0, 1.0], [0.0, 10.0, 20.0]), strict=True):
         assert [list(line.get_ydata()) for line in ax.lines] == [values] * 2
-    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == [
+    assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == [
         "SGD, 3 epochs (n = 2)", "flip, 3 epochs (n = 1)",
     ]  # fmt: skip
