@@ -88,7 +88,7 @@ def lookup_product(
     x: Tensor, words: Tensor, scale: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0
 ) -> Lookup:  # fmt: skip
     """What `lookup_conv2d` computes, to be computed later."""
-    o, k, codes = len(scale), words.shape[1], x.dtype == torch.uint8
+    o, k, codes = scale.numel(), words.shape[1] if words.dim() > 1 else 0, x.dtype == torch.uint8
     fits = x.dim() == 4 and words.shape == (-(-o // LANES), *shape_of_words(x.shape[1], k, codes))
     typed = x.dtype in (torch.float32, torch.uint8) and scale.dtype == bias.dtype == torch.float32
     if not (fits and typed and bias.shape == scale.shape and x.is_cpu):

@@ -125,6 +125,10 @@ def test_what_does_not_fit_is_said():
             lookup_conv2d(x, words, weight.scale, bias, **place)
     with pytest.raises(ValueError, match=r"a kernel of \(3, 3\) does not fit into an image of \(6, 2\)"):
         lookup_conv2d(x[..., :2], words, weight.scale, bias)
+    with pytest.raises(ValueError, match="words those of C to O channels"):
+        lookup_conv2d(x, words.flatten(), weight.scale, bias)
+    with pytest.raises(ValueError, match="scale and bias"):
+        lookup_conv2d(x, words, weight.scale[0], bias)
     for wrong in (words.long(), words.transpose(1, 2)):
         with pytest.raises(ValueError, match="words must be those of lookup_words"):
             lookup_conv2d(x, wrong, weight.scale, bias)
