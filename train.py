@@ -36,7 +36,7 @@ from empf.training.growth import grown, lend_steps, stage_of
 from empf.training.health import Health
 from empf.training.initial import begun
 from empf.training.optimizers import flips_of, learning_rate, make_optimizer
-from empf.training.processes import average_norms, make_accelerator, start_processes, total, what_to_do
+from empf.training.processes import average_norms, make_accelerator, settle, start_processes, total, what_to_do
 from empf.training.session import Batch, Session, check_size, of_call
 from empf.training.sync_norm import sync_norms
 
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             start_processes(sys.argv)
             accelerator = make_accelerator(config)
             train(accelerator, config, run)
+            settle()
             accelerator.end_training()
         except (ValueError, OSError) as error:  # bad flags, data, checkpoints, a full disk: one sentence
             sys.exit(f"error: {shown(error, 1000)}")

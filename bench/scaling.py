@@ -19,6 +19,7 @@ per hop; gradients leave in the buckets of DDP (1 MB, then 25 MB) as soon as the
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from empf.files import write_result
 from empf.models import ModelConfig, build
 from empf.training.config import Parser, TrainConfig
 from empf.training.optimizers import make_optimizer
+from empf.training.processes import settle
 
 NETWORKS = {  # name -> configuration, images per GPU
     "resnet18": (ModelConfig(arch="resnet18", num_classes=100, image_size=32), 64),
@@ -206,6 +208,7 @@ def worker(width: float, batch_size: int, rounds: int) -> None:
     rate = 2 * (p - 1) / p * size / max(seconds_of(lambda: dist.all_reduce(large), 11) - 2 * (p - 1) * hop, 1e-9)
     if rank == 0:
         print(json.dumps({"counted": found, "seconds": times, "hop": hop, "gb_per_s": rate / 1e9, "processes": p}))
+    settle()
     dist.destroy_process_group()
 
 
@@ -249,6 +252,7 @@ def cores_worker(width: float, kind: str, batch_size: int, rounds: int) -> None:
             dist.barrier()
     if rank == 0:
         print(json.dumps({name: seconds[1:] for name, seconds in times.items()}))
+    settle()
     dist.destroy_process_group()
 
 
@@ -271,7 +275,8 @@ def launch(options: list[str], rounds: int, **env: str) -> dict:
     command += ["--worker", *options, "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     if done.returncode:
-        raise ValueError(f"the two processes failed: {done.stderr.strip()[-500:]}")
+        said = re.split(r"^[WE]\d{4} ", done.stderr, maxsplit=1, flags=re.MULTILINE)[0]  # before the launcher's report
+        raise ValueError(f"the two processes failed: {said.strip()[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

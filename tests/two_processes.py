@@ -171,6 +171,7 @@ def main(folder: Path) -> None:
     found["signalled"] = gather_object([len(spy.steps)])
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
+    processes.settle()
     accelerator.end_training()
 
 

@@ -136,6 +136,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def settle() -> None:
+    """Wait until the threads of gloo have let go of what was exchanged last; call it before Python ends.
+
+    A thread that lets go of a tensor while Python ends aborts the process, and its launcher reports a failure.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        time.sleep(0.2)
+
+
 def total(values: Tensor) -> Tensor:
     """The sum of the values of all processes, in place; they lie on the device of the training."""
     if dist.is_initialized():
