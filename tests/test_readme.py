@@ -9,6 +9,7 @@ from statistics import mean, median, stdev
 import torch
 
 import empf
+from bench.ablation import against
 from bench.recipe import CHOICES
 from empf.training.config import TrainConfig
 
@@ -25,7 +26,7 @@ OTHER |= {
     "strict",
     "index-url",
 }  # also pip, pytest, tensorboard, twine
-NOT_ALONE = {"4-bit spikes", "4-bit spikes, clipped gradient", "SGD", "flip", "flip, slower"}  # have their own sentence
+WITHOUT_LATENT = {"SGD", "flip", "flip, slower"}  # have their own row
 CONSOLE = r"(accelerate launch|python (train\.py|-m empf train)) "
 
 
@@ -174,17 +175,25 @@ def figures_of_the_files() -> tuple[list[str], list[str]]:
         ),
     ]  # fmt: skip
     in_bf16 = [r["accuracy"][-1] for r in runs if r["recipe"] == "new, bf16"]
-    measured = {r["recipe"] for r in runs if r["flags"]["epochs"] == 10}
 
     def chosen(name: str, epochs: int = 10) -> str:
         found = [r["accuracy"][-1] for r in runs if r["recipe"] == name and r["flags"]["epochs"] == epochs]
         return f"{mean(found):.1f} % ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else f"{found[0]:.1f} %"
 
+    def difference(name: str) -> str:
+        of_seed = [
+            {r["seed"]: r["accuracy"][-1] for r in runs if r["recipe"] == recipe and r["flags"]["epochs"] == 10}
+            for recipe in (name, CHOICES[name][1])
+        ]
+        n, middle, half = against(*of_seed)
+        assert n == 3
+        return f"| {name} | {CHOICES[name][1]} | {middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f}) |"
+
     return both, [
         f"floating point {chosen('base')}, 4 bits with the clipped gradient "
         f"{chosen('4-bit spikes, clipped gradient')}, "
         f"with the identity, which is the paper's and the default, {chosen('4-bit spikes')}",
-        *(f"{name} {chosen(name)}" for name in CHOICES if name in measured and name not in NOT_ALONE),
+        *(difference(name) for name in CHOICES if name not in WITHOUT_LATENT),
         f"3 epochs {chosen('flip, slower', 3)}, by SGD {chosen('SGD', 3)}; 10 epochs {chosen('flip, slower')}, by SGD "
         f"{chosen('SGD')}; 3 seeds each. With `--flip-rate 0.02 --flip-threshold 0.1` {chosen('flip', 3)} and, one "
         f"seed, {chosen('flip')}",
