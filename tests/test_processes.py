@@ -380,3 +380,14 @@ def test_what_the_launcher_says_by_default_changes_nothing(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     assert of_launcher({"mixed_precision": "bf16", "accumulate": 4}) == {}
+
+
+@pytest.mark.parametrize("backend, waits", [("gloo", 1), ("nccl", 0), (None, 0)])
+def test_only_gloo_is_waited_for_before_the_end(monkeypatch, backend, waits):
+    """Its threads abort a process that ends too early: now and then, so only the wait itself can be looked at."""
+    slept = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(launch.dist, "get_backend", lambda: backend)
+    launch.settle()
+    assert len(slept) == waits

@@ -1,6 +1,7 @@
 """bench/scaling.py: counted work against formulas, predicted bytes against those that two processes exchange."""
 
 import json
+import subprocess
 from itertools import pairwise
 
 import pytest
@@ -116,6 +117,14 @@ def test_two_processes_exchange_the_predicted_bytes():
     one, two = r["efficiency"]["1"], r["efficiency"]["2"]
     assert one["predicted"] == 1 > two["predicted"] > 0 and r["processes"] == 2
     assert all(e["measured"]["median"] > 0 for e in (one, two)) and min(r["images_per_s"].values()) > 0
+
+
+def test_what_the_processes_said_is_said_and_not_the_report_of_the_launcher(monkeypatch):
+    said = "terminate called\nW1127 22:56:23.9 1 api.py:1] closing\nE1127 22:56:24.0 1 api.py:2] failed\n" + 600 * "="
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match="^the two processes failed: terminate called$"):
+        scaling.launch([], 1)
 
 
 def test_two_processes_against_two_threads(tmp_path, capsys):
